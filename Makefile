@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Everything that one run needs lives under the checkout, so that runs never share a build lock.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test lint format clean
+
+setup: $(STAMP)
+
+# torch first and pinned: an unpinned torch would pull gigabytes of CUDA wheels on a CPU machine.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,mpi,minilm,lora,low-bit,monitor]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python -m slimfit_ds.cli compare --config recipes/digits_vit.yaml --ranks 2 --strategies full,slimfit
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,199 @@
+"""The `"slimfit"` block of a DeepSpeed configuration, as pydantic models.
+
+The block stands at the top level of the DeepSpeed JSON (DeepSpeed lets unknown top-level keys pass):
+
+    {"train_batch_size": 32, "zero_optimization": {"stage": 1},
+     "slimfit": {"freeze": {"policy": "ils", "rate": 0.9},
+                 "activations": {"preset": "minimal"},
+                 "optimizer_states": {"inactive": "host"}}}
+
+Every field has a default; unknown keys are errors; all errors of a block are reported together.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from slimfit_ds.activations.config import ActivationsConfig
+
+__all__ = [
+    "ConfigError",
+    "FreezeConfig",
+    "OptimizerStatesConfig",
+    "RateSchedule",
+    "SlimFitConfig",
+    "describe_validation_error",
+    "parse_bytes",
+]
+
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
+_UNITS |= {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib": 1024**4}
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration at once; `problems` holds one line each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def parse_bytes(value: str | int | float) -> int:
+    """Bytes of a human-readable size: `24GB` (10^9), `24GiB` (2^30), `512 MB` or a plain number.
+
+    Raises:
+        ValueError: the text is no size, or is not positive.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"must be a size such as 24GB or 24GiB, got {value!r}")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"must be a size such as 24GB or 24GiB, got {value!r}")
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if not math.isfinite(size) or size < 1:
+        raise ValueError(f"must be at least one byte, got {value!r}")
+    return int(size)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RateSchedule(_Model):
+    """A freezing rate that moves from `start` to `end` over the first `steps` optimizer steps."""
+
+    start: float = Field(ge=0, lt=1)
+    end: float = Field(ge=0, lt=1)
+    steps: int = Field(gt=0, description="optimizer steps from start to end; constant afterwards")
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def at(self, step: int) -> float:
+        """The rate at optimizer step `step` (the first step is 0)."""
+        progress = min(step / self.steps, 1.0)
+        if self.shape == "cosine":
+            progress = 0.5 * (1 - math.cos(math.pi * progress))
+        return self.start + (self.end - self.start) * progress
+
+
+class FreezeConfig(_Model):
+    """Which layers train at each step."""
+
+    policy: str = Field("ils", description="a registered policy: ils, random, none, ...")
+    rate: Annotated[float, Field(ge=0, lt=1)] | RateSchedule = Field(
+        0.9, description="share of the layers that is frozen at each step, in [0, 1), or a schedule"
+    )
+    interval: int = Field(1, ge=1, description="choose a new set every this many optimizer steps")
+    statistic: str = Field("relative_update", description="how the size of a layer's update is measured")
+    always_active: tuple[str, ...] = Field((), description="globs of layers that train at every step")
+    never_active: tuple[str, ...] = Field((), description="globs of layers that never train")
+    train_biases: bool = Field(True, description="biases and norm biases train at every step")
+    seed: int = Field(0, ge=0, description="seed of the first, random order and of random policies")
+    check_interval: int = Field(
+        1, ge=0, description="compare the active set across ranks every this many steps; 0: never"
+    )
+
+    def rate_at(self, step: int) -> float:
+        """The share of frozen layers at optimizer step `step`."""
+        return self.rate.at(step) if isinstance(self.rate, RateSchedule) else self.rate
+
+
+class OptimizerStatesConfig(_Model):
+    """Where optimizer states live and what becomes of them while their layer is frozen."""
+
+    inactive: Literal["device", "host"] = Field("device", description="where the states of frozen layers live")
+    stale_moments: Literal["keep", "decay", "reset"] = Field(
+        "keep", description="moments of a layer that returns: as they were, decayed by the missed steps, or zero"
+    )
+    precision: Literal["fp32", "8bit"] = Field("fp32", description="storage of Adam's moments (8bit: torchao)")
+    bf16_weights: Literal["master", "stochastic_rounding"] = Field(
+        "master", description="bf16 training with fp32 master weights, or without and rounded stochastically"
+    )
+
+
+def _budget(value: Any) -> Any:
+    return value if value is None or value == "auto" else parse_bytes(value)
+
+
+class SlimFitConfig(_Model):
+    """The whole `"slimfit"` block."""
+
+    freeze: FreezeConfig = FreezeConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    optimizer_states: OptimizerStatesConfig = OptimizerStatesConfig()
+    memory_budget: Annotated[int | Literal["auto"] | None, BeforeValidator(_budget)] = Field(
+        None, description="bytes per device (24GB, 24GiB), or auto: what the device has free"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_name(cls, data: Any) -> Any:
+        """`"activations": "minimal"` is short for `{"preset": "minimal"}`."""
+        if isinstance(data, Mapping) and isinstance(data.get("activations"), str):
+            return {**data, "activations": {"preset": data["activations"]}}
+        return data
+
+    @classmethod
+    def parse(cls, block: SlimFitConfig | Mapping[str, Any] | None, prefix: str = "slimfit") -> SlimFitConfig:
+        """The validated block.
+
+        Args:
+            block: the block as a mapping; `None` stands for all defaults.
+            prefix: where the block stands, for the error messages.
+
+        Raises:
+            ConfigError: all problems of the block, a line each, naming key, value and remedy.
+        """
+        if isinstance(block, SlimFitConfig):
+            return block
+        try:
+            return cls.model_validate(dict(block) if block is not None else {})
+        except ValidationError as error:
+            raise ConfigError(describe_validation_error(error, cls, prefix)) from None
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line for each problem: `slimfit.freeze.rate must be in [0, 1), got 1.5`."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        path = [str(part) for part in item["loc"] if not _is_union_tag(part)]
+        key = ".".join([prefix, *path] if prefix else path)
+        value = item.get("input")
+        if item["type"] == "extra_forbidden":
+            text = f"{key} is not a known key{_suggestion(model, path)}"
+        elif path and path[-1] == "rate" and not isinstance(value, Mapping):
+            text = f"{key} must be in [0, 1), got {value!r}"
+        else:
+            message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            shown = "" if isinstance(value, Mapping) or repr(value) in message else f", got {value!r}"
+            text = f"{key}: {message}{shown}" if not message.startswith("must") else f"{key} {message}{shown}"
+        lines.setdefault(text, text)
+    return list(lines)
+
+
+def _is_union_tag(part: Any) -> bool:
+    """Pydantic puts the branch of a union into the location; users never wrote it."""
+    return isinstance(part, str) and (
+        part in {"float", "int", "str", "RateSchedule", "constrained-float"}
+        or part.startswith(("function-", "literal[", "constrained-"))
+    )
+
+
+def _suggestion(model: type[BaseModel], path: list[str]) -> str:
+    """The keys that would be right at the place where an unknown one stands."""
+    import difflib
+
+    current: Any = model
+    for part in path[:-1]:
+        field = current.model_fields.get(part) if isinstance(current, type) else None
+        candidates = getattr(field.annotation, "__args__", (field.annotation,)) if field is not None else ()
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if current is None:
+            return ""
+    names = list(current.model_fields)
+    near = difflib.get_close_matches(path[-1], names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
