@@ -1,0 +1,1 @@
+"""What memory is used (tracker, saved), what would be used (estimator), and what fits (planner)."""

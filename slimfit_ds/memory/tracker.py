@@ -1,0 +1,191 @@
+"""What memory is used in a training step: every live storage, by kind, and where the peak stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from slimfit_ds.memory.modules import ModulePath
+from slimfit_ds.memory.report import KINDS, MemoryReport
+from slimfit_ds.memory.saved import DYNAMIC, STATIC, SavedActivations
+from slimfit_ds.memory.storages import StorageLedger, plain_tensors
+
+__all__ = ["HOST", "MemoryTracker", "Roots", "optimizer_tensors"]
+
+HOST = "optimizer_host"
+_WORKING = frozenset({"working"})
+_UNCLAIMED = frozenset({"working", "communication"})
+
+Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
+"""Kind -> a function that returns the tensors that are of this kind now."""
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Every tensor in the state of `optimizer`, at any depth."""
+    return (leaf for leaf in tree_iter(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor))
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Tracks every storage that is made while the mode is active, on CPU, CUDA or fake tensors.
+
+    Kinds are found out as follows: parameters and buffers belong to the model; a gradient is what `param.grad`
+    holds; a saved activation is what passes autograd's saved-tensor hooks, and whatever else the forward pass
+    made that is still alive when it ends (a custom function may keep tensors on `ctx`); a communication buffer is
+    what a collective was given; optimizer states and host tensors come from `roots`. The rest is the working set.
+    Memory that a kernel allocates inside itself is not seen; on CUDA the report carries torch's own statistics.
+
+    Example:
+        with MemoryTracker(model, {"optimizer": lambda: optimizer_tensors(optimizer)}) as tracker:
+            loss = model(**batch).loss
+            loss.backward()
+            with tracker.phase("step"):
+                optimizer.step()
+        tracker.report().peak  # bytes
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        roots: Roots | None = None,
+        device: torch.device | str | None = None,
+        timeline: bool = False,
+    ):
+        """
+        Args:
+            model: the module that is trained.
+            roots: further kinds, `optimizer`, `optimizer_host` or `communication`, asked for at phase changes.
+            device: the training device; tensors elsewhere count as host memory. Default: that of the parameters.
+            timeline: keep `(phase, module, bytes by kind)` at every change, for the picture.
+        """
+        super().__init__()
+        self._model = model
+        self._roots = dict(roots or {})
+        unknown = sorted(set(self._roots) - set(KINDS) - {HOST})
+        if unknown:
+            raise ValueError(f"roots must be of the kinds {[*KINDS, HOST]}, got {unknown}")
+        self._device = torch.device(device or next(model.parameters()).device).type
+        self._ledger = StorageLedger(self._note)
+        self._path = ModulePath(model)
+        self._saved = SavedActivations(model, on_save=self._on_save)
+        self._phase: str | None = None
+        self._highest: dict[str, int] = {}
+        self._peak = 0
+        self._at_peak: dict[str, int] = {}
+        self._peak_where = ("", "")
+        self._was_forward = False
+        self.timeline: list[tuple[str, str, dict[str, int]]] | None = [] if timeline else None
+
+    def __enter__(self) -> MemoryTracker:
+        for tensor in [*self._model.parameters(), *self._model.buffers()]:
+            self._put(tensor, "parameters")
+        self._grad_handles = [
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+            for p in self._model.parameters()
+            if p.requires_grad
+        ]
+        self.sync()
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._path.__enter__()
+        self._saved.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._saved.__exit__(*error)
+        self._path.__exit__(*error)
+        for handle in self._grad_handles:
+            handle.remove()
+        self.sync()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what is done inside (`step`); forward and backward are found out by themselves."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self.sync()
+            self._phase = before
+
+    def sync(self) -> None:
+        """Ask the model and the roots again which tensors are theirs."""
+        for parameter in self._model.parameters():
+            self._put(parameter, "parameters")
+            if parameter.grad is not None:
+                self._put(parameter.grad, "gradients", _UNCLAIMED)
+        for kind, tensors in self._roots.items():
+            for tensor in tensors():
+                self._put(tensor, kind)
+
+    def report(self) -> MemoryReport:
+        """The bytes seen so far."""
+        cuda = self._device == "cuda"
+        return MemoryReport(
+            **{kind: self._highest.get(kind, 0) for kind in (*KINDS, HOST)},
+            peak=self._peak,
+            peak_phase=self._peak_where[0],
+            peak_module=self._peak_where[1],
+            at_peak=dict(self._at_peak),
+            host_rss=psutil.Process().memory_info().rss,
+            cuda_peak_allocated=torch.cuda.max_memory_allocated() if cuda else None,
+            cuda_peak_reserved=torch.cuda.max_memory_reserved() if cuda else None,
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        phase = self._current_phase()
+        if phase == "forward":
+            self._was_forward = True
+        elif self._was_forward and phase == "backward":
+            self._was_forward = False
+            # What outlives the forward pass is kept for backward, whether or not a hook has seen it.
+            self._ledger.move_all("working", STATIC)
+        result = func(*args, **(kwargs or {}))
+        kind = "communication" if func.namespace == "c10d" else "working"
+        for leaf in tree_iter((args, result) if kind == "communication" else result):
+            if isinstance(leaf, torch.Tensor):
+                self._put(leaf, kind, _WORKING)
+        return result
+
+    def _put(self, tensor: torch.Tensor, kind: str, only_from: frozenset[str] | None = None) -> None:
+        for plain in plain_tensors(tensor):
+            if plain.device.type != self._device:
+                self._ledger.put(plain, HOST)
+            elif plain.untyped_storage().nbytes():
+                self._ledger.put(plain, kind, only_from)
+
+    def _on_save(self, tensor: torch.Tensor, kind: str) -> None:
+        self._put(tensor, kind, _WORKING | {DYNAMIC})
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._put(parameter.grad, "gradients", _UNCLAIMED)
+
+    def _current_phase(self) -> str:
+        if self._phase is not None:
+            return self._phase
+        # A checkpoint's recomputation runs modules inside the backward pass, so this is asked first.
+        if torch._C._current_graph_task_id() != -1:
+            return "backward"
+        return "forward" if self._path.in_forward else "other"
+
+    def _note(self) -> None:
+        live = self._ledger.live
+        for kind, size in live.items():
+            if size > self._highest.get(kind, 0):
+                self._highest[kind] = size
+        device_total = self._ledger.total - live.get(HOST, 0)
+        if device_total > self._peak:
+            self._peak = device_total
+            self._at_peak = {kind: size for kind, size in live.items() if size and kind != HOST}
+            self._peak_where = (self._current_phase(), self._path.current)
+        if self.timeline is not None:
+            self.timeline.append((self._current_phase(), self._path.current, dict(live)))
