@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -63,7 +64,7 @@ class StorageLedger:
         key, size = storage._cdata, storage.nbytes()
         entry = self._entries.get(key)
         if entry is None:
-            reference = weakref.ref(storage, lambda _, key=key: self._forget(key))
+            reference = weakref.ref(storage, partial(self._forget, key))
             self._entries[key] = [reference, size, kind]
             self._book(kind, size)
         elif entry[2] != kind or entry[1] != size:
@@ -89,7 +90,7 @@ class StorageLedger:
         self.live[kind] = self.live.get(kind, 0) + size
         self.total += 0 if moved else size
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: object) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._book(entry[2], -entry[1])

@@ -177,6 +177,10 @@ class MemoryTracker(TorchDispatchMode):
             return "backward"
         return "forward" if self._path.in_forward else "other"
 
+    def _where(self) -> tuple[str, str]:
+        phase = self._current_phase()
+        return phase, self._path.current if phase in ("forward", "backward") else ""
+
     def _note(self) -> None:
         live = self._ledger.live
         for kind, size in live.items():
@@ -186,6 +190,6 @@ class MemoryTracker(TorchDispatchMode):
         if device_total > self._peak:
             self._peak = device_total
             self._at_peak = {kind: size for kind, size in live.items() if size and kind != HOST}
-            self._peak_where = (self._current_phase(), self._path.current)
+            self._peak_where = self._where()
         if self.timeline is not None:
-            self.timeline.append((self._current_phase(), self._path.current, dict(live)))
+            self.timeline.append((*self._where(), dict(live)))

@@ -89,7 +89,7 @@ def test_an_expanded_tensor_counts_its_storage():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_tensors_count_like_real_ones(dtype):
     def build():
-        return nn.TransformerEncoderLayer(H, 2, 32, batch_first=True, dropout=0.0).to(dtype).train()
+        return nn.TransformerEncoderLayer(H, 2, 32, batch_first=True, dropout=0.0, dtype=dtype).train()
 
     model = build()
     real = count(model, torch.randn(B, S, H, dtype=dtype, requires_grad=True))

@@ -1,9 +1,12 @@
 """The tracker against torch's allocator (profiler) and against element counts."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from slimfit_ds.memory.tracker import MemoryTracker, optimizer_tensors
@@ -46,8 +49,7 @@ def train(model: nn.Module, steps: int = 2) -> MemoryTracker:
 
 def allocator_peak(work) -> int:
     """Highest sum of what torch's CPU allocator gave out during `work`, above the start."""
-    from torch.profiler import ProfilerActivity, profile
-
+    gc.collect()  # garbage of earlier tests, freed while the profiler runs, would count as freed here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,0 +1,59 @@
+"""Traffic counted against the sizes of the tensors that were sent."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from slimfit_ds.memory.traffic import SWITCH, TrafficCounter, count_if_asked
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_payload_of_each_collective(group):
+    x, out = torch.zeros(100), torch.zeros(100)
+    with TrafficCounter() as traffic:
+        dist.all_reduce(x)
+        dist.broadcast(x.bfloat16(), 0)
+        dist.all_gather_into_tensor(out, x)
+        dist.all_gather([out], x)
+        dist.reduce_scatter_tensor(out, x)
+    assert traffic.bytes == {
+        "all_reduce": 400,
+        "broadcast": 200,
+        "all_gather_into_tensor": 400,
+        "all_gather": 400,
+        "reduce_scatter_tensor": 400,
+    }
+    assert traffic.total == 1800
+    assert set(traffic.calls.values()) == {1}
+    traffic.reset()
+    dist.all_reduce(x)
+    assert traffic.total == 0
+
+
+def test_through_deepspeed_style_keywords(group):
+    with TrafficCounter() as traffic:
+        dist.all_reduce(tensor=torch.zeros(10))
+        dist.reduce_scatter_tensor(output=torch.zeros(10), input=torch.zeros(10))
+    assert traffic.bytes == {"all_reduce": 40, "reduce_scatter_tensor": 40}
+
+
+def test_functions_are_restored():
+    before = dist.all_reduce
+    with TrafficCounter():
+        assert dist.all_reduce is not before
+    assert dist.all_reduce is before
+
+
+def test_switch(monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
+    assert count_if_asked() is None
+    monkeypatch.setenv(SWITCH, "1")
+    counter = count_if_asked()
+    assert counter is not None
+    counter.remove()
