@@ -1,0 +1,165 @@
+"""Group-wise absmax integers: each group of consecutive elements shares one 16-bit scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
+from slimfit_ds.activations.codecs.rounding import RandomBits
+
+__all__ = ["INT2", "INT4", "INT8", "UINT8", "AbsmaxCodec", "IntegerGrid", "Rounding"]
+
+Rounding = Literal["nearest", "stochastic"]
+
+# Below it a group's step would leave fp32's normal range, where devices disagree (flush to zero).
+TINY_PEAK = 2.0**-100
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """The levels that a group is rounded to: `(code - zero) * step`, `step = absmax / half_width`.
+
+    Attributes:
+        bits: width of a stored code.
+        zero: the code, perhaps a half-integer, that stands for 0.
+        half_width: the largest representable magnitude in steps.
+        signed: codes are stored as int8 rather than uint8.
+    """
+
+    bits: int
+    zero: float
+    half_width: float
+    signed: bool = False
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.signed else torch.uint8
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return round(self.zero - self.half_width), round(self.zero + self.half_width)
+
+
+INT8 = IntegerGrid(bits=8, zero=0, half_width=127, signed=True)
+INT4 = IntegerGrid(bits=4, zero=7, half_width=7)
+# Four levels -1, -1/3, 1/3, 1 of the absmax; a grid with an exact zero would waste one of the four codes.
+INT2 = IntegerGrid(bits=2, zero=1.5, half_width=1.5)
+# For values that are never negative (softmax probabilities): 0 is a level.
+UINT8 = IntegerGrid(bits=8, zero=0, half_width=255)
+
+
+class AbsmaxCodec(FloatCodec):
+    """Rounds each group of consecutive elements to integers times a bf16 step.
+
+    Groups run along the elements in memory order; the last one may be shorter. The step is rounded up to
+    bf16, so no element is clipped and, with `step <= absmax / half_width * (1 + 2^-7)`, the error is at most
+    half a step (nearest) or below one step (stochastic, unbiased up to 2^-16 of a step).
+
+    A group that holds an infinity or a NaN decodes to NaN throughout, so that an overflow stays visible.
+    A group whose absmax is below 2^-100 decodes to zeros.
+
+    Args:
+        name: the registered name.
+        grid: the integer levels.
+        group: elements per scale, a multiple of 8.
+        rounding: nearest (ties to even) or stochastic.
+        seed: seed of the codec's own random bits.
+    """
+
+    def __init__(
+        self, name: str, grid: IntegerGrid, group: int, rounding: Rounding = "nearest", seed: int = 0
+    ):
+        if group < 8 or group % 8:
+            raise ValueError(f"group must be a positive multiple of 8, got {group}")
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+        self.name = name
+        self.grid = grid
+        self.group = group
+        self.rounding = rounding
+        self.unbiased = rounding == "stochastic"
+        self._random = RandomBits(seed)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
+        groups = -(-numel // self.group)
+        return (self.grid.code_dtype, packed_bytes(numel, self.grid.bits)), (torch.bfloat16, groups)
+
+    def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
+        codes, steps = kept
+        bits, group = self.grid.bits, self.group
+        for start, stop in chunks(flat.numel(), flat.device, group):
+            block = flat[start:stop].float()
+            if len(block) % group:
+                block = F.pad(block, (0, -len(block) % group))
+            first, rows = start // group, len(block) // group
+            noise = None
+            if self.rounding == "stochastic":
+                noise = self._random.draw(len(block), flat.device, generator).view(-1, group)
+            block_codes = self._quantise(block.view(-1, group), noise, steps[first : first + rows])
+            pack(
+                block_codes.view(-1).view(self.grid.code_dtype)[: stop - start],
+                bits,
+                codes[start * bits // 8 : packed_bytes(stop, bits)],
+            )
+
+    def _quantise(self, block: Tensor, noise: Tensor | None, steps: Tensor) -> Tensor:
+        """int8 codes [rows, group] of fp32 `block` [rows, group]; fills bf16 `steps` [rows]."""
+        grid = self.grid
+        step, inverse = _step_of(block.abs().amax(1), grid.half_width)
+        steps.copy_(step)
+        scaled = block * inverse[:, None]
+        whole, fraction = divmod(grid.zero, 1)
+        if fraction:
+            scaled.add_(fraction)
+        if noise is not None:
+            scaled.add_(noise, alpha=2.0**-16)
+            low, high = grid.code_range
+            scaled.clamp_(low - whole, high - whole)
+        rounded = scaled.round_().to(torch.int8 if grid.signed or grid.bits < 8 else torch.uint8)
+        return rounded.add_(int(whole)) if whole else rounded
+
+    def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        codes, steps = kept
+        bits, group = self.grid.bits, self.group
+        # An integer of 8 bits and a bf16 step are exact in bf16, so their bf16 product is rounded once.
+        work = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
+        for start, stop in chunks(out.numel(), out.device, group):
+            rows = -(-(stop - start) // group)
+            step = steps[start // group : start // group + rows].to(work)[:, None]
+            block = codes[start * bits // 8 : packed_bytes(stop, bits)]
+            full = (stop - start) % group == 0
+            target = out[start:stop].view(-1, group) if full else out.new_empty(rows, group)
+            if bits == 8:
+                values = block if full else F.pad(block, (0, rows * group - len(block)))
+                torch.mul(values.view(-1, group), step, out=target)
+            else:
+                padded = block if full else F.pad(block, (0, packed_bytes(rows * group, bits) - len(block)))
+                values = target if out.dtype == work else target.new_empty(target.shape, dtype=work)
+                gather_bytes(padded, self._table(out.device, work), values.view(-1))
+                torch.mul(values, step, out=target)
+            if not full:
+                out[start:stop] = target.view(-1)[: stop - start]
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = device, dtype
+        if key not in self._tables:
+            levels = torch.arange(1 << self.grid.bits, device=device) - self.grid.zero
+            self._tables[key] = byte_table(levels.to(dtype), self.grid.bits)
+        return self._tables[key]
+
+
+def _step_of(peak: Tensor, half_width: float) -> tuple[Tensor, Tensor]:
+    """fp32 step (a bf16 value) and its inverse of each group's absmax `peak` [rows] >= 0."""
+    raw = (peak * (1.0 / half_width)).view(torch.int32)
+    step = raw.add_(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+    tiny = peak < TINY_PEAK
+    inverse = step.reciprocal().masked_fill_(tiny, 0.0)
+    step.masked_fill_(tiny, 0.0).masked_fill_(~(peak < torch.inf), torch.nan)
+    return step, inverse

@@ -1,0 +1,131 @@
+"""Quantisers given by thresholds on the magnitude: one table look-up per element, any cells at one cost.
+
+A bf16 value has 65,536 patterns, so a table over them is an exact quantiser for every set of thresholds that
+are bf16 numbers themselves; fp32 values are truncated to their upper 16 bits, which moves no value across
+such a threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
+
+__all__ = ["MagnitudeCells", "MagnitudeTableCodec", "bf16_pattern"]
+
+
+@dataclass(frozen=True)
+class MagnitudeCells:
+    """Cells of a scalar quantiser and the value that each stands for.
+
+    Attributes:
+        bits: width of a code: 1, 2 or 4.
+        thresholds: ascending positive bf16 values; a value's cell is the number of thresholds that its
+            magnitude reaches.
+        levels: what each of the 2^bits codes decodes to.
+        signed: the sign bit selects the upper half of the codes. Otherwise negative values fall into cell 0.
+    """
+
+    bits: int
+    thresholds: tuple[float, ...]
+    levels: tuple[float, ...]
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        cells = (1 << self.bits) // (2 if self.signed else 1)
+        if len(self.thresholds) != cells - 1 or len(self.levels) != 1 << self.bits:
+            raise ValueError(
+                f"{self.bits} bits need {cells - 1} thresholds and {1 << self.bits} levels, "
+                f"got {len(self.thresholds)} and {len(self.levels)}"
+            )
+        patterns = [bf16_pattern(t) for t in self.thresholds]
+        if patterns != sorted(set(patterns)) or (patterns and patterns[0] <= 0):
+            raise ValueError(
+                f"thresholds must be positive and ascend by distinct bf16 values, got {self.thresholds}"
+            )
+
+
+def bf16_pattern(value: float) -> int:
+    """The 16 bits of the bf16 number nearest to a value >= 0; they ascend with the value."""
+    return int(torch.tensor(value).to(torch.bfloat16).view(torch.int16))
+
+
+class MagnitudeTableCodec(FloatCodec):
+    """Stores the cell of each element.
+
+    Infinities and NaN fall into the outermost cell of their sign bit: the codec saturates. With a stored
+    root mean square they turn the whole tensor into NaN instead.
+
+    Args:
+        name: the registered name.
+        cells: thresholds and levels.
+        rms_scaled: cells and levels are in units of the tensor's root mean square, which is stored as fp32.
+    """
+
+    def __init__(self, name: str, cells: MagnitudeCells, rms_scaled: bool = False):
+        self.name = name
+        self.cells = cells
+        self.rms_scaled = rms_scaled
+        self._code_tables: dict[torch.device, Tensor] = {}
+        self._byte_tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
+        codes = (torch.uint8, packed_bytes(numel, self.cells.bits))
+        return (codes, (torch.float32, 1)) if self.rms_scaled else (codes,)
+
+    def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
+        packed = kept[0]
+        bits = self.cells.bits
+        table = self._code_table(flat.device)
+        inverse = None
+        if self.rms_scaled:
+            norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
+            kept[1].copy_(norm / math.sqrt(flat.numel()))
+            inverse = torch.where(kept[1] > 0, kept[1].reciprocal(), 0.0)
+        for start, stop in chunks(flat.numel(), flat.device, 8):
+            block = flat[start:stop] if inverse is None else flat[start:stop] * inverse
+            index = _upper_half(block).to(torch.int32)
+            pack(table.index_select(0, index), bits, packed[start * bits // 8 : packed_bytes(stop, bits)])
+
+    def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        packed = kept[0]
+        bits = self.cells.bits
+        table = self._byte_table(out.device, out.dtype)
+        for start, stop in chunks(out.numel(), out.device, 8):
+            block = packed[start * bits // 8 : packed_bytes(stop, bits)]
+            whole = len(block) * (8 // bits)
+            target = out[start:stop] if whole == stop - start else out.new_empty(whole)
+            gather_bytes(block, table, target)
+            if self.rms_scaled:
+                target.mul_(kept[1])
+            if whole != stop - start:
+                out[start:stop] = target[: stop - start]
+
+    def _code_table(self, device: torch.device) -> Tensor:
+        """uint8 [65536]: the code of each bf16 pattern."""
+        if device not in self._code_tables:
+            magnitude = torch.arange(1 << 15)
+            thresholds = torch.tensor([bf16_pattern(t) for t in self.cells.thresholds], dtype=torch.int64)
+            code = torch.bucketize(magnitude, thresholds, right=True).to(torch.uint8)
+            negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
+            self._code_tables[device] = torch.cat([code, negative]).to(device)
+        return self._code_tables[device]
+
+    def _byte_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = device, dtype
+        if key not in self._byte_tables:
+            levels = torch.tensor(self.cells.levels, dtype=torch.float64).to(device, dtype)
+            self._byte_tables[key] = byte_table(levels, self.cells.bits)
+        return self._byte_tables[key]
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """The upper 16 bits of each value as fp32: uint16 [n], strided for fp32."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.uint16)
+    return x.float().view(torch.uint16)[1::2]

@@ -1,0 +1,76 @@
+"""Small integer codes side by side in bytes, and tables that turn a packed byte into its values."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["byte_table", "gather_bytes", "pack", "packed_bytes", "unpack_bits"]
+
+# Per width: the integer that spans the codes of one byte, and the multiplier that gathers them in the top
+# byte of that integer. For 2 bits, codes c0..c3 lie in bytes 0..3; the sum of shifts by 24, 18, 12 and 6
+# puts c_k at bit 24 + 2k, and everything above bit 31 falls off.
+_GATHER: dict[int, tuple[torch.dtype, int]] = {
+    4: (torch.int16, (1 << 8) + (1 << 4)),
+    2: (torch.int32, sum(1 << (24 - 6 * k) for k in range(4))),
+    1: (torch.int64, sum(1 << (56 - 7 * k) for k in range(8))),
+}
+# Widest first: gathering few wide items costs less than many narrow ones.
+_WIDE = (torch.complex128, torch.int64, torch.int32, torch.int16)
+
+
+def packed_bytes(numel: int, bits: int) -> int:
+    """Bytes that `numel` codes of `bits` bits take."""
+    return -(-numel * bits // 8)
+
+
+def pack(codes: Tensor, bits: int, out: Tensor) -> None:
+    """Pack codes below 2^bits; the first code of a byte takes its lowest bits.
+
+    Args:
+        codes: uint8 [n], contiguous.
+        bits: 1, 2, 4 or 8.
+        out: uint8 [ceil(n * bits / 8)], filled; the bits after the last code become zero.
+    """
+    if bits == 8:
+        out.copy_(codes)
+        return
+    per_byte = 8 // bits
+    if codes.numel() % per_byte:
+        codes = F.pad(codes, (0, -codes.numel() % per_byte))
+    wide, multiplier = _GATHER[bits]
+    # Slices of a larger tensor may start anywhere, but a view as a wider integer needs its alignment.
+    if codes.storage_offset() % wide.itemsize:
+        codes = codes.clone()
+    gathered = codes.view(wide) * multiplier
+    out.copy_(gathered.bitwise_right_shift_(8 * (wide.itemsize - 1)))
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """The bits of bytes, lowest first: bool [8 n] from uint8 [n]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).view(-1).to(torch.bool)
+
+
+def byte_table(levels: Tensor, bits: int) -> Tensor:
+    """The values of each of the 256 packed bytes: [256, 8 / bits] from levels [2^bits], in their dtype."""
+    byte = torch.arange(256, device=levels.device)
+    shifts = torch.arange(0, 8, bits, device=levels.device)
+    return levels[(byte[:, None] >> shifts) & ((1 << bits) - 1)].contiguous()
+
+
+def gather_bytes(packed: Tensor, table: Tensor, out: Tensor) -> None:
+    """Replace each packed byte by its values.
+
+    Args:
+        packed: uint8 [n].
+        table: [256, per_byte], from `byte_table`.
+        out: the dtype of `table` [n * per_byte], filled.
+    """
+    row_bytes = table.shape[1] * table.element_size()
+    wide = next(w for w in _WIDE if row_bytes % w.itemsize == 0)
+    if row_bytes == wide.itemsize and out.storage_offset() * out.element_size() % wide.itemsize == 0:
+        torch.index_select(table.view(wide).view(-1), 0, packed.to(torch.int32), out=out.view(wide))
+    else:
+        torch.index_select(table, 0, packed.to(torch.int32), out=out.view(-1, table.shape[1]))

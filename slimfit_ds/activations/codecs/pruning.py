@@ -1,0 +1,47 @@
+"""The paper's pruning of a normalised input to its largest magnitudes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout
+
+__all__ = ["TopK"]
+
+_INT32_MAX = 2**31 - 1
+
+
+class TopK(FloatCodec):
+    """Keeps the largest magnitudes of the whole tensor as values and int32 indices; the rest decodes to 0.
+
+    NaN counts as the largest magnitude, so it is kept.
+
+    Source: SlimFit paper (LayerNorm with a frozen weight, 10 %); its code selects over the flattened tensor.
+
+    Args:
+        name: the registered name.
+        share: share of the elements that is kept, in (0, 1].
+    """
+
+    def __init__(self, name: str, share: float = 0.1):
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        self.name = name
+        self.share = share
+
+    def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
+        kept = int(numel * self.share)
+        return (dtype, kept), (torch.int32, kept)
+
+    def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
+        values, indices = kept
+        if flat.numel() > _INT32_MAX:
+            raise ValueError(f"{self.name} indexes up to {_INT32_MAX} elements, got {flat.numel()}")
+        chosen = flat.abs().topk(len(values), sorted=False).indices
+        indices.copy_(chosen)
+        torch.index_select(flat, 0, chosen, out=values)
+
+    def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        values, indices = kept
+        out.zero_().scatter_(0, indices.to(torch.int64), values)
