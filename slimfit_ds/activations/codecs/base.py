@@ -144,7 +144,7 @@ def _flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The elements of `x` in memory order [numel] without a copy when it is dense, and its dimension order."""
     if x.is_contiguous():
         return x.view(-1), ()
-    order = tuple(sorted(range(x.dim()), key=lambda dim: (-x.stride(dim), dim)))
+    order = tuple(sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim)))
     permuted = x.permute(order)
     if permuted.is_contiguous():
         return permuted.view(-1), order

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -27,7 +28,7 @@ class NormalCodebook(MagnitudeTableCodec):
         super().__init__(name, lloyd_max_normal(bits))
 
 
-@lru_cache(maxsize=None)
+@cache
 def lloyd_max_normal(bits: int) -> MagnitudeCells:
     """The optimal quantiser of N(0, 1) with 2^bits levels, thresholds rounded to bf16.
 
@@ -42,7 +43,7 @@ def lloyd_max_normal(bits: int) -> MagnitudeCells:
     thresholds: list[float] = []
     change = 1.0
     while change > 1e-13:
-        thresholds = [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+        thresholds = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
         previous, levels = levels, _cell_means(thresholds)
         change = max(abs(a - b) for a, b in zip(previous, levels, strict=True))
     rounded = [torch.tensor(t).to(torch.bfloat16).item() for t in thresholds]

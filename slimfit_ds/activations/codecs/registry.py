@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import cache
 
 from slimfit_ds.activations.codecs.base import Codec
 
@@ -47,6 +47,6 @@ def get_codec(name: str, **options: Hashable) -> Codec:
     return _build(name, tuple(sorted(options.items())))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build(name: str, options: tuple[tuple[str, Hashable], ...]) -> Codec:
     return _FACTORIES[name](**dict(options))

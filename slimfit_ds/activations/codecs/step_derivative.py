@@ -7,10 +7,11 @@ of `f'` over that cell, costs fewer bits for the same error than storing `x` coa
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class StepDerivative(MagnitudeTableCodec):
         super().__init__(f"{activation}_step{bits}", cells, rms_scaled=function.scales_with_input)
 
 
-@lru_cache(maxsize=None)
+@cache
 def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> MagnitudeCells:
     """The cells of least mean squared error of f' for x ~ N(0, scale^2) among all with bf16 thresholds.
 
@@ -122,7 +123,7 @@ def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> Magnitud
     bounds = _best_partition(weight, first, second, cells)
     means = [
         float((first[stop] - first[start]) / (weight[stop] - weight[start]))
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        for start, stop in itertools.pairwise(bounds)
     ]
     thresholds = [float(edges[i]) for i in bounds[1:-1]]
     if activation.antisymmetric:

@@ -1,0 +1,113 @@
+"""Column-row sampling: an active linear layer keeps a few of its input's rows, and its gradient stays unbiased.
+
+The weight gradient of a linear layer is a sum over tokens, `sum_i g_i x_i^T`. Winner-take-all column-row
+sampling keeps the rows of largest probability for certain and samples the rest.
+
+Source: Liu et al., "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Models",
+NeurIPS 2023, theorem 2 (the estimator) and section 3.2 (the number of winners).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SampledRows", "sample_rows"]
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Some rows of a linear layer's input, with the weights that keep sums over rows unbiased.
+
+    Attributes:
+        rows: the kept rows [keep, features]; a row that was drawn twice stands here twice.
+        index: where each stood, int32 [keep].
+        weight: its weight in a sum over all rows, fp32 [keep]; 1 for the winners.
+    """
+
+    rows: Tensor
+    index: Tensor
+    weight: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the stored tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.rows, self.index, self.weight))
+
+    def weight_gradient(self, grad_output: Tensor) -> Tensor:
+        """Unbiased estimate of `grad_output^T x`.
+
+        Args:
+            grad_output: gradient of the layer's output [tokens, out].
+
+        Returns:
+            [out, features], in the dtype of the rows.
+        """
+        chosen = grad_output.index_select(0, self.index)
+        weighted = (chosen * self.weight[:, None]).to(self.rows.dtype)
+        return weighted.t() @ self.rows
+
+
+@torch.no_grad()
+def sample_rows(
+    x: Tensor, keep: int, *, importance: Tensor | None = None, generator: torch.Generator | None = None
+) -> SampledRows:
+    """Keep `keep` of the rows of `x`.
+
+    With probabilities p proportional to the importance, in descending order, the first c rows are kept for
+    certain; c minimises (1 - p_1 - ... - p_c) / (keep - c), which bounds the variance of the sampled rest.
+    The rest is drawn in strata, one row from each, which keeps the estimate unbiased and lowers the variance
+    further. Non-finite importance makes the weights, and so the gradient, NaN.
+
+    Args:
+        x: the layer's input [tokens, features].
+        keep: how many rows to keep, at least 1; all of them when there are no more.
+        importance: non-negative [tokens], positive wherever a row contributes. The best is
+            |x_i| |g_i|; by default |x_i|, all that is known in the forward pass.
+        generator: for the draws, on the device of `x`.
+
+    Raises:
+        ValueError: `keep` is below 1, or a shape is wrong.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x must be [tokens, features], got shape {tuple(x.shape)}")
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    tokens = len(x)
+    if importance is not None and importance.shape != (tokens,):
+        raise ValueError(f"importance must have shape ({tokens},), got {tuple(importance.shape)}")
+    if keep >= tokens:
+        index = torch.arange(tokens, dtype=torch.int32, device=x.device)
+        return SampledRows(x.detach().clone(), index, torch.ones(tokens, device=x.device))
+    if importance is None:
+        importance = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    index, weight = _winners_and_samples(importance.to(torch.float64), keep, generator)
+    return SampledRows(x.index_select(0, index), index.to(torch.int32), weight.to(torch.float32))
+
+
+def _winners_and_samples(
+    importance: Tensor, keep: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Index int64 [keep] and weight float64 [keep]; no value leaves the device."""
+    # Rows of no importance at all share equally.
+    total = importance.sum()
+    importance = torch.where(total > 0, importance, torch.where(total == 0, 1.0, importance))
+    ordered, order = importance.sort(descending=True, stable=True)
+    mass = ordered / ordered.sum()
+    reached = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
+    position = torch.arange(keep, device=mass.device)
+    left = (1 - reached[:keep]).clamp_min(0)
+    winners = torch.argmin(left / (keep - position))
+    rest = left[winners]
+    drawn = keep - winners
+    uniform = torch.rand(keep, dtype=mass.dtype, device=mass.device, generator=generator)
+    target = reached[winners] + (position - winners + uniform) / drawn * rest
+    sampled = (torch.searchsorted(reached, target, right=True) - 1).clamp_(max=len(mass) - 1)
+    is_winner = position < winners
+    place = torch.where(is_winner, position, torch.maximum(sampled, winners))
+    # A stratum of no mass may land on a row of no mass; it must not add an infinite weight.
+    share = mass[place] * drawn
+    weight = torch.where(is_winner, 1.0, torch.where(share == 0, 0.0, rest / share))
+    return order[place], weight
