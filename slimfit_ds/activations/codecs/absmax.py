@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
 from slimfit_ds.activations.codecs.rounding import RandomBits
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["INT2", "INT4", "INT8", "UINT8", "AbsmaxCodec", "IntegerGrid", "Rounding"]
 
@@ -61,8 +63,8 @@ class AbsmaxCodec(FloatCodec):
     bf16, so no element is clipped and, with `step <= absmax / half_width * (1 + 2^-7)`, the error is at most
     half a step (nearest) or below one step (stochastic, unbiased up to 2^-16 of a step).
 
-    A group that holds an infinity or a NaN decodes to NaN throughout, so that an overflow stays visible.
-    A group whose absmax is below 2^-100 decodes to zeros.
+    A group that holds an infinity or a NaN decodes to NaN throughout (its codes are unspecified), so that an
+    overflow stays visible. A group whose absmax is below 2^-100 decodes to zeros.
 
     Args:
         name: the registered name.
@@ -85,7 +87,6 @@ class AbsmaxCodec(FloatCodec):
         self.rounding = rounding
         self.unbiased = rounding == "stochastic"
         self._random = RandomBits(seed)
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         groups = -(-numel // self.group)
@@ -94,6 +95,9 @@ class AbsmaxCodec(FloatCodec):
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         codes, steps = kept
         bits, group = self.grid.bits, self.group
+        if self._has_kernel(flat):
+            self._encode_in_triton(flat, codes, steps, generator)
+            return
         for start, stop in chunks(flat.numel(), flat.device, group):
             block = flat[start:stop].float()
             if len(block) % group:
@@ -128,6 +132,11 @@ class AbsmaxCodec(FloatCodec):
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         codes, steps = kept
         bits, group = self.grid.bits, self.group
+        if self._has_kernel(out):
+            from slimfit_ds.activations.codecs.triton_absmax import decode_absmax
+
+            decode_absmax(codes, steps, out, group=group, bits=bits, zero=self.grid.zero)
+            return
         # An integer of 8 bits and a bf16 step are exact in bf16, so their bf16 product is rounded once.
         work = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
         for start, stop in chunks(out.numel(), out.device, group):
@@ -147,12 +156,34 @@ class AbsmaxCodec(FloatCodec):
             if not full:
                 out[start:stop] = target.view(-1)[: stop - start]
 
+    def _has_kernel(self, x: Tensor) -> bool:
+        return runs_in_triton(x) and self.group & (self.group - 1) == 0
+
+    def _encode_in_triton(
+        self, flat: Tensor, codes: Tensor, steps: Tensor, generator: torch.Generator | None
+    ) -> None:
+        from slimfit_ds.activations.codecs.triton_absmax import encode_absmax
+
+        noise = None
+        if self.rounding == "stochastic":
+            noise = self._random.draw(flat.numel(), flat.device, generator)
+        grid = self.grid
+        encode_absmax(
+            flat,
+            codes,
+            steps,
+            noise,
+            group=self.group,
+            bits=grid.bits,
+            zero=grid.zero,
+            half_width=grid.half_width,
+            tiny_peak=TINY_PEAK,
+        )
+
+    @cache  # noqa: B019 - codecs live as long as the process, in the registry's cache
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        key = device, dtype
-        if key not in self._tables:
-            levels = torch.arange(1 << self.grid.bits, device=device) - self.grid.zero
-            self._tables[key] = byte_table(levels.to(dtype), self.grid.bits)
-        return self._tables[key]
+        levels = torch.arange(1 << self.grid.bits, device=device) - self.grid.zero
+        return byte_table(levels.to(dtype), self.grid.bits)
 
 
 def _step_of(peak: Tensor, half_width: float) -> tuple[Tensor, Tensor]:

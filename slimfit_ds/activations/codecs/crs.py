@@ -4,7 +4,7 @@ The weight gradient of a linear layer is a sum over tokens, `sum_i g_i x_i^T`. W
 sampling keeps the rows of largest probability for certain and samples the rest.
 
 Source: Liu et al., "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Models",
-NeurIPS 2023, theorem 2 (the estimator) and section 3.2 (the number of winners).
+NeurIPS 2023.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SampledRows:
 
 @torch.no_grad()
 def sample_rows(
-    x: Tensor, keep: int, *, importance: Tensor | None = None, generator: torch.Generator | None = None
+    x: Tensor, keep: int, *, generator: torch.Generator, importance: Tensor | None = None
 ) -> SampledRows:
     """Keep `keep` of the rows of `x`.
 
@@ -64,9 +64,9 @@ def sample_rows(
     Args:
         x: the layer's input [tokens, features].
         keep: how many rows to keep, at least 1; all of them when there are no more.
+        generator: for the draws, on the device of `x`; one of its own, so that no dropout mask changes.
         importance: non-negative [tokens], positive wherever a row contributes. The best is
             |x_i| |g_i|; by default |x_i|, all that is known in the forward pass.
-        generator: for the draws, on the device of `x`.
 
     Raises:
         ValueError: `keep` is below 1, or a shape is wrong.
@@ -87,9 +87,7 @@ def sample_rows(
     return SampledRows(x.index_select(0, index), index.to(torch.int32), weight.to(torch.float32))
 
 
-def _winners_and_samples(
-    importance: Tensor, keep: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def _winners_and_samples(importance: Tensor, keep: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Index int64 [keep] and weight float64 [keep]; no value leaves the device."""
     # Rows of no importance at all share equally.
     total = importance.sum()

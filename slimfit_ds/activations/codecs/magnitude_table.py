@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["MagnitudeCells", "MagnitudeTableCodec", "bf16_pattern"]
 
@@ -71,8 +73,6 @@ class MagnitudeTableCodec(FloatCodec):
         self.name = name
         self.cells = cells
         self.rms_scaled = rms_scaled
-        self._code_tables: dict[torch.device, Tensor] = {}
-        self._byte_tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         codes = (torch.uint8, packed_bytes(numel, self.cells.bits))
@@ -81,12 +81,18 @@ class MagnitudeTableCodec(FloatCodec):
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         packed = kept[0]
         bits = self.cells.bits
-        table = self._code_table(flat.device)
         inverse = None
         if self.rms_scaled:
             norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
             kept[1].copy_(norm / math.sqrt(flat.numel()))
             inverse = torch.where(kept[1] > 0, kept[1].reciprocal(), 0.0)
+        if runs_in_triton(flat):
+            from slimfit_ds.activations.codecs.triton_table import encode_table
+
+            thresholds = self._patterns(flat.device)
+            encode_table(flat, packed, thresholds, inverse, bits=bits, signed=self.cells.signed)
+            return
+        table = self._code_table(flat.device)
         for start, stop in chunks(flat.numel(), flat.device, 8):
             block = flat[start:stop] if inverse is None else flat[start:stop] * inverse
             index = _upper_half(block).to(torch.int32)
@@ -95,6 +101,12 @@ class MagnitudeTableCodec(FloatCodec):
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         packed = kept[0]
         bits = self.cells.bits
+        if runs_in_triton(out):
+            from slimfit_ds.activations.codecs.triton_table import decode_table
+
+            levels = self._levels(out.device, out.dtype)
+            decode_table(packed, levels, kept[1] if self.rms_scaled else None, out, bits=bits)
+            return
         table = self._byte_table(out.device, out.dtype)
         for start, stop in chunks(out.numel(), out.device, 8):
             block = packed[start * bits // 8 : packed_bytes(stop, bits)]
@@ -106,22 +118,29 @@ class MagnitudeTableCodec(FloatCodec):
             if whole != stop - start:
                 out[start:stop] = target[: stop - start]
 
+    @cache  # noqa: B019 - codecs live as long as the process, in the registry's cache
+    def _patterns(self, device: torch.device) -> Tensor:
+        """int32 [cells - 1]: the bf16 pattern of each threshold."""
+        return torch.tensor(
+            [bf16_pattern(t) for t in self.cells.thresholds], dtype=torch.int32, device=device
+        )
+
+    @cache  # noqa: B019
+    def _levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[2^bits]: the levels, rounded once."""
+        return torch.tensor(self.cells.levels, dtype=torch.float64).to(dtype).to(device)
+
+    @cache  # noqa: B019
     def _code_table(self, device: torch.device) -> Tensor:
         """uint8 [65536]: the code of each bf16 pattern."""
-        if device not in self._code_tables:
-            magnitude = torch.arange(1 << 15)
-            thresholds = torch.tensor([bf16_pattern(t) for t in self.cells.thresholds], dtype=torch.int64)
-            code = torch.bucketize(magnitude, thresholds, right=True).to(torch.uint8)
-            negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
-            self._code_tables[device] = torch.cat([code, negative]).to(device)
-        return self._code_tables[device]
+        magnitude = torch.arange(1 << 15, dtype=torch.int32, device=device)
+        code = torch.bucketize(magnitude, self._patterns(device), right=True).to(torch.uint8)
+        negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
+        return torch.cat([code, negative])
 
+    @cache  # noqa: B019
     def _byte_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        key = device, dtype
-        if key not in self._byte_tables:
-            levels = torch.tensor(self.cells.levels, dtype=torch.float64).to(device, dtype)
-            self._byte_tables[key] = byte_table(levels, self.cells.bits)
-        return self._byte_tables[key]
+        return byte_table(self._levels(device, dtype), self.cells.bits)
 
 
 def _upper_half(x: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""Triton twins of the absmax codecs: one pass over the data, bit for bit equal to the torch version.
+
+Equal only without fused multiply-adds, which round once where torch rounds twice: hence `enable_fp_fusion`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimfit_ds.activations.codecs.triton_rounding import round_to
+
+__all__ = ["decode_absmax", "encode_absmax"]
+
+_TILE = 4096
+
+
+@triton.jit
+def _encode_kernel(
+    x_ptr,
+    noise_ptr,
+    codes_ptr,
+    steps_ptr,
+    numel,
+    groups,
+    reciprocal,
+    tiny_peak,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FRACTION: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    PER_BYTE: tl.constexpr = 8 // BITS
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = offset < numel
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+
+    # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
+    pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    peak = tl.max(pattern, axis=1).to(tl.float32, bitcast=True)
+    raw = (peak * reciprocal).to(tl.int32, bitcast=True)
+    step = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    tiny = peak < tiny_peak
+    inverse = tl.where(tiny, 0.0, tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(tiny, 1.0, step)))
+    step = tl.where(tiny, 0.0, step)
+    step = tl.where(peak < float("inf"), step, float("nan"))
+    tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=row < groups)
+
+    y = x * inverse[:, None]
+    if FRACTION != 0.0:
+        y = y + FRACTION
+    if STOCHASTIC:
+        noise = tl.load(noise_ptr + offset, mask=inside, other=0).to(tl.float32)
+        y = y + noise * (1.0 / 65536.0)
+        y = tl.minimum(tl.maximum(y, LOW - WHOLE), HIGH - WHOLE)
+    # Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest, ties to even.
+    y = (y + 12582912.0) - 12582912.0
+    code = y.to(tl.int32) + WHOLE
+    if BITS == 8:
+        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
+    else:
+        code = tl.where(inside, code & ((1 << BITS) - 1), 0)
+        code = tl.reshape(code, [ROWS, GROUP // PER_BYTE, PER_BYTE])
+        shift = tl.arange(0, PER_BYTE) * BITS
+        packed = tl.sum(code << shift[None, None, :], axis=2)
+        byte = row[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
+        tl.store(codes_ptr + byte, packed.to(tl.uint8), mask=byte * PER_BYTE < numel)
+
+
+@triton.jit
+def _decode_kernel(
+    codes_ptr,
+    steps_ptr,
+    out_ptr,
+    numel,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    PER_BYTE: tl.constexpr = 8 // BITS
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = offset < numel
+    code = tl.load(codes_ptr + offset // PER_BYTE, mask=inside, other=0).to(tl.int32)
+    if BITS < 8:
+        code = (code >> ((offset % PER_BYTE) * BITS).to(tl.int32)) & ((1 << BITS) - 1)
+    step = tl.load(steps_ptr + offset // GROUP, mask=inside, other=0.0).to(tl.float32)
+    value = (code.to(tl.float32) - ZERO) * step
+    tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=inside)
+
+
+def encode_absmax(
+    flat: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    *,
+    group: int,
+    bits: int,
+    zero: float,
+    half_width: float,
+    tiny_peak: float,
+) -> None:
+    """Fill `codes` and `steps` from `flat`.
+
+    Args:
+        flat: fp32, bf16 or fp16 [numel].
+        codes: int8 or uint8 [ceil(numel * bits / 8)].
+        steps: bf16 [ceil(numel / group)].
+        noise: odd int16 [numel or more] for stochastic rounding, None for nearest.
+        group: elements per step, a power of two.
+        bits, zero, half_width: the integer grid.
+        tiny_peak: groups whose absmax is below get step 0.
+    """
+    whole, fraction = divmod(zero, 1)
+    rows = max(_TILE // group, 1)
+    with torch.cuda.device_of(flat):
+        _encode_kernel[(triton.cdiv(steps.numel(), rows),)](
+            flat,
+            flat if noise is None else noise,
+            codes,
+            steps,
+            flat.numel(),
+            steps.numel(),
+            1.0 / half_width,
+            tiny_peak,
+            GROUP=group,
+            ROWS=rows,
+            BITS=bits,
+            WHOLE=int(whole),
+            FRACTION=fraction,
+            LOW=round(zero - half_width),
+            HIGH=round(zero + half_width),
+            STOCHASTIC=noise is not None,
+            enable_fp_fusion=False,
+        )
+
+
+def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits: int, zero: float) -> None:
+    """Fill `out` [numel] from what `encode_absmax` stored."""
+    with torch.cuda.device_of(out):
+        _decode_kernel[(triton.cdiv(out.numel(), _TILE),)](
+            codes,
+            steps,
+            out,
+            out.numel(),
+            ZERO=zero,
+            GROUP=group,
+            BITS=bits,
+            TILE=_TILE,
+            enable_fp_fusion=False,
+        )
