@@ -1,10 +1,107 @@
-"""The `"activations"` block: how tensors kept for the backward pass are stored."""
+"""The `"activations"` block: how tensors kept for the backward pass are stored.
+
+    {"preset": "balanced",
+     "operations": {"norm": "int8"},
+     "layers": {"encoder.layer.0.*": {"attention": "exact"}},
+     "chunk_tokens": 8192}
+
+A preset is a table from operation to codec. `operations` overrides single entries for the whole model, `layers`
+for the modules whose name matches a glob (later globs win). A codec is a registered name or a mapping with options,
+`{"name": "int8", "group": 128}`.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from types import MappingProxyType
+from typing import Any
 
-__all__ = ["ActivationsConfig"]
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+__all__ = ["OPERATIONS", "PRESETS", "ActivationsConfig", "OperationTable"]
+
+CodecSpec = str | dict[str, Any]
+
+
+class OperationTable(BaseModel):
+    """Operation -> codec. `exact` leaves an operation to autograd as it is.
+
+    The block operation takes precedence: inside a checkpointed block nothing else is stored.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: CodecSpec = Field(
+        "exact",
+        description="input of a block, which is recomputed from it; recompute: from the input as it is",
+    )
+    norm: CodecSpec = Field("exact", description="normalised input of LayerNorm and RMSNorm")
+    consumers: CodecSpec = Field(
+        "exact", description="recompute: modules fed by a norm are recomputed from its normalised input"
+    )
+    activation: CodecSpec = Field(
+        "exact",
+        description="GELU, SiLU and the like: step4, step2 or step1 store the derivative, others the input",
+    )
+    attention: CodecSpec = Field("exact", description="queries, keys and values")
+    probabilities: CodecSpec = Field(
+        "recompute", description="softmax output: recompute from the stored queries and keys, or a codec"
+    )
+    dropout: CodecSpec = Field(
+        "exact", description="replay: random state instead of a mask; mask: one bit per element"
+    )
+    linear: CodecSpec = Field("exact", description="input of a linear layer or convolution that trains")
+    wide_linear: CodecSpec = Field("exact", description="the same where the input is wider than the output")
+    product: CodecSpec = Field(
+        "exact", description="other tensors a block keeps, such as the factors of gate * up"
+    )
+
+
+OPERATIONS = tuple(OperationTable.model_fields)
+
+PRESETS = MappingProxyType(
+    {
+        "exact": OperationTable(),
+        # Ardakani et al. 2023 (arXiv 2305.18513), section 4: for comparison with their numbers.
+        "paper": OperationTable(
+            norm="topk10",
+            activation="fixed4",
+            attention="fixed8",
+            probabilities="ufixed8",
+            wide_linear="fixed8",
+        ),
+        "balanced": OperationTable(
+            norm="lm4",
+            activation="step4",
+            attention="int8",
+            dropout="replay",
+            linear="int8",
+            wide_linear="int8",
+            product="int4",
+        ),
+        "lean": OperationTable(
+            norm="int8",
+            consumers="recompute",
+            activation="step4",
+            attention="int8",
+            dropout="replay",
+            linear="int8",
+            wide_linear="int8",
+            product="int8",
+        ),
+        "minimal": OperationTable(block="int8", norm="int8", activation="step4", dropout="replay"),
+        "ultra": OperationTable(block="int4", norm="int8", activation="step4", dropout="replay"),
+    }
+)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or the list of what is known."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 class ActivationsConfig(BaseModel):
@@ -13,3 +110,73 @@ class ActivationsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     preset: str = Field("exact", description="exact, paper, balanced, lean, minimal or ultra")
+    operations: dict[str, CodecSpec] = Field({}, description="operation -> codec, over the preset")
+    layers: dict[str, dict[str, CodecSpec]] = Field(
+        {}, description="glob of module names -> {operation: codec}, over the preset and `operations`"
+    )
+    chunk_tokens: int | None = Field(
+        8192, ge=1, description="recompute about this many tokens at a time; null: the whole batch"
+    )
+    chunk_forward: bool = Field(
+        False, description="run the forward pass of recomputed parts in the same chunks"
+    )
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"unknown preset {value!r}; {_near(value, PRESETS)}")
+        return value
+
+    @field_validator("operations")
+    @classmethod
+    def _known_operations(cls, value: dict[str, CodecSpec]) -> dict[str, CodecSpec]:
+        problems = _operation_problems(value)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _known_layer_operations(
+        cls, value: dict[str, dict[str, CodecSpec]]
+    ) -> dict[str, dict[str, CodecSpec]]:
+        problems = [
+            f"{glob!r}: {text}" for glob, table in value.items() for text in _operation_problems(table)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
+
+    def table(self, module: str | None = None) -> OperationTable:
+        """Operation -> codec for a module.
+
+        Args:
+            module: its name in the model; `None`: where no layer glob applies.
+        """
+        changes = dict(self.operations)
+        for glob, table in self.layers.items():
+            if module is not None and fnmatch.fnmatchcase(module, glob):
+                changes |= table
+        return PRESETS[self.preset].model_copy(update=changes)
+
+    def unmatched_layers(self, modules: Iterable[str]) -> list[str]:
+        """One line for each layer glob that no module name matches, with near names."""
+        names = list(modules)
+        return [
+            f"activations.layers {glob!r} matches no module; {_near(glob, names[:200])}"
+            for glob in self.layers
+            if not fnmatch.filter(names, glob)
+        ]
+
+
+def _operation_problems(table: dict[str, CodecSpec]) -> list[str]:
+    problems = [
+        f"unknown operation {name!r}, {_near(name, OPERATIONS)}" for name in table if name not in OPERATIONS
+    ]
+    problems += [
+        f"operation {name!r}: a codec given as a mapping needs a 'name', got {spec!r}"
+        for name, spec in table.items()
+        if isinstance(spec, dict) and not isinstance(spec.get("name"), str)
+    ]
+    return problems
