@@ -105,11 +105,16 @@ class FreezeConfig(_Model):
 class OptimizerStatesConfig(_Model):
     """Where optimizer states live and what becomes of them while their layer is frozen."""
 
-    inactive: Literal["device", "host"] = Field("device", description="where the states of frozen layers live")
-    stale_moments: Literal["keep", "decay", "reset"] = Field(
-        "keep", description="moments of a layer that returns: as they were, decayed by the missed steps, or zero"
+    inactive: Literal["device", "host"] = Field(
+        "device", description="where the states of frozen layers live"
     )
-    precision: Literal["fp32", "8bit"] = Field("fp32", description="storage of Adam's moments (8bit: torchao)")
+    stale_moments: Literal["keep", "decay", "reset"] = Field(
+        "keep",
+        description="moments of a layer that returns: as they were, decayed by the missed steps, or zero",
+    )
+    precision: Literal["fp32", "8bit"] = Field(
+        "fp32", description="storage of Adam's moments (8bit: torchao)"
+    )
     bf16_weights: Literal["master", "stochastic_rounding"] = Field(
         "master", description="bf16 training with fp32 master weights, or without and rounded stochastically"
     )
@@ -190,7 +195,9 @@ def _suggestion(model: type[BaseModel], path: list[str]) -> str:
     current: Any = model
     for part in path[:-1]:
         field = current.model_fields.get(part) if isinstance(current, type) else None
-        candidates = getattr(field.annotation, "__args__", (field.annotation,)) if field is not None else ()
+        candidates: tuple[Any, ...] = ()
+        if field is not None:
+            candidates = getattr(field.annotation, "__args__", (field.annotation,))
         current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if current is None:
             return ""

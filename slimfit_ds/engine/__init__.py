@@ -1,0 +1,1 @@
+"""The rooms that know DeepSpeed: the engine, the freeze-aware ZeRO optimizers, checkpoints."""

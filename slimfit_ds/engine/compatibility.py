@@ -1,0 +1,127 @@
+"""What the freeze-aware engine works with; everything else is refused before anything is built.
+
+The table in docs/composability.md says the same in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from slimfit_ds.config import SlimFitConfig
+
+__all__ = ["config_problems"]
+
+
+def _get(config: Mapping[str, Any], *path: str) -> Any:
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _offloads(config: Mapping[str, Any], what: str) -> bool:
+    device = _get(config, "zero_optimization", what, "device")
+    return _get(config, "zero_optimization", what) is not None and device not in (None, "none")
+
+
+def _on(config: Mapping[str, Any], block: str) -> bool:
+    return bool(_get(config, block, "enabled"))
+
+
+def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Module | None) -> list[str]:
+    """Every setting of a DeepSpeed configuration that freezing cannot be combined with.
+
+    Args:
+        config: the DeepSpeed configuration.
+        slim: its parsed `"slimfit"` block.
+        model: the model, where there is one already.
+
+    Returns:
+        A line each: the key, its value, the remedy. Empty: all is well.
+    """
+    problems: list[str] = []
+    stage = _get(config, "zero_optimization", "stage") or 0
+    zero3 = stage == 3
+
+    def refuse(condition: Any, text: str) -> None:
+        if condition:
+            problems.append(text)
+
+    refuse(stage not in (0, 1, 2, 3), f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    refuse(
+        not zero3 and _offloads(config, "offload_optimizer"),
+        "zero_optimization.offload_optimizer keeps stale gradients of frozen layers on the host: "
+        'remove it and set "slimfit": {"optimizer_states": {"inactive": "host"}}',
+    )
+    refuse(
+        zero3
+        and _offloads(config, "offload_optimizer")
+        and _get(config, "zero_optimization", "offload_optimizer", "device") == "nvme",
+        "zero_optimization.offload_optimizer.device 'nvme' cannot skip frozen layers: use 'cpu'",
+    )
+    refuse(
+        zero3 and slim.optimizer_states.precision != "fp32",
+        f"slimfit.optimizer_states.precision {slim.optimizer_states.precision!r} needs ZeRO stage 0, 1 or 2, "
+        "got stage 3: use 'fp32' or another stage",
+    )
+    refuse(
+        zero3 and slim.optimizer_states.bf16_weights != "master",
+        "slimfit.optimizer_states.bf16_weights 'stochastic_rounding' needs ZeRO stage 0, 1 or 2, "
+        "got stage 3: use 'master' or another stage",
+    )
+    refuse(
+        slim.optimizer_states.bf16_weights != "master" and not _on(config, "bf16"),
+        "slimfit.optimizer_states.bf16_weights 'stochastic_rounding' needs bf16.enabled true",
+    )
+    for path, remedy in (
+        (("zero_optimization", "zenflow"), "remove it: ZenFlow chooses what to update itself"),
+        (("zero_optimization", "zero_quantized_gradients"), "set it to false"),
+        (
+            ("zero_optimization", "elastic_checkpoint"),
+            "remove it: SlimFit checkpoints reload on any world size",
+        ),
+        (("hybrid_engine", "enabled"), "set it to false"),
+        (
+            ("compile", "deepcompile"),
+            "set it to false: a graph compiled for one active set is wrong for the next",
+        ),
+        (("sparse_gradients",), "set it to false"),
+        (("fp16", "auto_cast"), "cast inputs in the model instead"),
+    ):
+        value = _get(config, *path)
+        refuse(value, f"{'.'.join(path)} is {value!r}, which freezing does not support: {remedy}")
+    tensor_parallel = _get(config, "tensor_parallel", "autotp_size") or 0
+    refuse(
+        tensor_parallel > 1,
+        f"tensor_parallel.autotp_size is {tensor_parallel}: layers cut over ranks are not supported, use 1",
+    )
+    refuse(
+        _get(config, "managed_gradient_accumulation") is False,
+        "managed_gradient_accumulation is false: the active set changes at boundaries that DeepSpeed counts",
+    )
+    if model is not None:
+        problems += _model_problems(model)
+    return problems
+
+
+def _model_problems(model: nn.Module) -> list[str]:
+    problems = []
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "PipelineModule" in classes:
+        problems.append(
+            "the model is a deepspeed PipelineModule: pipeline parallelism is not supported, pass a plain module"
+        )
+    if "MoE" in classes or "MOELayer" in classes:
+        problems.append(
+            "the model holds deepspeed MoE layers: expert parallelism is not supported "
+            "(experts of transformers models are, as ordinary layers)"
+        )
+    if "OptimizedModule" in classes:
+        problems.append(
+            "the model is compiled by torch.compile: each new active set would recompile it (limit 8); "
+            "pass the plain model, and compile single blocks if you need it"
+        )
+    return problems

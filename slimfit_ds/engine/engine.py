@@ -1,0 +1,227 @@
+"""A DeepSpeed engine that trains a few layers at each step and leaves the others alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.engine import checkpoint, weights
+from slimfit_ds.engine.active_set_check import check_active_set
+from slimfit_ds.engine.freeze_zero import FreezeZeroOptimizer
+from slimfit_ds.engine.sharding import Sharding
+from slimfit_ds.engine.units import build_units
+from slimfit_ds.freezing import FreezeSchedule, discover
+from slimfit_ds.freezing.statistics import STATISTICS
+from slimfit_ds.optim.rules import rule_of
+
+__all__ = ["SlimFitEngine"]
+
+# Private methods of DeepSpeedEngine that are overridden here: if one of them is gone, freezing would
+# silently not happen.
+_OVERRIDDEN = (
+    "_configure_basic_optimizer",
+    "_configure_optimizer",
+    "_configure_zero_optimizer",
+    "_do_optimizer_sanity_check",
+    "_scheduler_from_config",
+    "_take_model_step",
+    "allreduce_gradients",
+    "clip_fp32_gradients",
+    "load_checkpoint",
+    "save_checkpoint",
+    "zero_grad",
+)
+
+
+class SlimFitEngine(DeepSpeedEngine):
+    """DeepSpeed's engine with a freeze schedule; made by `slimfit_ds.initialize`.
+
+    Attributes:
+        schedule: the freeze schedule.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        missing = [name for name in _OVERRIDDEN if not hasattr(DeepSpeedEngine, name)]
+        if missing:
+            raise RuntimeError(f"this DeepSpeed lacks {missing}; install deepspeed==0.19.*")
+        self.slimfit_config = SlimFitConfig.parse(kwargs["config"]["slimfit"])
+        super().__init__(*args, **kwargs)
+        if self.optimizer is None:
+            raise ConfigError(["optimizer: freezing needs one; add it to the DeepSpeed config or pass it"])
+        if self.slimfit_config.activations.preset != "exact":
+            from slimfit_ds.activations.apply import compress
+
+            self.compression = compress(self.module, self.slimfit_config.activations)
+        self._apply_active_set()
+
+    def _configure_optimizer(self, client_optimizer, model_parameters):
+        self.roles = discover(self.module)
+        self.schedule = FreezeSchedule(self.roles.layers, self.slimfit_config.freeze)
+        super()._configure_optimizer(client_optimizer, model_parameters)
+
+    def _configure_basic_optimizer(self, model_parameters):
+        """A torch optimizer that only carries hyperparameters: no kernels to build, no states."""
+        if self.zero_optimization_stage() == ZeroStageEnum.weights:
+            return super()._configure_basic_optimizer(model_parameters)
+        options = dict(self.optimizer_params() or {})
+        options.pop("torch_adam", None)
+        decoupled = options.pop("adam_w_mode", True)
+        name = str(self.optimizer_name()).lower()
+        classes = {
+            "adamw": torch.optim.AdamW,
+            "adam": torch.optim.AdamW if decoupled else torch.optim.Adam,
+            "sgd": torch.optim.SGD,
+        }
+        if name not in classes:
+            raise ConfigError(
+                [
+                    f"optimizer.type {self.optimizer_name()!r} cannot step single layers; use AdamW, Adam or SGD"
+                ]
+            )
+        return classes[name](model_parameters, **options)
+
+    def _do_optimizer_sanity_check(self, basic_optimizer):
+        """Every stage and dtype goes through the freeze-aware optimizers."""
+        return ZERO_OPTIMIZATION
+
+    def _configure_zero_optimizer(self, optimizer):
+        slim = self.slimfit_config
+        if self.zero_optimization_stage() == ZeroStageEnum.weights:
+            from slimfit_ds.engine.freeze_zero3 import configure_zero3
+
+            return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
+        stage = int(self.zero_optimization_stage())
+        sharding = Sharding(
+            self.seq_data_parallel_group,
+            sharded=stage > 0,
+            reduce_bucket=int(self.zero_reduce_bucket_size()),
+            gather_bucket=int(self.zero_allgather_bucket_size()),
+            average=self.gradient_average,
+        )
+        units = build_units(self.module, self.roles, optimizer.param_groups, slim.freeze.train_biases)
+        dtype = self.get_data_types()[0]
+        return FreezeZeroOptimizer(
+            optimizer,
+            rule_of(optimizer),
+            units,
+            sharding,
+            stage,
+            slim.optimizer_states,
+            STATISTICS[slim.freeze.statistic],
+            CreateLossScaler(
+                dtype, self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
+            ),
+            clip=self.gradient_clipping(),
+            communication_dtype=self._config.communication_data_type or torch.float32,
+            seed=slim.freeze.seed,
+        )
+
+    def _scheduler_from_config(self, optimizer):
+        """Schedulers of torch want a torch optimizer; it holds the same parameter groups."""
+        return super()._scheduler_from_config(self.basic_optimizer)
+
+    def allreduce_gradients(self, bucket_size=0):
+        if not isinstance(self.optimizer, FreezeZeroOptimizer):
+            return super().allreduce_gradients(bucket_size)
+        boundary = self.is_gradient_accumulation_boundary()
+        self.optimizer.set_gradient_accumulation_boundary(boundary)
+        self.optimizer.collect_gradients(boundary)
+
+    def clip_fp32_gradients(self):
+        """The optimizer clips by the norm of the reduced gradients; these are still local."""
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def _take_model_step(self, lr_kwargs):
+        super()._take_model_step(lr_kwargs)
+        if not self.optimizer.overflow:
+            # A skipped step is tried again with the same layers and the next batch.
+            self.schedule.advance(self.optimizer.layer_statistics)
+            self._apply_active_set()
+
+    def _apply_active_set(self) -> None:
+        every = self.slimfit_config.freeze.check_interval
+        if every and self.schedule.step % every == 0:
+            check_active_set(self.schedule, self.seq_data_parallel_group, self.device)
+        self.optimizer.set_active(self.schedule.active)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Every freezable layer, by the name of its weight, in model order."""
+        return self.schedule.names
+
+    @property
+    def active_layers(self) -> frozenset[str]:
+        """The layers that train in the coming step."""
+        return self.schedule.active_names
+
+    @property
+    def update_statistics(self) -> dict[str, float]:
+        """The latest statistic of each layer that has trained."""
+        return {self.schedule.names[i]: value for i, value in sorted(self.schedule.statistics.items())}
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes that this rank holds now, by kind.
+
+        `saved_activations_*` and `peak` are there when a `MemoryTracker` watched a step.
+        """
+        parameters = {p.data.untyped_storage().data_ptr(): p.data for p in self.module.parameters()}
+        report = {"parameters": sum(t.untyped_storage().nbytes() for t in parameters.values())}
+        report |= self.optimizer.state_bytes()
+        return {**report, **self._tracked_memory}
+
+    _tracked_memory: Mapping[str, int] = {}
+
+    def record_memory(self, report: Mapping[str, int]) -> None:
+        """Add what a tracker measured to `memory_report`."""
+        self._tracked_memory = dict(report)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write weights, optimizer states, schedule and random states; see `engine.checkpoint`."""
+        checkpoint.save(self, save_dir, tag, client_state or {}, save_latest)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Go on from a checkpoint, of any world size and stage; see `engine.checkpoint`."""
+        path, client_state = checkpoint.load(
+            self,
+            load_dir,
+            tag,
+            optimizer_states=load_optimizer_states and not load_module_only,
+            lr_scheduler=load_lr_scheduler_states and not load_module_only,
+            schedule=not load_module_only,
+        )
+        self._apply_active_set()
+        return path, client_state
+
+    def save_pretrained(self, save_dir: str | os.PathLike) -> None:
+        """Write the model so that plain transformers loads it without this package."""
+        state = weights.gather(self.module)
+        if dist.get_rank() == 0:
+            weights.save_pretrained(self.module, state, save_dir)
+        dist.barrier()

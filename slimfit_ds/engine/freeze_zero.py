@@ -1,0 +1,354 @@
+"""The freeze-aware ZeRO optimizer of stages 0, 1 and 2.
+
+Stock ZeRO turns the missing gradient of a frozen weight into zeros and still moves the weight by
+momentum and weight decay. Here a frozen unit takes no part in anything: no gradient, no message, no
+state on the device (if states live on the host), no update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from torch import Tensor
+
+from slimfit_ds.config import OptimizerStatesConfig
+from slimfit_ds.engine.shard_files import Shard, ShardReader
+from slimfit_ds.engine.sharding import Sharding
+from slimfit_ds.engine.units import Piece, Unit, pieces
+from slimfit_ds.freezing.statistics import Statistic
+from slimfit_ds.optim.rounding import stochastic_round_bf16
+from slimfit_ds.optim.rules import UpdateRule
+from slimfit_ds.optim.state_store import LayerState, StateStore
+from slimfit_ds.optim.unit_states import UnitStates
+
+__all__ = ["FreezeZeroOptimizer"]
+
+# Elements that are updated together: bounds the float32 temporaries of a step.
+_UPDATE_ELEMENTS = 1 << 24
+
+# What DeepSpeed's dynamic loss scaler remembers.
+_SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
+
+
+class FreezeZeroOptimizer(ZeROOptimizer):
+    """Steps the active units, each of them its own shard unit.
+
+    Args:
+        optimizer: the torch optimizer whose parameter groups hold the hyperparameters; its own step
+            is never called.
+        rule: the update rule that does what this optimizer would do.
+        units: every unit that may train.
+        sharding: how units are cut over the ranks.
+        stage: ZeRO stage 0, 1 or 2; 2 reduces gradients after each micro-batch and keeps shards.
+        config: residency, precision and staleness of the states.
+        statistic: the measure of an update.
+        loss_scaler: DeepSpeed's loss scaler (static 1 unless fp16).
+        clip: largest global norm of the gradients; 0: no clipping.
+        communication_dtype: what gradients are sent in. float32 by default: few travel, and summed in
+            bf16 the norm is off by 2e-3 on two ranks.
+        seed: seed of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: UpdateRule,
+        units: Sequence[Unit],
+        sharding: Sharding,
+        stage: int,
+        config: OptimizerStatesConfig,
+        statistic: Statistic,
+        loss_scaler: Any,
+        clip: float = 0.0,
+        communication_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.optimizer = optimizer
+        self.rule = rule
+        self.units = list(units)
+        self.sharding = sharding
+        self.stage = stage
+        self.config = config
+        self.statistic = statistic
+        self.loss_scaler = loss_scaler
+        self.dynamic_loss_scale = loss_scaler.dynamic
+        self.clip_grad = clip
+        self.communication_dtype = communication_dtype
+        self.custom_loss_scaler = False
+        self.external_loss_scale = None
+        self.torch_autocast_gradscaler = None
+        self.dp_process_group = sharding.group
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self.step_count = 0
+        self.layer_statistics: dict[int, float] = {}
+        self._layout = UnitStates(rule, config)
+        device = self.units[0].device
+        self.states = StateStore(device, config.inactive, self._create_state)
+        self._active = list(units)
+        self._reduced: dict[int, Tensor] = {}
+        self._accumulated: dict[int, Tensor] = {}
+        self._present: set[int] = set()
+        self._rounding = torch.Generator(device)
+        self._seed = seed
+        self._step_scale = 1.0
+
+    # What DeepSpeed's engine and schedulers ask of an optimizer.
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict:
+        return {}
+
+    @property
+    def loss_scale(self) -> float:
+        return self.loss_scaler.cur_scale
+
+    @property
+    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        return [group["params"] for group in self.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the active units; frozen ones have none."""
+        for unit in self._active:
+            unit.drop_gradient()
+        self._reduced.clear()
+        self._accumulated.clear()
+        self._present.clear()
+
+    def set_active(self, layers: frozenset[int]) -> None:
+        """Make these layers, and the bundles of small parameters, the ones that train from now on.
+
+        Only at an accumulation boundary. States of layers that go to sleep are written back, states
+        of layers that wake up start to travel to the device.
+        """
+        chosen = [unit for unit in self.units if unit.layer is None or unit.layer in layers]
+        before = {unit.index for unit in self._active}
+        after = {unit.index for unit in chosen}
+        asleep = [unit for unit in self._active if unit.index not in after]
+        for unit in asleep:
+            unit.set_trainable(False)
+            unit.drop_gradient()
+        for unit in chosen:
+            if unit.index not in before:
+                unit.set_trainable(True)
+        self.states.write_back(unit.index for unit in asleep)
+        self.states.prefetch(after)
+        self._active = chosen
+
+    def collect_gradients(self, boundary: bool) -> None:
+        """Take in the gradients of one backward pass.
+
+        Gradients of several micro-batches are summed in float32 (in bf16 the norm is off by 2.6e-3
+        already at two).
+
+        Args:
+            boundary: this was the last micro-batch before a step.
+        """
+        live = [unit for unit in self._active if unit.has_gradient()]
+        self._present.update(unit.index for unit in live)
+        gradients = {unit.index: unit.flat_gradient() for unit in live}
+        for unit in live:
+            unit.drop_gradient()
+        accumulating = not boundary or bool(self._accumulated)
+        if self.stage == 2:
+            gradients = self._reduce(gradients)
+        if accumulating:
+            self._accumulate(gradients)
+            gradients = self._accumulated
+        if boundary:
+            self._reduced = gradients if self.stage == 2 else self._reduce(gradients)
+            self._accumulated = {}
+
+    def _accumulate(self, gradients: Mapping[int, Tensor]) -> None:
+        for index, gradient in gradients.items():
+            if index in self._accumulated:
+                self._accumulated[index].add_(gradient)
+            else:
+                self._accumulated[index] = gradient.to(torch.float32, copy=True)
+
+    def _reduce(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
+        """All active units are reduced, in order: a rank without a gradient sends zeros."""
+        for unit in self._active:
+            if unit.index not in gradients:
+                gradients[unit.index] = torch.zeros(unit.numel, dtype=unit.dtype, device=unit.device)
+        return self.sharding.reduce(self._active, gradients, self.communication_dtype)
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """Gradients are reduced by `collect_gradients`; DeepSpeed's engine may still call this."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update the active units, unless a gradient is not finite on any rank."""
+        present = self._global_norm()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        self.loss_scaler.update_scale(self.overflow)
+        self.layer_statistics = {}
+        if self.overflow:
+            return
+        factor = 1.0 / self._step_scale
+        if self.clip_grad and self._global_grad_norm > self.clip_grad:
+            factor *= self.clip_grad / (self._global_grad_norm + 1e-6)
+        stepped = [unit for unit in self._active if unit.index in present]
+        partial = self._update(stepped, factor)
+        self._publish(stepped, partial)
+        self.step_count += 1
+        for unit in self._active:
+            # A layer that took no part in the forward pass of any rank did not move.
+            if unit.layer is not None and unit.index not in present:
+                self.layer_statistics[unit.layer] = 0.0
+
+    def _global_norm(self) -> set[int]:
+        """One small all-reduce: squared norm (with overflow in it) and which units have a gradient."""
+        self._step_scale = self.loss_scale
+        shards = [self._reduced[unit.index] for unit in self._active]
+        message = torch.zeros(1 + len(self._active), dtype=torch.float32, device=self.units[0].device)
+        if shards:
+            message[0] = torch.stack(torch._foreach_norm(shards, 2.0, torch.float32)).square().sum()
+        if self.sharding.rows == 1:
+            message[0] /= self.sharding.world
+        message[1:] = torch.tensor([float(unit.index in self._present) for unit in self._active])
+        if self.sharding.world > 1:
+            dist.all_reduce(message, group=self.sharding.group)
+        squared, *flags = message.tolist()
+        self._global_grad_norm = math.sqrt(squared) / self._step_scale if squared >= 0 else math.nan
+        return {unit.index for unit, flag in zip(self._active, flags, strict=True) if flag > 0}
+
+    def _update(self, units: Sequence[Unit], factor: float) -> dict[int, Tensor]:
+        """Step the own shards; returns each unit's partial sums of the statistic."""
+        self._rounding.manual_seed((self._seed << 20) + self.step_count * 4096 + self.sharding.row)
+        sums: dict[int, Tensor] = {}
+        for group, options in enumerate(self.param_groups):
+            mine = [unit for unit in units if unit.group == group]
+            for unit in mine:
+                self._layout.refresh(self.states.get(unit.index), self.step_count, options)
+            lengths = [(unit, self._shard_length(unit.index)) for unit in mine]
+            for bucket in pieces(lengths, _UPDATE_ELEMENTS):
+                self._update_bucket(bucket, factor, options, sums)
+        for unit in units:
+            self._reduced.pop(unit.index)
+        return sums
+
+    def _update_bucket(
+        self, bucket: list[Piece], factor: float, options: Mapping[str, Any], sums: dict[int, Tensor]
+    ) -> None:
+        states = [self.states.get(piece.unit.index) for piece in bucket]
+        gradients = [
+            self._reduced[piece.unit.index][piece.start : piece.stop].to(torch.float32) for piece in bucket
+        ]
+        shards = [self.sharding.own_weights(piece.unit)[piece.start : piece.stop] for piece in bucket]
+        weights = [
+            self._layout.weight(state, piece, shard)
+            for state, piece, shard in zip(states, bucket, shards, strict=True)
+        ]
+        moments = self._layout.load(states, bucket, options)
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self.rule.update(gradients, weights, moments, [state.step for state in states], options)
+        for piece, update, weight in zip(bucket, gradients, weights, strict=True):
+            if piece.unit.layer is not None:
+                part = self.statistic.partial(update, weight)
+                known = sums.get(piece.unit.index)
+                sums[piece.unit.index] = part if known is None else known + part
+        torch._foreach_add_(weights, gradients)
+        self._layout.store(states, bucket, moments)
+        for shard, weight in zip(shards, weights, strict=True):
+            if shard.data_ptr() == weight.data_ptr():
+                continue
+            if shard.dtype is torch.bfloat16 and self.config.bf16_weights == "stochastic_rounding":
+                weight = stochastic_round_bf16(weight, self._rounding)
+            shard.copy_(weight)
+
+    def _publish(self, units: Sequence[Unit], partial: Mapping[int, Tensor]) -> None:
+        """Gather the new weights, and with them each rank's sums of the statistics."""
+        layers = [unit for unit in units if unit.layer is not None]
+        columns = self.statistic.columns
+        empty = torch.zeros(columns, device=self.units[0].device)
+        sums = [partial.get(unit.index, empty) for unit in layers]
+        sidecar = torch.cat(sums) if sums else empty[:0]
+        if not units:
+            return
+        # Added in rank order and in float64: the same bits on every rank.
+        totals = self.sharding.gather(units, sidecar).double().sum(0).view(-1, columns).tolist()
+        for unit, total in zip(layers, totals, strict=True):
+            if float(self.param_groups[unit.group]["lr"]) != 0.0:
+                assert unit.layer is not None
+                self.layer_statistics[unit.layer] = self.statistic.finish(total, unit.numel)
+
+    def _shard_length(self, index: int) -> int:
+        start, stop = self.sharding.own(self.units[index])
+        return stop - start
+
+    def _create_state(self, index: int) -> dict[str, Tensor]:
+        unit = self.units[index]
+        return self._layout.create(self.sharding.own_weights(unit), self.param_groups[unit.group])
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of optimizer states and gradients that this rank holds now."""
+        gradients = [p.grad for unit in self._active for p in unit.parameters if p.grad is not None]
+        held = [*gradients, *self._reduced.values(), *self._accumulated.values()]
+        return {
+            "optimizer": self.states.device_bytes(),
+            "optimizer_host": self.states.host_bytes(),
+            "gradients": sum(t.numel() * t.element_size() for t in held),
+        }
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
+        if self.sharding.rows == 1 and self.sharding.rank > 0:
+            return
+        for index in self.states.units:
+            unit = self.units[index]
+            own_start, own_stop = self.sharding.own(unit)
+            state = self._layout.plain(self.states.peek(index), own_stop - own_start)
+            for name, (_, start, stop) in zip(unit.names, unit.spans(), strict=True):
+                low, high = max(start, own_start), min(stop, own_stop)
+                if low < high:
+                    cut = slice(low - own_start, high - own_start)
+                    yield Shard(name, low - start, {key: t[cut] for key, t in state.tensors.items()})
+
+    def shard_steps(self) -> dict[str, list[int]]:
+        """Parameter -> its own step count and the global step of its last update."""
+        return {
+            name: [self.states.peek(index).step, self.states.peek(index).last_step]
+            for index in self.states.units
+            for name in self.units[index].names
+        }
+
+    def load_shards(self, reader: ShardReader, steps: Mapping[str, Sequence[int]]) -> None:
+        """Replace all states by saved ones, whatever cut they were saved in."""
+        self.states.clear()
+        for unit in self.units:
+            if unit.names[0] not in steps:
+                continue
+            own_start, own_stop = self.sharding.own(unit)
+            tensors = self._layout.plain_zeros(self.sharding.own_weights(unit), self.param_groups[unit.group])
+            for name, (_, start, stop) in zip(unit.names, unit.spans(), strict=True):
+                low, high = max(start, own_start), min(stop, own_stop)
+                for key, target in tensors.items():
+                    if low < high:
+                        reader.read_into(target[low - own_start : high - own_start], name, key, low - start)
+            step, last_step = steps[unit.names[0]]
+            self.states.put(unit.index, self._layout.packed(LayerState(tensors, step, last_step)))
+        active = {unit.index for unit in self._active}
+        self.states.write_back([index for index in self.states.units if index not in active])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scalars only; tensors are saved through `unit_states`."""
+        scaler = {key: value for key, value in vars(self.loss_scaler).items() if key in _SCALER_STATE}
+        return {"step_count": self.step_count, "loss_scaler": scaler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The counterpart of `state_dict`."""
+        self.step_count = int(state["step_count"])
+        if self.dynamic_loss_scale:
+            vars(self.loss_scaler).update(state["loss_scaler"])

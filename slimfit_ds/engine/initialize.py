@@ -1,0 +1,122 @@
+"""`slimfit_ds.initialize`: a drop-in for `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.engine.compatibility import config_problems
+from slimfit_ds.freezing import FreezeSchedule, discover
+
+__all__ = ["initialize", "load_config"]
+
+
+def load_config(config: Any, args: Any = None) -> dict[str, Any]:
+    """A DeepSpeed configuration as a dict, from a dict, a path, or `args.deepspeed_config`.
+
+    Raises:
+        ConfigError: no configuration, no such file, or no JSON object in it.
+    """
+    if config is None:
+        config = getattr(args, "deepspeed_config", None)
+    if config is None:
+        raise ConfigError(["config: pass a DeepSpeed configuration (a path or a dict)"])
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError([f"config: no such file: {path}"])
+    try:
+        loaded = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"config: {path} is not JSON: {error}"]) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"config: {path} must hold a JSON object, got {type(loaded).__name__}"])
+    return loaded
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Make a DeepSpeed engine that freezes layers as the `"slimfit"` block of its config says.
+
+    Arguments and return value are those of `deepspeed.initialize`; without a `"slimfit"` block it does
+    exactly what `deepspeed.initialize` does.
+
+    Returns:
+        engine, optimizer, training dataloader, learning-rate scheduler.
+
+    Raises:
+        ConfigError: all problems of the configuration at once, before any process group is made.
+
+    Example:
+        engine, _, loader, _ = slimfit_ds.initialize(
+            model=model, config="ds_configs/slimfit_zero1.json", training_data=dataset
+        )
+    """
+    import deepspeed
+
+    loaded = load_config(config if config is not None else config_params, args)
+    arguments: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "mesh_param": mesh_param,
+    }
+    if "slimfit" not in loaded:
+        return deepspeed.initialize(args=_without_config(args), config=loaded, **arguments)
+    if model is None:
+        raise ConfigError(["model: slimfit_ds.initialize needs a model, got None"])
+    slim = SlimFitConfig.parse(loaded["slimfit"])
+    problems = config_problems(loaded, slim, model)
+    try:
+        FreezeSchedule(discover(model).layers, slim.freeze)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    # DeepSpeed prints its configuration as JSON.
+    loaded["slimfit"] = slim.model_dump(mode="json")
+    from slimfit_ds.engine.engine import SlimFitEngine
+
+    # DeepSpeed has no hook for the class of its engine; it looks the name up when it is called.
+    stock = deepspeed.DeepSpeedEngine
+    deepspeed.DeepSpeedEngine = SlimFitEngine
+    try:
+        return deepspeed.initialize(args=_without_config(args), config=loaded, **arguments)
+    finally:
+        deepspeed.DeepSpeedEngine = stock
+
+
+def _without_config(args: Any) -> Any:
+    """DeepSpeed refuses a config that is given twice."""
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    import copy
+
+    plain = copy.copy(args)
+    plain.deepspeed_config = None
+    return plain

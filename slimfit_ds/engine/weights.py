@@ -1,0 +1,94 @@
+"""Whole weights of a model out of its ranks and back, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from deepspeed import comm as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slimfit_ds.config import ConfigError
+
+__all__ = ["check_names", "gather", "save_pretrained", "scatter"]
+
+
+def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones once) and persistent buffers, by name."""
+    yield from module.named_parameters()
+    persistent = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            yield name, buffer
+
+
+def _whole(tensor: Tensor, writes: bool = False):
+    """A context in which a parameter that ZeRO 3 has cut is whole."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if writes else None)
+
+
+def gather(module: nn.Module) -> dict[str, Tensor]:
+    """Every weight and buffer, whole, on the host of rank 0; an empty dict on the other ranks.
+
+    Called by every rank.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in _entries(module):
+        with _whole(tensor):
+            if dist.get_rank() == 0:
+                result[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def scatter(module: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Set every weight and buffer, in place; called by every rank.
+
+    Args:
+        read: name -> whole tensor.
+    """
+    with torch.no_grad():
+        for name, tensor in _entries(module):
+            with _whole(tensor, writes=True):
+                if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
+                    tensor.data.copy_(read(name))
+
+
+def check_names(module: nn.Module, saved: set[str]) -> None:
+    """Saved names must be the model's.
+
+    Raises:
+        ConfigError: names what is only in one of them.
+    """
+    present = {name for name, _ in _entries(module)}
+    problems = [f"only in the checkpoint: {name}" for name in sorted(saved - present)]
+    problems += [f"only in the model: {name}" for name in sorted(present - saved)]
+    if problems:
+        raise ConfigError([f"the checkpoint is of another model ({len(problems)} weights differ)", *problems])
+
+
+def save_pretrained(module: nn.Module, state: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
+    """Write a model in the layout that plain transformers loads; called by rank 0.
+
+    Args:
+        state: whole weights, from `gather`.
+    """
+    path = Path(directory)
+    save = getattr(module, "save_pretrained", None)
+    if callable(save):
+        whole = dict(state)
+        # transformers expects the second name of a tied weight as well.
+        names = {id(p): n for n, p in module.named_parameters()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            whole.setdefault(name, state[names[id(parameter)]])
+        save(path, state_dict=whole)
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), path / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,57 @@
+"""How the size of a layer's update is measured, as sums over the elements of a shard.
+
+A statistic is split so that ranks which hold shards of a layer can work it out together: `partial`
+gives a few sums over the elements at hand, the sums are added over the ranks (by whoever owns a
+process group), and `finish` turns the totals into one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["STATISTICS", "Statistic"]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A measure of an update that adds up over shards."""
+
+    columns: int
+    """How many sums `partial` gives."""
+    partial: Callable[[Tensor, Tensor], Tensor]
+    """(update `[n]`, weight before it `[n]`), both float32 -> sums `[columns]`, float32."""
+    finish: Callable[[Sequence[float], int], float]
+    """(totals of the sums, elements of the whole layer) -> the statistic."""
+
+
+def _relative_update(update: Tensor, weight: Tensor) -> Tensor:
+    magnitude = update.abs()
+    # The floor only matters where weight and update are both zero: there the share is 0 / tiny = 0.
+    floor = torch.finfo(update.dtype).tiny
+    return (magnitude / torch.maximum(magnitude, weight.abs()).clamp_min_(floor)).sum()[None]
+
+
+def _squared_norms(update: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([torch.dot(update, update), torch.dot(weight, weight)])
+
+
+def _ratio_of_norms(sums: Sequence[float], numel: int) -> float:
+    update, weight = sums
+    return math.sqrt(update / weight) if weight > 0 else float(update > 0)
+
+
+STATISTICS: dict[str, Statistic] = {
+    # The paper's mean(|dW / W|) divides by zero where a weight is zero, and a single weight near zero
+    # outweighs a million others. Here each element counts |dW| / max(|W|, |dW|): the same number
+    # wherever the update is smaller than the weight, at most 1 elsewhere, and no epsilon to tune.
+    "relative_update": Statistic(1, _relative_update, lambda sums, numel: sums[0] / max(numel, 1)),
+    # ||dW|| / ||W||: large weights count more than small ones.
+    "relative_norm": Statistic(2, _squared_norms, _ratio_of_norms),
+    # ||dW||
+    "update_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0])),
+}

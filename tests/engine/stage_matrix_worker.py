@@ -1,0 +1,144 @@
+"""Run under a launcher: one ZeRO stage, all dtypes x accumulation x clipping, against `plain_reference`.
+
+Prints one JSON line on rank 0: for each cell the largest drift of a frozen weight, the relative error
+of the gradient norm, the largest difference to the reference, and whether ranks chose the same layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from plain_reference import Reference
+from transformers import BertConfig, BertForSequenceClassification
+
+import slimfit_ds
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tiny_bert() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def batch_of(step: int, micro: int, rank: int, size: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    return {
+        "input_ids": torch.randint(0, 64, (size, 8), generator=generator),
+        "labels": torch.randint(0, 3, (size,), generator=generator),
+    }
+
+
+def full_weights(engine) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, parameter in engine.module.named_parameters():
+        gathered = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(gathered):
+            result[name] = parameter.detach().clone()
+    return result
+
+
+def run_cell(stage: int, dtype: str, accumulation: int, clip: float, steps: int, extra: dict) -> dict:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    lr, weight_decay = 1e-3, 0.1
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": weight_decay, "torch_adam": True}},
+        "steps_per_print": None,
+        "slimfit": {"freeze": {"rate": 0.9, **extra.get("freeze", {})}, **extra.get("block", {})},
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    if dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}
+    model = tiny_bert()
+    reference = Reference(model, DTYPES[dtype], lr, weight_decay, clip)
+    engine, *_ = slimfit_ds.initialize(model=model, config=config)
+    freezable = set(engine.layer_names)
+    drift, norm_error, sets_equal, leaks = 0.0, 0.0, True, 0
+    for step in range(steps):
+        active = set(engine.active_layers)
+        before = full_weights(engine)
+        for micro in range(accumulation):
+            batch = batch_of(step, micro, rank)
+            engine.backward(engine(**batch).loss)
+            engine.step()
+            leaks += sum(
+                p.grad is not None for n, p in engine.module.named_parameters() if n in freezable - active
+            )
+        norm = reference.step(
+            [batch_of(step, micro, r) for micro in range(accumulation) for r in range(world)],
+            active,
+            freezable,
+            loss_scale=256.0 if dtype == "fp16" else 1.0,
+        )
+        norm_error = max(norm_error, abs(float(engine.get_global_grad_norm()) - norm) / norm)
+        after = full_weights(engine)
+        for name in freezable - active:
+            drift = max(drift, (after[name].float() - before[name].float()).abs().max().item())
+        sets: list = [None] * world
+        torch.distributed.all_gather_object(sets, sorted(active))
+        sets_equal &= all(s == sets[0] for s in sets)
+    difference = max(
+        (weight.float() - reference.model.get_parameter(name).detach().float()).abs().max().item()
+        for name, weight in full_weights(engine).items()
+    )
+    trained = len(engine.update_statistics)
+    engine.destroy()
+    return {
+        "cell": f"stage{stage}-{dtype}-acc{accumulation}-clip{clip}",
+        "drift": drift,
+        "norm_error": norm_error,
+        "difference": difference,
+        "sets_equal": sets_equal,
+        "frozen_gradients": leaks,
+        "trained": trained,
+        "layers": len(freezable),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("--dtypes", default="fp32,bf16,fp16")
+    parser.add_argument("--extra", default="{}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed refuses fp16 on a CPU although torch can.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    deepspeed.init_distributed("gloo")
+    results = []
+    for dtype in arguments.dtypes.split(","):
+        for accumulation in (1, 2):
+            for clip in (0.0, 0.05):
+                results.append(
+                    run_cell(arguments.stage, dtype, accumulation, clip, 8, json.loads(arguments.extra))
+                )
+    if torch.distributed.get_rank() == 0:
+        print("RESULT " + json.dumps(results), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
