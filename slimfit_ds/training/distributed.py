@@ -1,0 +1,186 @@
+"""Who am I among the ranks: the launcher's environment read into one small record.
+
+Known launchers, in this order: `torchrun` and `deepspeed` (RANK, WORLD_SIZE), `mpirun` (ranks by mpi4py),
+`srun` (SLURM_PROCID), plain `python` (one rank). Reading touches neither torch nor a process group.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Ranks", "export", "first_slurm_host", "gather_rows", "main_rank_first", "read_ranks", "share"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run.
+
+    Args:
+        rank: 0 .. world_size - 1.
+        local_rank: number of this process on its machine; picks the device.
+        world_size: number of processes.
+        launcher: what started them: `torchrun` (also `deepspeed`), `mpi`, `srun` or `python`.
+        address: host name of rank 0 where the environment knows it.
+        port: rendezvous port where the environment knows it.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    launcher: str = "python"
+    address: str | None = None
+    port: int | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks as the launcher's environment variables tell them.
+
+    Raises:
+        ValueError: a variable is missing or not a number.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Ranks(
+            rank=_number(environment, "RANK"),
+            local_rank=_number(environment, "LOCAL_RANK", 0),
+            world_size=_number(environment, "WORLD_SIZE"),
+            launcher="torchrun",
+            address=environment.get("MASTER_ADDR"),
+            port=_number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else None,
+        )
+    if "OMPI_COMM_WORLD_SIZE" in environment or (
+        "PMI_SIZE" in environment and "SLURM_PROCID" not in environment
+    ):
+        return _mpi_ranks(environment)
+    if "SLURM_PROCID" in environment and _slurm_tasks(environment) > 1:
+        return _slurm_ranks(environment)
+    return Ranks()
+
+
+def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Write the record as the variables that torch and DeepSpeed read; make `ninja` of this Python findable."""
+    environment["RANK"] = str(ranks.rank)
+    environment["LOCAL_RANK"] = str(ranks.local_rank)
+    environment["WORLD_SIZE"] = str(ranks.world_size)
+    environment["MASTER_ADDR"] = ranks.address or "127.0.0.1"
+    environment["MASTER_PORT"] = str(ranks.port or _free_port())
+    # An interpreter called by its path has no activated environment, and DeepSpeed looks for ninja on PATH.
+    programs = str(Path(sys.executable).parent)
+    if programs not in environment.get("PATH", "").split(os.pathsep):
+        environment["PATH"] = os.pathsep.join(filter(None, [environment.get("PATH"), programs]))
+
+
+def first_slurm_host(nodes: str) -> str:
+    """The first host of a SLURM node list: `gpu[03-05,9],login` gives `gpu03`."""
+    first = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,]*)", nodes.strip())
+    if first is None:
+        raise ValueError(f"SLURM node list {nodes!r} names no host")
+    prefix, numbers, suffix = first.groups()
+    return prefix if numbers is None else prefix + re.split(r"[,-]", numbers)[0] + suffix
+
+
+def share(value: Any) -> Any:
+    """Rank 0's value on every rank (any picklable object)."""
+    if not _many():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_rows(rows: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] | None:
+    """What every rank hands in, in rank order, on rank 0; None on the other ranks."""
+    if not _many():
+        return [rows]
+    is_main = torch.distributed.get_rank() == 0
+    everything: list[Any] | None = [None] * torch.distributed.get_world_size() if is_main else None
+    torch.distributed.gather_object(rows, everything, dst=0)
+    return everything
+
+
+@contextmanager
+def main_rank_first() -> Iterator[None]:
+    """Rank 0 runs the body first (and fills caches on disk), then all the others at once."""
+    if _many() and torch.distributed.get_rank() != 0:
+        torch.distributed.barrier()
+    yield
+    if _many() and torch.distributed.get_rank() == 0:
+        torch.distributed.barrier()
+
+
+def _many() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _number(environment: Mapping[str, str], key: str, default: int | None = None) -> int:
+    text = environment.get(key)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ValueError(f"environment variable {key} must be a whole number, got {text!r}") from None
+
+
+def _mpi_ranks(environment: Mapping[str, str]) -> Ranks:
+    """Ranks from MPI itself; rank 0 picks the rendezvous and tells the others."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    neighbours = world.Split_type(MPI.COMM_TYPE_SHARED)
+    if neighbours.Get_size() == world.Get_size():
+        address = "127.0.0.1"  # one machine: a container's own host name often does not resolve
+    else:
+        address = world.bcast(socket.gethostname() if world.Get_rank() == 0 else None, root=0)
+    port = world.bcast(_free_port() if world.Get_rank() == 0 else None, root=0)
+    return Ranks(
+        rank=world.Get_rank(),
+        local_rank=neighbours.Get_rank(),
+        world_size=world.Get_size(),
+        launcher="mpi",
+        address=environment.get("MASTER_ADDR", address),
+        port=int(environment.get("MASTER_PORT", port)),
+    )
+
+
+def _slurm_tasks(environment: Mapping[str, str]) -> int:
+    """Number of tasks of the step; the step's own count wins over the whole job's."""
+    return _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
+
+
+def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "127.0.0.1"
+    # All tasks of a step must agree on the port without talking to each other: derive it from the job.
+    port = (
+        20000
+        + _number(environment, "SLURM_JOB_ID", 0) % 20000
+        + _number(environment, "SLURM_STEP_ID", 0) % 100
+    )
+    return Ranks(
+        rank=_number(environment, "SLURM_PROCID"),
+        local_rank=_number(environment, "SLURM_LOCALID", 0),
+        world_size=_slurm_tasks(environment),
+        launcher="srun",
+        address=environment.get("MASTER_ADDR") or first_slurm_host(nodes),
+        port=_number(environment, "MASTER_PORT", port),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,320 @@
+"""The training loop: from a recipe to a trained model and its numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from slimfit_ds.config import ConfigError
+from slimfit_ds.training.batches import BatchPlan, training_loader
+from slimfit_ds.training.checkpoints import load_checkpoint, save_checkpoint, save_model
+from slimfit_ds.training.checks import Inspection, inspect
+from slimfit_ds.training.distributed import Ranks, export, main_rank_first, read_ranks, share
+from slimfit_ds.training.evaluation import evaluate
+from slimfit_ds.training.history import History, finite, read_history
+from slimfit_ds.training.learning_rate import rate_factor
+from slimfit_ds.training.models import build_model, parameter_groups
+from slimfit_ds.training.output import resolved_yaml
+from slimfit_ds.training.recipe import Draft, Recipe
+from slimfit_ds.training.surroundings import hardware, peak_memory, reset_peak_memory, versions
+
+__all__ = ["train"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(draft: Draft, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Train as a recipe says and write the results to its output folder.
+
+    Args:
+        draft: from `read_recipe`.
+        ranks: this process among all; None: read from the launcher's environment.
+
+    Returns:
+        the content of `metrics.json`, the same on every rank.
+
+    Raises:
+        ConfigError: all problems of the recipe, before any process group or model is made.
+    """
+    ranks = ranks or read_ranks()
+    found = inspect(draft, ranks)
+    if found.output.action == "finished":
+        return json.loads((found.output.folder / "metrics.json").read_text(encoding="utf-8"))
+    from slimfit_ds.engine.processes import start_processes
+
+    export(ranks)
+    device = start_processes()
+    return Run(found, device).go()
+
+
+@dataclass
+class Best:
+    """The best evaluation so far."""
+
+    metric: str
+    lower: bool
+    value: float | None = None
+    step: int = 0
+
+    def offer(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take note of an evaluation; whether it is the best so far."""
+        value = metrics[self.metric]
+        better = self.value is None or (value < self.value if self.lower else value > self.value)
+        if better:
+            self.value, self.step = value, step
+        return better
+
+
+class Run:
+    """One run on one rank, after the checks.
+
+    Args:
+        found: the sound recipe with its task, data and configurations.
+        device: of this rank.
+    """
+
+    def __init__(self, found: Inspection, device: torch.device):
+        self.recipe: Recipe = found.recipe
+        self.ranks, self.task, self.device = found.ranks, found.task, device
+        self.original = found.splits.evaluation
+        self.plan_of_output = found.output
+        # Ranks may have seen a shared file system at different moments: the first one's choice holds.
+        self.folder: Path = share(found.output.folder)
+        with main_rank_first():
+            self.training = self.task.prepare(found.splits.train, training=True)
+            self.evaluation = self.task.prepare(found.splits.evaluation, training=False)
+        if len(self.training) < self.recipe.train_batch_size:
+            raise ConfigError(
+                [
+                    f"train_batch_size must be at most the {len(self.training)} training examples, "
+                    f"got {self.recipe.train_batch_size}"
+                ]
+            )
+        self.batches = BatchPlan(
+            len(self.training),
+            self.recipe.train_batch_size,
+            found.deepspeed["train_micro_batch_size_per_gpu"],
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.recipe.seed,
+            terms=self.task.loss_terms(self.training),
+        )
+        epochs_steps = round((self.recipe.epochs or 0) * self.batches.steps_per_epoch)
+        self.steps = self.recipe.max_steps or max(1, epochs_steps)
+        self.micro_batch: int = found.deepspeed["train_micro_batch_size_per_gpu"]
+        metric = self.recipe.best_metric or self.task.best_metric
+        self.best = Best(metric, lower=metric in self.task.lower_is_better)
+        self.engine = self._make_engine(found)
+        self.first_step, self.seconds = self._resume()
+
+    def _make_engine(self, found: Inspection) -> Any:
+        from slimfit_ds.engine.initialize import initialize
+
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe, found.source, found.model_config, self.task)
+        warmup = (
+            recipe.warmup_steps
+            if recipe.warmup_steps is not None
+            else round(recipe.warmup_ratio * self.steps)
+        )
+        factor = rate_factor(recipe.scheduler, self.steps, warmup)
+        engine, *_ = initialize(
+            model=model,
+            model_parameters=parameter_groups(model, recipe.weight_decay),
+            lr_scheduler=partial(LambdaLR, lr_lambda=factor),
+            config=found.deepspeed,
+        )
+        engine.train()
+        return engine
+
+    def _resume(self) -> tuple[int, list[float]]:
+        """The next step and the seconds of the steps done."""
+        source = self.plan_of_output.resume_from
+        if source is None:
+            return 0, []
+        state = load_checkpoint(self.engine, source)
+        self.best.value, self.best.step = state["best_value"], state["best_step"]
+        return state["step"], state["seconds"]
+
+    def go(self) -> dict[str, Any]:
+        """All steps, then the final evaluation and the report."""
+        history = self._open_output()
+        bar = tqdm(
+            total=self.steps,
+            initial=self.first_step,
+            disable=not self.ranks.is_main,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+        reset_peak_memory(self.device)
+        loader = iter(
+            training_loader(
+                self.training,
+                self.task,
+                self.batches,
+                start=self.first_step,
+                stop=self.steps,
+                seed=self.recipe.seed,
+                workers=self.recipe.num_workers,
+            )
+        )
+        metrics: dict[str, float] = {}
+        for step in range(self.first_step, self.steps):
+            line = self._step(step, loader)
+            done = step + 1
+            if done == self.steps or (self.recipe.eval_steps and done % self.recipe.eval_steps == 0):
+                metrics = self._evaluate(done)
+                line["evaluation"] = metrics
+            history.add(line)
+            if done == self.steps or (self.recipe.save_steps and done % self.recipe.save_steps == 0):
+                self._save(done)
+            bar.set_postfix_str(self._status(line, metrics), refresh=False)
+            bar.update()
+        bar.close()
+        history.close()
+        if not metrics:
+            metrics = self._evaluate(self.steps)
+        return self._report(metrics)
+
+    def _open_output(self) -> History:
+        if self.ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(resolved_yaml(self.recipe), encoding="utf-8")
+        return History(self.folder / "history.jsonl", self.first_step, writes=self.ranks.is_main)
+
+    def _step(self, step: int, loader: Any) -> dict[str, Any]:
+        """One optimizer step; its line of the history."""
+        self._seed_dropout(step)
+        active = sorted_active(self.engine)
+        rate = self.engine.get_lr()[0]
+        loss = torch.zeros((), device=self.device)
+        start = time.perf_counter()
+        for weight in self.batches.loss_weights(step):
+            micro_loss = self.engine(**self._to_device(next(loader))).loss * weight
+            loss += micro_loss.detach().float() / self.batches.accumulation
+            self.engine.backward(micro_loss)
+            self.engine.step()
+        torch.distributed.all_reduce(loss)
+        value = loss.item() / self.ranks.world_size
+        self.seconds.append(time.perf_counter() - start)
+        statistics = getattr(self.engine, "update_statistics", {})
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": step,
+            "epoch": step / self.batches.steps_per_epoch,
+            "loss": value,
+            "lr": rate,
+            "gradient_norm": None if norm is None else float(norm),
+            "active_layers": active,
+            "statistics": None if active is None else {name: statistics.get(name) for name in active},
+            "memory_bytes": peak_memory(self.device),
+            "seconds": self.seconds[-1],
+        }
+
+    def _seed_dropout(self, step: int) -> None:
+        """Dropout is a function of step and rank, so that a resumed run goes on as if it had not stopped."""
+        seed = np.random.SeedSequence([self.recipe.seed, step, self.ranks.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+
+    def _to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on this rank's device, its floating values in the model's type."""
+        dtype = DTYPES[self.recipe.dtype]
+        return {
+            name: values.to(self.device, dtype if values.is_floating_point() else None, non_blocking=True)
+            for name, values in batch.items()
+        }
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        metrics = evaluate(
+            self.engine,
+            self.task,
+            self.evaluation,
+            self.original,
+            ranks=self.ranks,
+            batch=self.recipe.eval_batch_size or self.micro_batch,
+            workers=self.recipe.num_workers,
+            to_device=self._to_device,
+        )
+        # With one evaluation, at the end, the best model is the final one.
+        if self.best.offer(metrics, done) and self.recipe.save_model and self.recipe.eval_steps:
+            save_model(self.engine, self.task, self.folder / "best", self.ranks)
+        return metrics
+
+    def _save(self, done: int) -> None:
+        state = {"best_value": self.best.value, "best_step": self.best.step, "seconds": self.seconds}
+        save_checkpoint(self.engine, self.folder, done, state, self.recipe.keep_last, self.ranks)
+
+    def _status(self, line: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+        parts = [f"loss {line['loss']:.4f}", f"memory {line['memory_bytes'] / 2**30:.2f} GiB"]
+        if line["active_layers"] is not None:
+            parts.insert(1, f"frozen {1 - len(line['active_layers']) / len(self.engine.layer_names):.0%}")
+        if metrics:
+            parts.append(f"{self.best.metric} {metrics[self.best.metric]:.4f}")
+        return ", ".join(parts)
+
+    def _report(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """Write the model and `metrics.json`; its content."""
+        if self.recipe.save_model:
+            save_model(self.engine, self.task, self.folder / "model", self.ranks)
+        peak = torch.tensor(float(peak_memory(self.device)), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+        # The first steps pay for allocation and caches.
+        typical = median(self.seconds[min(2, len(self.seconds) - 1) :]) if self.seconds else None
+        report = {
+            "metrics": metrics,
+            "best": {"metric": self.best.metric, "value": self.best.value, "step": self.best.step},
+            "steps": self.steps,
+            "epochs": self.steps / self.batches.steps_per_epoch,
+            "layers": len(getattr(self.engine, "layer_names", ())) or None,
+            "seconds_per_step": typical,
+            "samples_per_second": self.recipe.train_batch_size / typical if typical else None,
+            "peak_bytes": int(peak.item()),
+            "peak_bytes_are": "allocated on the GPU"
+            if self.device.type == "cuda"
+            else "resident set of a process",
+            "memory": self.engine.memory_report() if hasattr(self.engine, "memory_report") else None,
+            "world_size": self.ranks.world_size,
+            "launcher": self.ranks.launcher,
+            "seed": self.recipe.seed,
+            "dtype": self.recipe.dtype,
+            "versions": versions(),
+            "hardware": hardware(self.device),
+            "output_dir": str(self.folder),
+        }
+        report = finite(report)
+        if self.ranks.is_main:
+            self._draw_schedule()
+            (self.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        torch.distributed.barrier()
+        return share(report)
+
+    def _draw_schedule(self) -> None:
+        names = getattr(self.engine, "layer_names", None)
+        if names:
+            from slimfit_ds.report.schedule_plot import plot_schedule
+
+            plot_schedule(read_history(self.folder / "history.jsonl"), names, self.folder / "schedule.png")
+
+
+def sorted_active(engine: Any) -> list[str] | None:
+    """The layers that train in the coming step, in model order; None if the engine trains everything."""
+    names = getattr(engine, "layer_names", None)
+    if names is None:
+        return None
+    active = engine.active_layers
+    return [name for name in names if name in active]

@@ -1,0 +1,204 @@
+"""Extractive question answering with the columns of SQuAD 1.1 and 2.0.
+
+A context longer than the model's window is cut into overlapping windows; the answer is the best span over all
+windows of a question. A question may have no answer (SQuAD 2.0): the span of the first token then stands for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from slimfit_ds.config import ConfigError
+from slimfit_ds.training.tasks.base import Rows, Splits
+from slimfit_ds.training.tasks.labels import column_values, missing_column
+from slimfit_ds.training.tasks.squad_metrics import squad_metrics
+from slimfit_ds.training.tasks.text import TextOptions, TextTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["AnsweringOptions", "QuestionAnswering", "best_span"]
+
+COLUMNS = ("question", "context", "answers")
+
+
+class AnsweringOptions(TextOptions):
+    """Options of question answering."""
+
+    max_length: int = Field(384, ge=16, description="tokens of question and context window together")
+    stride: int = Field(128, ge=0, description="tokens that neighbouring windows share")
+    max_answer_length: int = Field(30, ge=1, description="tokens of an answer at most")
+    candidates: int = Field(20, ge=1, description="best starts and ends that are combined")
+    null_threshold: float = Field(0.0, description="how much better no answer must score to be given")
+
+
+class QuestionAnswering(TextTask[AnsweringOptions]):
+    """The span of a context that answers a question."""
+
+    name = "question_answering"
+    model_class = "AutoModelForQuestionAnswering"
+    best_metric = "f1"
+    options_class = AnsweringOptions
+    has_unanswerable = False
+
+    def study(self, splits: Splits) -> Splits:
+        problems = []
+        both = ((splits.train_name, splits.train), (splits.evaluation_name, splits.evaluation))
+        for name, split in both:
+            problems += [
+                missing_column("task", column, split, name)
+                for column in COLUMNS
+                if column not in split.column_names
+            ]
+            if "answers" in split.column_names and not _has_answer_fields(split):
+                problems.append(
+                    f"task: column 'answers' of split {name!r} must hold text and answer_start lists"
+                )
+        if self.options.stride >= self.options.max_length // 2:
+            problems.append(
+                f"task.stride must be below half of task.max_length ({self.options.max_length}), "
+                f"got {self.options.stride}"
+            )
+        if problems:
+            raise ConfigError(problems)
+        self.has_unanswerable = any(
+            not answers["text"] for _, split in both for answers in column_values(split, "answers")
+        )
+        return splits
+
+    def metric_names(self) -> tuple[str, ...]:
+        names = ("exact_match", "f1")
+        return (*names, "best_exact_match", "best_f1") if self.has_unanswerable else names
+
+    def prepare(self, split: Dataset, *, training: bool) -> Dataset:
+        numbered = split.select_columns(list(COLUMNS)).add_column("example", list(range(len(split))))
+        return self.tokenise(numbered, self._training_windows if training else self._evaluation_windows)
+
+    def _windows(self, batch: Mapping[str, list[Any]]) -> Any:
+        return self.tokenizer(
+            [question.lstrip() for question in batch["question"]],
+            batch["context"],
+            truncation="only_second",
+            max_length=self.options.max_length,
+            stride=self.options.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+
+    def _training_windows(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        windows = self._windows(batch)
+        starts, ends = [], []
+        for number, source in enumerate(windows["overflow_to_sample_mapping"]):
+            span = _token_span(windows, number, batch["answers"][source])
+            starts.append(span[0])
+            ends.append(span[1])
+        tokens = {key: windows[key] for key in self.token_keys()}
+        return {**tokens, "start_positions": starts, "end_positions": ends}
+
+    def _evaluation_windows(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        windows = self._windows(batch)
+        sources = windows["overflow_to_sample_mapping"]
+        # Characters of each token of the context; (-1, -1) marks question and special tokens, which answer nothing.
+        offsets = [
+            [
+                list(offset) if sequence == 1 else [-1, -1]
+                for offset, sequence in zip(
+                    windows["offset_mapping"][number], windows.sequence_ids(number), strict=True
+                )
+            ]
+            for number in range(len(sources))
+        ]
+        tokens = {key: windows[key] for key in self.token_keys()}
+        return {**tokens, "offsets": offsets, "example": [batch["example"][source] for source in sources]}
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self.pad(examples, self.token_keys())
+        for key in ("start_positions", "end_positions"):
+            if key in examples[0]:
+                batch[key] = torch.tensor([row[key] for row in examples], dtype=torch.int64)
+        return batch
+
+    def predict(self, outputs: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = self.options.max_length - outputs.start_logits.shape[-1]
+        return {
+            "start": pad(outputs.start_logits.float(), (0, missing), value=-torch.inf),
+            "end": pad(outputs.end_logits.float(), (0, missing), value=-torch.inf),
+        }
+
+    def score(self, rows: Rows, prepared: Dataset, original: Dataset) -> dict[str, float]:
+        windows_of: dict[int, list[int]] = defaultdict(list)
+        for window, source in enumerate(prepared[:]["example"]):
+            windows_of[source].append(window)
+        offsets = prepared.select_columns(["offsets"])
+        texts, null_scores = [], []
+        for source, context in enumerate(column_values(original, "context")):
+            text, span_score, null_score = "", -np.inf, np.inf
+            for window in windows_of[source]:
+                start, end = rows["start"][window], rows["end"][window]
+                null_score = min(null_score, float(start[0] + end[0]))
+                found = best_span(start, end, offsets[window]["offsets"], self.options)
+                if found is not None and found[0] > span_score:
+                    span_score, text = found[0], context[found[1] : found[2]]
+            texts.append(text)
+            null_scores.append(null_score - span_score)
+        golds = [answers["text"] for answers in column_values(original, "answers")]
+        return squad_metrics(
+            texts, golds, null_scores if self.has_unanswerable else None, self.options.null_threshold
+        )
+
+
+def best_span(
+    start: np.ndarray, end: np.ndarray, offsets: Sequence[Sequence[int]], options: AnsweringOptions
+) -> tuple[float, int, int] | None:
+    """The best answer in one window: its score, first and last character.
+
+    Args:
+        start, end: `[seq]` logits.
+        offsets: first and last character of each token, (-1, -1) for tokens that answer nothing.
+        options: limits on candidates and length.
+    """
+    in_context = np.array([offset[0] >= 0 for offset in offsets])
+    first = np.where(in_context, start[: len(offsets)], -np.inf)
+    last = np.where(in_context, end[: len(offsets)], -np.inf)
+    starts = np.argsort(-first, kind="stable")[: options.candidates]
+    ends = np.argsort(-last, kind="stable")[: options.candidates]
+    scores = first[starts][:, None] + last[ends][None, :]
+    lengths = ends[None, :] - starts[:, None] + 1
+    scores = np.where((lengths >= 1) & (lengths <= options.max_answer_length), scores, -np.inf)
+    row, column = np.unravel_index(np.argmax(scores), scores.shape)
+    if not np.isfinite(scores[row, column]):
+        return None
+    return float(scores[row, column]), offsets[starts[row]][0], offsets[ends[column]][1]
+
+
+def _token_span(windows: Any, number: int, answers: Mapping[str, Any]) -> tuple[int, int]:
+    """First and last token of the first gold answer, (0, 0) where this window does not hold all of it."""
+    if not answers["text"]:
+        return 0, 0
+    begin = answers["answer_start"][0]
+    finish = begin + len(answers["text"][0])
+    inside = [
+        (token, offset)
+        for token, (offset, sequence) in enumerate(
+            zip(windows["offset_mapping"][number], windows.sequence_ids(number), strict=True)
+        )
+        if sequence == 1
+    ]
+    if not inside or inside[0][1][0] > begin or inside[-1][1][1] < finish:
+        return 0, 0
+    start = max(token for token, offset in inside if offset[0] <= begin)
+    end = min(token for token, offset in inside if offset[1] >= finish)
+    return start, end
+
+
+def _has_answer_fields(split: Dataset) -> bool:
+    first = split[0]["answers"] if len(split) else {"text": [], "answer_start": []}
+    return isinstance(first, Mapping) and {"text", "answer_start"} <= set(first)
