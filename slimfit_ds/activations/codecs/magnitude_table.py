@@ -83,7 +83,7 @@ class MagnitudeTableCodec(FloatCodec):
         bits = self.cells.bits
         inverse = None
         if self.rms_scaled:
-            norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
             kept[1].copy_(norm / math.sqrt(flat.numel()))
             inverse = torch.where(kept[1] > 0, kept[1].reciprocal(), 0.0)
         if runs_in_triton(flat):
