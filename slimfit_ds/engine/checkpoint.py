@@ -85,11 +85,11 @@ def save(
         if rank == 0:
             save_file(model, part / _MODEL, metadata={"format": "pt"})
             (part / _METADATA).write_text(json.dumps(metadata, indent=1))
-            for path in part.iterdir():
-                _flush(path)
-        else:
-            _flush(part / f"optimizer-{suffix}")
-            _flush(part / f"random-{suffix}")
+            _flush(part / _MODEL)
+            _flush(part / _METADATA)
+        # Only what this rank wrote: other ranks' temporary files come and go.
+        _flush(part / f"optimizer-{suffix}")
+        _flush(part / f"random-{suffix}")
 
     def publish() -> None:
         if rank != 0:
