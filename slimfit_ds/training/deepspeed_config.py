@@ -11,7 +11,7 @@ from typing import Any
 from slimfit_ds.config import ConfigError
 from slimfit_ds.training.recipe import Recipe
 
-__all__ = ["deepspeed_config", "load_base", "merge", "slimfit_block"]
+__all__ = ["deepspeed_config", "load_base", "merge", "replaced_values", "slimfit_block"]
 
 
 def load_base(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
@@ -76,86 +76,90 @@ def slimfit_block(recipe: Recipe, base: Mapping[str, Any]) -> dict[str, Any] | N
 def deepspeed_config(recipe: Recipe, base: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     """The configuration as `slimfit_ds.initialize` takes it.
 
+    The JSON decides ZeRO, offloading and communication; batch sizes, clipping, precision and the optimizer's values
+    are the recipe's, whatever the JSON says of them (`replaced_values` tells).
+
     Args:
-        recipe: decides batch sizes, precision, clipping and the optimizer's values.
+        recipe: the recipe.
         base: the JSON.
         world_size: number of ranks.
 
     Raises:
-        ConfigError: the JSON contradicts the recipe.
+        ConfigError: the JSON contradicts the recipe in a way that no one side can decide.
     """
-    micro = recipe.micro_batch_size or max(1, recipe.train_batch_size // world_size)
-    owned: dict[str, Any] = {
-        "train_batch_size": recipe.train_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": max(1, recipe.train_batch_size // (micro * world_size)),
-        "gradient_clipping": recipe.gradient_clipping or 0.0,
-    }
-    problems = [
-        f'deepspeed.{key} is {base[key]!r}, but the recipe asks for {value!r}; write "auto" in the JSON'
-        for key, value in owned.items()
-        if base.get(key, "auto") not in ("auto", value)
-    ]
+    problems = []
     for block, dtype in (("bf16", "bf16"), ("fp16", "fp16")):
         stated = base.get(block, {})
-        enabled = stated.get("enabled", "auto") if isinstance(stated, Mapping) else stated
-        if enabled not in ("auto", recipe.dtype == dtype):
+        if not isinstance(stated, Mapping):
+            problems.append(f"deepspeed.{block} must be a mapping with enabled, got {stated!r}")
+        elif stated.get("enabled", "auto") not in ("auto", recipe.dtype == dtype):
             problems.append(
-                f'deepspeed.{block}.enabled is {enabled!r}, but dtype is {recipe.dtype!r}; write "auto" in the JSON'
+                f"deepspeed.{block}.enabled is {stated['enabled']!r}, but dtype is {recipe.dtype!r}; "
+                f"set dtype={dtype if stated['enabled'] else 'fp32'}, or remove the block"
             )
     if "scheduler" in base:
         problems.append(
             "deepspeed.scheduler: the recipe's scheduler, lr and warm-up decide; remove the block"
         )
-    problems += _optimizer_problems(recipe, base)
+    optimizer = base.get("optimizer", {"type": "AdamW"})
+    if not isinstance(optimizer, Mapping) or not isinstance(optimizer.get("type"), str):
+        problems.append(f"deepspeed.optimizer must be a mapping with type and params, got {optimizer!r}")
+    elif not isinstance(optimizer.get("params", {}), Mapping):
+        problems.append(f"deepspeed.optimizer.params must be a mapping, got {optimizer['params']!r}")
     if problems:
         raise ConfigError(problems)
-    config = merge(base, owned)
-    config["bf16"] = {**config.get("bf16", {}), "enabled": recipe.dtype == "bf16"}
-    config["fp16"] = {**config.get("fp16", {}), "enabled": recipe.dtype == "fp16"}
+    config = merge(base, _batches(recipe, world_size))
+    config["bf16"] = {**base.get("bf16", {}), "enabled": recipe.dtype == "bf16"}
+    config["fp16"] = {**base.get("fp16", {}), "enabled": recipe.dtype == "fp16"}
     config["optimizer"] = _optimizer(recipe, base)
     config.setdefault("steps_per_print", 2**31)
-    config.setdefault("zero_allow_untested_optimizer", True)
     block = slimfit_block(recipe, base)
     config.pop("slimfit", None)
     return config if block is None else {**config, "slimfit": block}
 
 
-def _optimizer(recipe: Recipe, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer block; its "auto" values come from the recipe."""
-    stated = base.get("optimizer")
-    if stated is None:
-        # torch's own AdamW needs no compiler; DeepSpeed's fused one is built with nvcc at first use.
-        return {"type": "AdamW", "params": {**_own_values(recipe), "torch_adam": True}}
-    own = _own_values(recipe)
-    params = {
-        key: own[key] if value == "auto" and key in own else value for key, value in stated["params"].items()
-    }
-    return {**stated, "params": params}
+def replaced_values(base: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """A line for each number of the JSON that the recipe replaced by another one."""
+    stated = {key: value for key, value in base.items() if isinstance(value, int | float)}
+    lines = [
+        f"{key} {value!r} -> {config[key]!r}"
+        for key, value in stated.items()
+        if key in config and config[key] != value
+    ]
+    old, new = base.get("optimizer", {}).get("params", {}), config["optimizer"]["params"]
+    return lines + [
+        f"{key} {value!r} -> {new[key]!r}"
+        for key, value in old.items()
+        if value != "auto" and new[key] != value
+    ]
 
 
-def _own_values(recipe: Recipe) -> dict[str, Any]:
+def _batches(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    micro = recipe.micro_batch_size or max(1, recipe.train_batch_size // world_size)
     return {
+        "train_batch_size": recipe.train_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": max(1, recipe.train_batch_size // (micro * world_size)),
+        "gradient_clipping": recipe.gradient_clipping or 0.0,
+    }
+
+
+def _optimizer(recipe: Recipe, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer block: AdamW unless the JSON names another, with the recipe's values."""
+    own = {
         "lr": recipe.lr,
         "betas": list(recipe.betas),
         "eps": recipe.eps,
         "weight_decay": recipe.weight_decay,
     }
-
-
-def _optimizer_problems(recipe: Recipe, base: Mapping[str, Any]) -> list[str]:
     stated = base.get("optimizer")
     if stated is None:
-        return []
-    if (
-        not isinstance(stated, Mapping)
-        or not isinstance(stated.get("params"), Mapping)
-        or "type" not in stated
-    ):
-        return [f"deepspeed.optimizer must be a mapping with type and params, got {stated!r}"]
-    return [
-        f"deepspeed.optimizer.params.{key} is {stated['params'][key]!r}, but the recipe asks for {value!r}; "
-        'write "auto" in the JSON'
-        for key, value in _own_values(recipe).items()
-        if key in stated["params"] and stated["params"][key] not in ("auto", value)
-    ]
+        zero = base.get("zero_optimization")
+        offloads = isinstance(zero, Mapping) and zero.get("offload_optimizer") is not None
+        # torch's AdamW needs no compiler, DeepSpeed's fused one is built with nvcc at first use; offloaded states
+        # need DeepSpeed's own.
+        return {"type": "AdamW", "params": own if offloads else {**own, "torch_adam": True}}
+    params = stated.get("params", {})
+    takes_all = stated["type"].lower() in ("adam", "adamw")
+    used = own if takes_all else {key: value for key, value in own.items() if key in params or key == "lr"}
+    return {**stated, "params": {**params, **used}}

@@ -22,11 +22,13 @@ from slimfit_ds.config import ConfigError
 from slimfit_ds.training.batches import BatchPlan, training_loader
 from slimfit_ds.training.checkpoints import load_checkpoint, save_checkpoint, save_model
 from slimfit_ds.training.checks import Inspection, inspect
+from slimfit_ds.training.deepspeed_config import replaced_values
 from slimfit_ds.training.distributed import Ranks, export, main_rank_first, read_ranks, share
 from slimfit_ds.training.evaluation import evaluate
 from slimfit_ds.training.history import History, finite, read_history
 from slimfit_ds.training.learning_rate import rate_factor
 from slimfit_ds.training.models import build_model, parameter_groups
+from slimfit_ds.training.noise import silence
 from slimfit_ds.training.output import resolved_yaml
 from slimfit_ds.training.recipe import Draft, Recipe
 from slimfit_ds.training.surroundings import hardware, peak_memory, reset_peak_memory, versions
@@ -49,12 +51,16 @@ def train(draft: Draft, ranks: Ranks | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: all problems of the recipe, before any process group or model is made.
     """
+    silence()
     ranks = ranks or read_ranks()
     found = inspect(draft, ranks)
     if found.output.action == "finished":
         return json.loads((found.output.folder / "metrics.json").read_text(encoding="utf-8"))
     from slimfit_ds.engine.processes import start_processes
 
+    replaced = replaced_values(found.base, found.deepspeed)
+    if ranks.is_main and replaced:
+        print(f"values of the recipe in place of the JSON's: {', '.join(replaced)}", file=sys.stderr)
     export(ranks)
     device = start_processes()
     return Run(found, device).go()
