@@ -8,7 +8,7 @@ state on the device (if states live on the host), no update.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,12 +231,18 @@ class FreezeZeroOptimizer(ZeROOptimizer):
             mine = [unit for unit in units if unit.group == group]
             for unit in mine:
                 self._layout.refresh(self.states.get(unit.index), self.step_count, options)
-            lengths = [(unit, self._shard_length(unit.index)) for unit in mine]
-            for bucket in pieces(lengths, _UPDATE_ELEMENTS):
+            for bucket in self._update_buckets(mine):
                 self._update_bucket(bucket, factor, options, sums)
         for unit in units:
             self._reduced.pop(unit.index)
         return sums
+
+    def _update_buckets(self, units: Sequence[Unit]) -> Iterable[list[Piece]]:
+        lengths = [(unit, self._shard_length(unit.index)) for unit in units]
+        if self.config.precision == "fp32":
+            return pieces(lengths, _UPDATE_ELEMENTS)
+        # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
+        return [[Piece(unit, 0, length)] for unit, length in lengths if length]
 
     def _update_bucket(
         self, bucket: list[Piece], factor: float, options: Mapping[str, Any], sums: dict[int, Tensor]
@@ -260,7 +266,7 @@ class FreezeZeroOptimizer(ZeROOptimizer):
                 known = sums.get(piece.unit.index)
                 sums[piece.unit.index] = part if known is None else known + part
         torch._foreach_add_(weights, gradients)
-        self._layout.store(states, bucket, moments)
+        self._layout.store(states, moments)
         for shard, weight in zip(shards, weights, strict=True):
             if shard.data_ptr() == weight.data_ptr():
                 continue

@@ -92,16 +92,12 @@ class UnitStates:
             for name in self.rule.states(options)
         }
 
-    def store(
-        self, states: Sequence[LayerState], pieces: Sequence[_Piece], moments: Mapping[str, list[Tensor]]
-    ) -> None:
-        """Write updated moments back where they are not views."""
+    def store(self, states: Sequence[LayerState], moments: Mapping[str, list[Tensor]]) -> None:
+        """Write updated moments back where they are not views; low-bit ones come as whole shards."""
         for name, values in moments.items():
-            for state, piece, value in zip(states, pieces, values, strict=True):
+            for state, value in zip(states, values, strict=True):
                 if name not in state.tensors:
-                    whole = self._unpack(state, name)
-                    whole[piece.start : piece.stop] = value
-                    self._write(state, name, whole)
+                    self._write(state, name, value)
 
     def plain(self, state: LayerState, length: int) -> LayerState:
         """The same states with every moment in float32 `[length]`."""

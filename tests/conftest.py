@@ -1,0 +1,64 @@
+"""What every test shares: the environment of DeepSpeed runs, real data, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Two shared cores: a slow draw is the machine's fault, not the test's.
+settings.register_profile("ci", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "test_extensions"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real task data, or a skip that says how to get it."""
+    path = Path(os.environ.get("SLIMFIT_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(
+            f"no task data at {path}: set SLIMFIT_DATA to a folder with cola/, mrpc/, sst2/, cifar10/"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list]:
+    """Runs a worker script on several ranks under torchrun; returns what it printed after `RESULT `."""
+
+    def run(script: Path, *arguments: str, ranks: int = 2, timeout: float = 240) -> list:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)),
+            *("--master_port", str(free_port()), str(script), *arguments),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        assert lines, f"{command} printed no RESULT:\n{done.stdout[-4000:]}"
+        return json.loads(lines[-1].removeprefix("RESULT "))
+
+    return run

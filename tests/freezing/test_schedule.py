@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.layers import Layer
+from slimfit_ds.freezing.schedule import FreezeSchedule, active_count
+
+
+def layers(count: int) -> list[Layer]:
+    return [Layer(f"block.{i}.weight", "linear", 10) for i in range(count)]
+
+
+def paper_ils(distance: list[float], n_frozen: int, statistics: list[list[float]]) -> list[set[int]]:
+    """The method as the paper words it, in the simplest form: which layers train at each step."""
+    distance, history = list(distance), []
+    for step_statistics in statistics:
+        order = sorted(range(len(distance)), key=lambda layer: distance[layer])
+        frozen = set(order[:n_frozen])
+        active = set(range(len(distance))) - frozen
+        history.append(active)
+        for layer in active:
+            distance[layer] = step_statistics[layer]
+    return history
+
+
+@given(count=st.integers(2, 40), percent=st.integers(0, 99), seed=st.integers(0, 999))
+def test_ils_chooses_what_the_paper_chooses(count, percent, seed):
+    generator = random.Random(seed)
+    schedule = FreezeSchedule(layers(count), FreezeConfig(rate=percent / 100, seed=seed))
+    statistics = [[generator.random() for _ in range(count)] for _ in range(12)]
+    frozen = percent * count // 100
+    for step, active in zip(
+        statistics, paper_ils(schedule.state_dict()["state"]["distance"], frozen, statistics), strict=True
+    ):
+        assert schedule.active == active
+        schedule.advance({layer: step[layer] for layer in schedule.active})
+
+
+@given(count=st.integers(1, 60), tenths=st.integers(0, 9), seed=st.integers(0, 3))
+def test_each_layer_trains_at_least_once(count, tenths, seed):
+    schedule = FreezeSchedule(layers(count), FreezeConfig(rate=tenths / 10, seed=seed))
+    seen: set[int] = set()
+    for _ in range(math.ceil(count / len(schedule.active))):
+        seen |= schedule.active
+        schedule.advance(dict.fromkeys(schedule.active, 0.5))
+    assert seen == set(range(count))
+
+
+def test_ties_go_to_the_first_layer():
+    schedule = FreezeSchedule(layers(6), FreezeConfig(rate=0.5))
+    for _ in range(4):
+        schedule.advance(dict.fromkeys(schedule.active, 0.25))
+    assert schedule.active == {0, 1, 2}
+
+
+def test_first_order_is_random_by_seed_only():
+    first = [FreezeSchedule(layers(30), FreezeConfig(seed=seed)).active for seed in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.9, 4), (0.95, 2), (0.29, 71), (0.999, 1), (0.0, 100)])
+def test_active_count(rate, count):
+    n_layers = 40 if rate in (0.9, 0.95) else 100
+    assert active_count(n_layers, rate) == count
+
+
+def test_rate_schedule_and_interval():
+    rate = {"start": 0.0, "end": 0.9, "steps": 4}
+    schedule = FreezeSchedule(layers(10), FreezeConfig(rate=rate, interval=2))
+    sizes = []
+    for _ in range(8):
+        sizes.append(len(schedule.active))
+        schedule.advance(dict.fromkeys(schedule.active, 0.1))
+    # Chosen at steps 0, 2, 4, 6, at rates 0, 0.45, 0.9, 0.9.
+    assert sizes == [10, 10, 6, 6, 1, 1, 1, 1]
+
+
+def test_cosine_rate_moves_slowly_at_both_ends():
+    config = FreezeConfig(rate={"start": 0.2, "end": 0.8, "steps": 10, "shape": "cosine"})
+    assert config.rate_at(0) == pytest.approx(0.2)
+    assert config.rate_at(5) == pytest.approx(0.5)
+    assert config.rate_at(1) - 0.2 < 0.06 * 0.6
+    assert config.rate_at(99) == pytest.approx(0.8)
+
+
+def test_always_and_never():
+    config = FreezeConfig(rate=0.7, always_active=("block.9*",), never_active=("block.0*", "block.1.weight"))
+    schedule = FreezeSchedule(layers(10), config)
+    for _ in range(20):
+        assert 9 in schedule.active
+        assert len(schedule.active) == 3
+        assert not schedule.active & {0, 1}
+        schedule.advance({layer: 1 / (layer + 1) for layer in schedule.active})
+
+
+def test_none_trains_all_but_never():
+    schedule = FreezeSchedule(layers(5), FreezeConfig(policy="none", never_active=("block.2*",)))
+    assert schedule.active == {0, 1, 3, 4}
+
+
+def test_random_differs_from_step_to_step_and_repeats_by_seed():
+    def draws(seed: int) -> list[frozenset[int]]:
+        schedule = FreezeSchedule(layers(40), FreezeConfig(policy="random", seed=seed))
+        return [schedule.advance({}) for _ in range(50)]
+
+    assert draws(3) == draws(3) != draws(4)
+    assert all(len(active) == 4 for active in draws(3))
+    assert len(set().union(*draws(3))) == 40
+
+
+@pytest.mark.parametrize("policy", ["ils", "random", "none"])
+def test_a_resumed_schedule_goes_on_as_if_never_stopped(policy):
+    config = FreezeConfig(policy=policy, rate=0.8)
+
+    def play(schedule: FreezeSchedule, steps: int) -> list[frozenset[int]]:
+        chosen = []
+        for _ in range(steps):
+            chosen.append(schedule.active)
+            schedule.advance({layer: math.sin(schedule.step * 7 + layer) ** 2 for layer in schedule.active})
+        return chosen
+
+    whole = play(FreezeSchedule(layers(20), config), 30)
+    first = FreezeSchedule(layers(20), config)
+    play(first, 13)
+    saved = json.loads(json.dumps(first.state_dict()))
+    second = FreezeSchedule(layers(20), config)
+    second.load_state_dict(saved)
+    assert play(second, 17) == whole[13:]
+
+
+def test_a_state_of_other_layers_is_refused_with_the_difference():
+    saved = FreezeSchedule(layers(4), FreezeConfig()).state_dict()
+    with pytest.raises(ConfigError) as caught:
+        FreezeSchedule(layers(5), FreezeConfig()).load_state_dict(saved)
+    assert "only in the model: block.4.weight" in caught.value.problems
+
+
+def test_all_problems_at_once():
+    config = FreezeConfig(
+        policy="isl",
+        statistic="size",
+        rate=0.9,
+        always_active=("block.*", "head"),
+        never_active=("block.1.*",),
+    )
+    with pytest.raises(ConfigError) as caught:
+        FreezeSchedule(layers(10), config)
+    text = str(caught.value)
+    assert "unknown 'isl'; did you mean 'ils'?" in text
+    assert "slimfit.freeze.statistic: unknown 'size'" in text
+    assert "'head' matches no layer" in text
+    assert "matched by always_active and by never_active" in text
+    assert "always_active matches 10 layers, but rate 0.9 leaves 1" in text
+
+
+def test_fingerprint_tells_sets_and_steps_apart():
+    a, b = (FreezeSchedule(layers(20), FreezeConfig(seed=seed)) for seed in (0, 1))
+    assert a.fingerprint() != b.fingerprint()
+    before = a.fingerprint()
+    a.advance({})
+    assert a.active == FreezeSchedule(layers(20), FreezeConfig(seed=0)).active
+    assert a.fingerprint() != before
+    assert 0 <= a.fingerprint() < 2**63
