@@ -37,6 +37,7 @@ _OVERRIDDEN = (
     "clip_fp32_gradients",
     "load_checkpoint",
     "save_checkpoint",
+    "zero_force_ds_cpu_optimizer",
     "zero_grad",
 )
 
@@ -69,8 +70,6 @@ class SlimFitEngine(DeepSpeedEngine):
 
     def _configure_basic_optimizer(self, model_parameters):
         """A torch optimizer that only carries hyperparameters: no kernels to build, no states."""
-        if self.zero_optimization_stage() == ZeroStageEnum.weights:
-            return super()._configure_basic_optimizer(model_parameters)
         options = dict(self.optimizer_params() or {})
         options.pop("torch_adam", None)
         decoupled = options.pop("adam_w_mode", True)
@@ -87,6 +86,10 @@ class SlimFitEngine(DeepSpeedEngine):
                 ]
             )
         return classes[name](model_parameters, **options)
+
+    def zero_force_ds_cpu_optimizer(self):
+        """With states on the host too, any optimizer serves: only its hyperparameters are used."""
+        return False
 
     def _do_optimizer_sanity_check(self, basic_optimizer):
         """Every stage and dtype goes through the freeze-aware optimizers."""
