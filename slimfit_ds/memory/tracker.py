@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -25,6 +26,16 @@ _UNCLAIMED = frozenset({"working", "communication"})
 
 Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
 """Kind -> a function that returns the tensors that are of this kind now."""
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """The largest total of a phase, and what it was made of."""
+
+    total: int
+    live: dict[str, int]
+    phase: str
+    module: str
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
@@ -76,9 +87,7 @@ class MemoryTracker(TorchDispatchMode):
         self._saved = SavedActivations(model, on_save=self._on_save)
         self._phase: str | None = None
         self._highest: dict[str, int] = {}
-        self._peak = 0
-        self._at_peak: dict[str, int] = {}
-        self._peak_where = ("", "")
+        self._peaks: dict[str, _Peak] = {}
         self._was_forward = False
         self.timeline: list[tuple[str, str, dict[str, int]]] | None = [] if timeline else None
 
@@ -126,15 +135,21 @@ class MemoryTracker(TorchDispatchMode):
             for tensor in tensors():
                 self._put(tensor, kind)
 
-    def report(self) -> MemoryReport:
-        """The bytes seen so far."""
+    def report(self, without_phases: Sequence[str] = ()) -> MemoryReport:
+        """The bytes seen so far.
+
+        Args:
+            without_phases: phases whose peak does not count (those that work in host memory).
+        """
         cuda = self._device == "cuda"
+        counted = [peak for phase, peak in self._peaks.items() if phase not in without_phases]
+        peak = max(counted, key=lambda p: p.total, default=_Peak(0, {}, "", ""))
         return MemoryReport(
             **{kind: self._highest.get(kind, 0) for kind in (*KINDS, HOST)},
-            peak=self._peak,
-            peak_phase=self._peak_where[0],
-            peak_module=self._peak_where[1],
-            at_peak=dict(self._at_peak),
+            peak=peak.total,
+            peak_phase=peak.phase,
+            peak_module=peak.module,
+            at_peak=peak.live,
             host_rss=psutil.Process().memory_info().rss,
             cuda_peak_allocated=torch.cuda.max_memory_allocated() if cuda else None,
             cuda_peak_reserved=torch.cuda.max_memory_reserved() if cuda else None,
@@ -187,9 +202,10 @@ class MemoryTracker(TorchDispatchMode):
             if size > self._highest.get(kind, 0):
                 self._highest[kind] = size
         device_total = self._ledger.total - live.get(HOST, 0)
-        if device_total > self._peak:
-            self._peak = device_total
-            self._at_peak = {kind: size for kind, size in live.items() if size and kind != HOST}
-            self._peak_where = self._where()
+        phase, module = self._where()
+        highest = self._peaks.get(phase)
+        if highest is None or device_total > highest.total:
+            held = {kind: size for kind, size in live.items() if size and kind != HOST}
+            self._peaks[phase] = _Peak(device_total, held, phase, module)
         if self.timeline is not None:
-            self.timeline.append((*self._where(), dict(live)))
+            self.timeline.append((phase, module, dict(live)))
