@@ -1,0 +1,258 @@
+"""The update of a rank's own shards: states, rule and statistic, whatever brings gradients and takes weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from slimfit_ds.config import OptimizerStatesConfig
+from slimfit_ds.engine.shard_files import Shard, ShardReader
+from slimfit_ds.freezing.statistics import Statistic
+from slimfit_ds.optim.rounding import stochastic_round_bf16
+from slimfit_ds.optim.rules import UpdateRule
+from slimfit_ds.optim.state_store import LayerState, StateStore
+from slimfit_ds.optim.unit_states import UnitStates
+
+__all__ = ["ShardUnit", "ShardUpdater"]
+
+# Elements that are updated together: bounds the float32 temporaries of a step.
+_UPDATE_ELEMENTS = 1 << 24
+
+
+class ShardUnit(Protocol):
+    """What trains or sleeps as a whole, and of which this rank owns one stretch."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def numel(self) -> int: ...
+    def spans(self) -> Iterator[tuple[nn.Parameter, int, int]]: ...
+    def own(self) -> tuple[int, int]:
+        """First and last (exclusive) element of this rank's stretch of the flat unit."""
+        ...
+
+    def own_weights(self) -> Tensor:
+        """This rank's stretch of the weights, a view; it may live on another device."""
+        ...
+
+
+class _Piece:
+    """Positions `start` to `stop` of a unit's stretch."""
+
+    def __init__(self, unit: ShardUnit, start: int, stop: int):
+        self.unit = unit
+        self.start = start
+        self.stop = stop
+
+
+class ShardUpdater:
+    """Steps own shards and keeps their states.
+
+    Args:
+        units: every unit that may train; `units[i].index == i`.
+        optimizer: its parameter groups hold the hyperparameters; its own step is never called.
+        rule: the update rule that does what this optimizer would do.
+        statistic: the measure of an update.
+        config: residency, precision and staleness of the states.
+        device: where updates are worked out and active states live.
+        seed: seed of stochastic rounding.
+        rank: position of this rank among the shards.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[ShardUnit],
+        optimizer: torch.optim.Optimizer,
+        rule: UpdateRule,
+        statistic: Statistic,
+        config: OptimizerStatesConfig,
+        device: torch.device,
+        seed: int = 0,
+        rank: int = 0,
+    ):
+        self.units = list(units)
+        self.step_count = 0
+        self._optimizer = optimizer
+        self._rule = rule
+        self._statistic = statistic
+        self._config = config
+        self.device = device
+        self._seed = seed
+        self._rank = rank
+        self._layout = UnitStates(rule, config)
+        self.states = StateStore(device, config.inactive, self._create)
+        self._rounding = torch.Generator(device)
+
+    def _options(self, unit: ShardUnit) -> dict[str, Any]:
+        return self._optimizer.param_groups[unit.group]
+
+    def _create(self, index: int) -> dict[str, Tensor]:
+        unit = self.units[index]
+        return self._layout.create(unit.own_weights().to(self.device), self._options(unit))
+
+    def move_states(self, asleep: Iterable[int], awake: Iterable[int]) -> None:
+        """Write back the states of units that go to sleep, start to fetch those that wake up."""
+        self.states.write_back(asleep)
+        self.states.prefetch(awake)
+
+    def update(
+        self, units: Sequence[ShardUnit], gradients: dict[int, Tensor], factor: float
+    ) -> dict[int, Tensor]:
+        """Step the own shards of these units once.
+
+        Args:
+            gradients: unit index -> own stretch of the gradient, any float dtype; taken out one by one.
+            factor: what gradients are multiplied by first (loss scale, clipping).
+
+        Returns:
+            Unit index -> partial sums of the statistic `[columns]`, of layers with a stretch here.
+        """
+        self._rounding.manual_seed((self._seed << 20) + self.step_count * 4096 + self._rank)
+        sums: dict[int, Tensor] = {}
+        for group, options in enumerate(self._optimizer.param_groups):
+            mine = [unit for unit in units if unit.group == group]
+            for unit in mine:
+                self._layout.refresh(self.states.get(unit.index), self.step_count, options)
+            for bucket in self._buckets(mine):
+                self._update_bucket(bucket, gradients, factor, options, sums)
+        for unit in units:
+            gradients.pop(unit.index)
+        self.step_count += 1
+        return sums
+
+    def _buckets(self, units: Sequence[ShardUnit]) -> Iterator[list[_Piece]]:
+        if self._config.precision != "fp32":
+            # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
+            for unit in units:
+                first, last = unit.own()
+                if first < last:
+                    yield [_Piece(unit, 0, last - first)]
+            return
+        bucket: list[_Piece] = []
+        room = _UPDATE_ELEMENTS
+        for unit in units:
+            first, last = unit.own()
+            start = 0
+            while start < last - first:
+                stop = min(start + room, last - first)
+                bucket.append(_Piece(unit, start, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield bucket
+                    bucket, room = [], _UPDATE_ELEMENTS
+        if bucket:
+            yield bucket
+
+    def _update_bucket(
+        self,
+        bucket: Sequence[_Piece],
+        gradients: Mapping[int, Tensor],
+        factor: float,
+        options: Mapping[str, Any],
+        sums: dict[int, Tensor],
+    ) -> None:
+        states = [self.states.get(piece.unit.index) for piece in bucket]
+        updates = [
+            gradients[piece.unit.index][piece.start : piece.stop].to(self.device, torch.float32)
+            for piece in bucket
+        ]
+        shards = [piece.unit.own_weights()[piece.start : piece.stop] for piece in bucket]
+        weights = [
+            self._layout.weight(state, piece, shard).to(self.device)
+            for state, piece, shard in zip(states, bucket, shards, strict=True)
+        ]
+        moments = self._layout.load(states, bucket, options)
+        if factor != 1.0:
+            torch._foreach_mul_(updates, factor)
+        self._rule.update(updates, weights, moments, [state.step for state in states], options)
+        for piece, update, weight in zip(bucket, updates, weights, strict=True):
+            if piece.unit.layer is not None:
+                part = self._statistic.partial(update, weight)
+                known = sums.get(piece.unit.index)
+                sums[piece.unit.index] = part if known is None else known + part
+        torch._foreach_add_(weights, updates)
+        self._layout.store(states, moments)
+        for shard, weight in zip(shards, weights, strict=True):
+            if shard.data_ptr() == weight.data_ptr():
+                continue
+            if shard.dtype is torch.bfloat16 and self._config.bf16_weights == "stochastic_rounding":
+                weight = stochastic_round_bf16(weight, self._rounding)
+            shard.copy_(weight)
+
+    def statistic_sums(self, units: Sequence[ShardUnit], sums: Mapping[int, Tensor]) -> Tensor:
+        """The partial sums of all layers among these units, in order, as one message `[layers * columns]`."""
+        empty = torch.zeros(self._statistic.columns, device=self.device)
+        parts = [sums.get(unit.index, empty) for unit in units if unit.layer is not None]
+        return torch.cat(parts) if parts else empty[:0]
+
+    def statistics(self, units: Sequence[ShardUnit], everyone: Tensor) -> dict[int, float]:
+        """The statistic of each layer among these units whose learning rate is not 0.
+
+        Args:
+            everyone: the messages of all ranks in rank order `[ranks, layers * columns]`.
+        """
+        layers = [unit for unit in units if unit.layer is not None]
+        # Added in rank order and in float64: the same bits on every rank.
+        totals = everyone.double().sum(0).view(-1, self._statistic.columns).tolist()
+        return {
+            unit.layer: self._statistic.finish(total, unit.numel)
+            for unit, total in zip(layers, totals, strict=True)
+            if unit.layer is not None and float(self._options(unit)["lr"]) != 0.0
+        }
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
+        for index in self.states.units:
+            unit = self.units[index]
+            first, last = unit.own()
+            state = self._layout.plain(self.states.peek(index), last - first)
+            for name, low, high, start in self._own_spans(unit):
+                cut = slice(low - first, high - first)
+                yield Shard(name, low - start, {key: t[cut] for key, t in state.tensors.items()})
+
+    @staticmethod
+    def _own_spans(unit: ShardUnit) -> Iterator[tuple[str, int, int, int]]:
+        """Each parameter with elements here: name, own first and last element, its first element."""
+        first, last = unit.own()
+        for name, (_, start, stop) in zip(unit.names, unit.spans(), strict=True):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield name, low, high, start
+
+    def shard_steps(self) -> dict[str, list[int]]:
+        """Parameter -> its own step count and the global step of its last update."""
+        return {
+            name: [self.states.peek(index).step, self.states.peek(index).last_step]
+            for index in self.states.units
+            for name in self.units[index].names
+        }
+
+    def load_shards(self, reader: ShardReader, steps: Mapping[str, Sequence[int]], active: set[int]) -> None:
+        """Replace all states by saved ones, whatever cut they were saved in.
+
+        Args:
+            active: units that train now; the states of the others go where inactive ones belong.
+        """
+        self.states.clear()
+        for unit in self.units:
+            if unit.names[0] not in steps:
+                continue
+            first, _ = unit.own()
+            tensors = self._layout.plain_zeros(unit.own_weights().to(self.device), self._options(unit))
+            for name, low, high, start in self._own_spans(unit):
+                for key, target in tensors.items():
+                    reader.read_into(target[low - first : high - first], name, key, low - start)
+            step, last_step = steps[unit.names[0]]
+            self.states.put(unit.index, self._layout.packed(LayerState(tensors, step, last_step)))
+            if unit.index not in active:
+                self.states.write_back([unit.index])
