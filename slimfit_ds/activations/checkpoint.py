@@ -22,6 +22,7 @@ from slimfit_ds.activations import graph, rng
 from slimfit_ds.activations.autocast import AutocastState
 from slimfit_ds.activations.batching import Chunks, plan_chunks
 from slimfit_ds.activations.codecs import Codec, get_codec
+from slimfit_ds.activations.scope import recomputed_part
 from slimfit_ds.activations.storing import SavedTensors, Stored
 
 __all__ = ["checkpoint", "make_checkpoint", "resolve_codec"]
@@ -53,6 +54,7 @@ def checkpoint(
     chunk_tokens: int | None = None,
     chunk_forward: bool = False,
     select: Callable[[Sequence[Tensor]], Sequence[bool]] | None = None,
+    recompute: Callable | None = None,
     preserve_rng_state: bool = True,
     use_reentrant: bool | None = None,
     **kwargs: Any,
@@ -72,6 +74,8 @@ def checkpoint(
         chunk_forward: run the forward pass in the same chunks. It always is when the function draws random
             numbers, since a chunk could not repeat its part of a draw for the whole batch.
         select: which of the input tensors to compress, instead of the rule above.
+        recompute: called in place of `function` in the backward pass, to run hooks that are around the forward
+            call already (a module instead of its `forward`).
         preserve_rng_state: replay random numbers (dropout) in the recomputation.
         use_reentrant: accepted for compatibility, without effect: the semantics are always non-reentrant.
         kwargs: keyword arguments of `function`.
@@ -87,7 +91,7 @@ def checkpoint(
     while isinstance(function, functools.partial):
         args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
         function = function.func
-    call = _Call(function, args, kwargs)
+    call = _Call(function, args, kwargs, recompute)
     plan = plan_chunks(call.tensors, chunk_tokens)
     outcome = _forward(call, plan, chunk_forward, preserve_rng_state)
     if any(outcome.differentiable):
@@ -121,19 +125,28 @@ def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
 class _Call:
     """A function with its arguments taken apart into tensors and the rest."""
 
-    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any]):
+    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
         leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_opaque)
-        self._function = function
+        self._function, self._again = function, recompute or function
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """The function's results for these tensors."""
+        return self._call(self._function, tensors)
+
+    def run_again(self, tensors: Sequence[Tensor]) -> Any:
+        """The same in the backward pass."""
+        return self._call(self._again, tensors)
+
+    def _call(self, function: Callable, tensors: Sequence[Tensor]) -> Any:
         leaves = list(self._leaves)
         for position, tensor in zip(self._positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        return self._function(*args, **kwargs)
+        with recomputed_part():
+            return function(*args, **kwargs)
 
 
 def _is_opaque(value: Any) -> bool:
@@ -215,7 +228,7 @@ def _run(call: _Call, plan: Chunks, preserve_rng_state: bool) -> _Outcome:
         before = rng.capture(inputs) if preserve_rng_state else None
         start = graph.position()
         with autocast.entered(), graph.nothing_saved():
-            leaves, structure = pytree.tree_flatten(call(inputs))
+            leaves, structure = pytree.tree_flatten(call.run(inputs))
         states.append(before if rng.consumed_since(before, inputs) else None)
         for leaf in graph.leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
             if not any(leaf is tensor for tensor in inputs):
@@ -259,7 +272,7 @@ class _CheckpointFunction(torch.autograd.Function):
         for index in range(len(plan)):
             chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient)
             with torch.enable_grad(), record.autocast.entered(), rng.replay(states[index]):
-                results = pytree.tree_leaves(record.call(chunk))
+                results = pytree.tree_leaves(record.call.run_again(chunk))
             results = [value for value in results if isinstance(value, Tensor)]
             heads, weights = [], []
             for value, gradient in zip(results, gradients, strict=True):

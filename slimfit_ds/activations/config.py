@@ -38,6 +38,9 @@ class OperationTable(BaseModel):
         description="input of a block, which is recomputed from it; recompute: from the input as it is",
     )
     norm: CodecSpec = Field("exact", description="normalised input of LayerNorm and RMSNorm")
+    active_norm: CodecSpec | None = Field(
+        None, description="the same while the norm's weight trains; null: as `norm`"
+    )
     consumers: CodecSpec = Field(
         "exact", description="recompute: modules fed by a norm are recomputed from its normalised input"
     )
@@ -67,6 +70,7 @@ PRESETS = MappingProxyType(
         # Ardakani et al. 2023 (arXiv 2305.18513), section 4: for comparison with their numbers.
         "paper": OperationTable(
             norm="topk10",
+            active_norm="exact",
             activation="fixed4",
             attention="fixed8",
             probabilities="ufixed8",

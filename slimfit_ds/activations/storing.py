@@ -1,8 +1,8 @@
 """How a function stores a tensor for its backward pass: as a codec's payload, shared where it was stored before.
 
-The payload goes through `ctx.save_for_backward`, so that it is freed with the graph, is seen by outer
-`saved_tensors_hooks` (nested checkpoints drop it) and is counted by storage trackers. What stays on the context is
-a `Stored` record without tensors. A tensor that several functions store (an encoder's output read by every decoder
+The payload's tensors go through `ctx.save_for_backward`, so that they are freed with the graph, are seen by outer
+`saved_tensors_hooks` (nested checkpoints drop them) and are counted by storage trackers. What stays on the context
+is a `Stored` record without tensors. A tensor that several functions store (an encoder's output read by every decoder
 layer, the output of a norm read by queries, keys and values) is encoded once: `SharedPayloads` remembers weakly
 which payload belongs to which storage.
 """
@@ -18,36 +18,38 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-__all__ = ["SavedTensors", "SharedPayloads", "Stored", "tensor_key"]
+__all__ = [
+    "RECIPE",
+    "SHARED",
+    "Payload",
+    "SavedTensors",
+    "SharedPayloads",
+    "Stored",
+    "encode_shared",
+    "tensor_key",
+]
 
 
 def tensor_key(tensor: Tensor) -> tuple:
-    """What identifies the values of a tensor while its storage lives: storage, place in it, and version."""
-    return (
-        tensor.untyped_storage()._cdata,
-        tensor.storage_offset(),
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.dtype,
-        tensor._version,
-    )
+    """What identifies the values of a tensor while its storage lives: storage, place in it, and version.
+
+    Reshaped views of a contiguous tensor have one key: a linear layer saves `[batch * tokens, width]`.
+    """
+    layout = tensor.numel() if tensor.is_contiguous() else (tuple(tensor.shape), tuple(tensor.stride()))
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), layout, tensor.dtype, tensor._version
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies among a function's saved tensors.
-
-    Attributes:
-        codec: decodes `encoded`; `None`: the tensor itself was saved.
-        encoded: the codec's result without its tensors.
-        start: index of the first payload tensor.
-        count: number of payload tensors.
-    """
+class Payload:
+    """What stands for a tensor: `codec.decode(encoded)`, viewed as `shape`."""
 
     codec: Any
     encoded: Any
-    start: int
-    count: int
+    shape: torch.Size
+
+    def decode(self) -> Tensor:
+        """The tensor."""
+        return self.codec.decode(self.encoded).view(self.shape)
 
 
 class SharedPayloads:
@@ -56,17 +58,15 @@ class SharedPayloads:
     def __init__(self) -> None:
         self._entries: dict[tuple, tuple[StorageWeakRef, Any, Any, list[TensorWeakRef]]] = {}
 
-    def find(self, tensor: Tensor, kind: Any) -> tuple[Any, Any] | None:
-        """The codec and payload remembered for these values under `kind`, or `None`."""
+    def find(self, tensor: Tensor, kind: Any) -> Payload | None:
+        """The payload remembered for these values under `kind`, or `None`."""
         entry = self._entries.get((tensor_key(tensor), kind))
         if entry is None or entry[0].expired():
             return None
         tensors = tuple(reference() for reference in entry[3])
-        return (
-            None
-            if any(t is None for t in tensors)
-            else (entry[1], dataclasses.replace(entry[2], tensors=tensors))
-        )
+        if any(t is None for t in tensors):
+            return None
+        return Payload(entry[1], dataclasses.replace(entry[2], tensors=tensors), tensor.shape)
 
     def remember(self, tensor: Tensor, kind: Any, codec: Any, encoded: Any) -> None:
         """Let later functions that store `tensor` under `kind` share `encoded`, which `codec` decodes."""
@@ -90,6 +90,21 @@ RECIPE = "recipe"
 """The kind under which a function remembers how its output follows from what it stores anyway."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies among a function's saved tensors: itself, or the tensors of its payload.
+
+    Attributes:
+        payload: the payload without its tensors; `None`: the tensor itself was saved.
+        start: index of the first saved tensor.
+        count: how many there are.
+    """
+
+    payload: Payload | None
+    start: int
+    count: int
+
+
 class SavedTensors:
     """Collects what a function saves; `tensors` goes to `ctx.save_for_backward`, `records` to the context."""
 
@@ -100,16 +115,17 @@ class SavedTensors:
     def add(self, tensor: Tensor, codec: Any = None) -> None:
         """Save `tensor` as it is, or encoded by `codec`."""
         if codec is None:
-            self.records.append(Stored(None, None, len(self.tensors), 1))
+            self.records.append(Stored(None, len(self.tensors), 1))
             self.tensors.append(tensor)
         else:
-            self.add_encoded(*encode_shared(tensor, codec))
+            self.add_payload(encode_shared(tensor, codec))
 
-    def add_encoded(self, codec: Any, encoded: Any) -> None:
-        """Save what `codec` made of a tensor."""
-        skeleton = dataclasses.replace(encoded, tensors=())
-        self.records.append(Stored(codec, skeleton, len(self.tensors), len(encoded.tensors)))
-        self.tensors.extend(encoded.tensors)
+    def add_payload(self, payload: Payload) -> None:
+        """Save what stands for a tensor."""
+        tensors = payload.encoded.tensors
+        skeleton = dataclasses.replace(payload, encoded=dataclasses.replace(payload.encoded, tensors=()))
+        self.records.append(Stored(skeleton, len(self.tensors), len(tensors)))
+        self.tensors.extend(tensors)
 
     @staticmethod
     def restore(records: Sequence[Stored], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -117,19 +133,20 @@ class SavedTensors:
         return [_restore(record, tensors) for record in records]
 
 
-def encode_shared(tensor: Tensor, codec: Any) -> tuple[Any, Any]:
-    """The codec and payload of `tensor`: its recipe, or the payload of an earlier function, or a new one."""
+def encode_shared(tensor: Tensor, codec: Any) -> Payload:
+    """What stands for `tensor`: its recipe, or the payload of an earlier function, or a new one."""
     with torch.no_grad():
         detached = tensor.detach()
         found = SHARED.find(detached, RECIPE) or SHARED.find(detached, codec)
         if found is None:
-            found = codec, codec.encode(detached)
-            SHARED.remember(detached, codec, *found)
+            found = Payload(codec, codec.encode(detached), tensor.shape)
+            SHARED.remember(detached, codec, codec, found.encoded)
     return found
 
 
 def _restore(record: Stored, tensors: Sequence[Tensor]) -> Tensor:
-    if record.codec is None:
+    if record.payload is None:
         return tensors[record.start]
-    payload = tuple(tensors[record.start : record.start + record.count])
-    return record.codec.decode(dataclasses.replace(record.encoded, tensors=payload))
+    kept = tuple(tensors[record.start : record.start + record.count])
+    encoded = dataclasses.replace(record.payload.encoded, tensors=kept)
+    return dataclasses.replace(record.payload, encoded=encoded).decode()

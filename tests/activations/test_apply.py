@@ -46,3 +46,19 @@ def test_exact_block_checkpoints_give_the_gradients_of_plain_autograd(name):
     handle.remove()
     assert torch.equal(found_loss, loss)
     assert relative_error(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_forward_is_identical_and_gradients_are_close(name, preset):
+    model = without_dropout(build(name))
+    active = freeze_some(model)
+    batch = batch_for(name)
+    loss, expected = gradients(model, batch)
+    handle = compress(model, ActivationsConfig(preset=preset))
+    found_loss, found = gradients(model, batch)
+    handle.remove()
+    assert torch.equal(found_loss, loss)
+    assert set(found) == set(expected) <= set(active)
+    print(name, preset, relative_error(found, expected))
+    assert all(torch.isfinite(g).all() for g in found.values())

@@ -1,0 +1,157 @@
+"""LayerNorm and RMSNorm that keep the normalised input x_hat in a codec instead of their input.
+
+With y = scale * x_hat + bias and g = scale * dy, row by row (Ba et al. 2016; Zhang and Sennrich 2019):
+
+    LayerNorm:  dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+    RMSNorm:    dx = rstd * (g - x_hat * mean(g * x_hat))
+
+and dscale = sum(dy * x_hat), dbias = sum(dy) over the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slimfit_ds.activations.codecs import Codec
+from slimfit_ds.activations.storing import RECIPE, SHARED, Payload, SavedTensors
+
+__all__ = ["NormKind", "compressed_norm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormKind:
+    """Which normalisation a module computes.
+
+    Attributes:
+        centred: the mean is subtracted (LayerNorm); otherwise RMSNorm.
+        eps: added to the variance or mean square.
+        offset: the scale is `offset + weight`: 0, or 1 for Gemma's RMSNorm.
+    """
+
+    centred: bool
+    eps: float
+    offset: float = 0.0
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x_hat and the reciprocal deviation, both fp32 (fp64 for fp64), of x [..., hidden]: [..., hidden], [..., 1]."""
+        x = x.to(_working_dtype(x))
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x * rstd, rstd
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def compressed_norm(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: NormKind,
+    codec: Codec,
+    recipe: bool = False,
+) -> Tensor:
+    """A norm layer whose backward pass sees x_hat through a codec.
+
+    Args:
+        forward: the layer itself; its result is returned as it is.
+        x: [..., hidden].
+        weight: [hidden] or `None`.
+        bias: [hidden] or `None`.
+        kind: what `forward` computes.
+        codec: stores x_hat.
+        recipe: let functions that store the result share the stored x_hat.
+    """
+    kept: list[Any] = []
+    y = _Norm.apply(x, weight, bias, forward, kind, codec, kept)
+    if recipe and kept and y.requires_grad:
+        SHARED.remember(
+            y.detach(), RECIPE, _FROM_X_HAT, _output_recipe(kept[0], weight, bias, kind, codec, y.dtype)
+        )
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, kept: list[Any]):
+        y = forward(x)
+        x_hat, rstd = kind.statistics(x)
+        encoded = codec.encode(x_hat)
+        kept.append(encoded)
+        saved = SavedTensors()
+        saved.add_payload(Payload(codec, encoded, x.shape))
+        saved.add(rstd)
+        if weight is not None:
+            saved.add(weight)
+        ctx.records, ctx.kind, ctx.dtype = saved.records, kind, x.dtype
+        ctx.has_weight, ctx.bias_dtype = weight is not None, None if bias is None else bias.dtype
+        ctx.save_for_backward(*saved.tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_hat, rstd, *rest = SavedTensors.restore(ctx.records, ctx.saved_tensors)
+        dy = dy.to(x_hat.dtype)
+        rows = tuple(range(dy.dim() - 1))
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            dweight = (dy * x_hat).sum(rows).to(rest[0].dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(rows).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[0]:
+            g = dy * (rest[0].to(dy.dtype) + ctx.kind.offset) if ctx.has_weight else dy
+            dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+            if ctx.kind.centred:
+                dx -= g.mean(-1, keepdim=True)
+            dx = (dx * rstd).to(ctx.dtype)
+        return dx, dweight, dbias, None, None, None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _NormOutput:
+    """How a norm's output follows from the stored x_hat; `tensors`: the payload, then scale and bias if any."""
+
+    tensors: tuple[Tensor, ...]
+    x_hat: Any
+    codec: Codec
+    offset: float
+    has_weight: bool
+    has_bias: bool
+    dtype: torch.dtype
+
+
+class _FromXHat:
+    """Decodes a `_NormOutput` to the norm's output."""
+
+    @staticmethod
+    def decode(recipe: _NormOutput) -> Tensor:
+        count = len(recipe.tensors) - recipe.has_weight - recipe.has_bias
+        x_hat = recipe.codec.decode(dataclasses.replace(recipe.x_hat, tensors=recipe.tensors[:count]))
+        y, rest = x_hat, list(recipe.tensors[count:])
+        if recipe.has_weight:
+            y = y * (rest.pop(0).to(y.dtype) + recipe.offset)
+        if recipe.has_bias:
+            y = y + rest.pop(0).to(y.dtype)
+        return y.to(recipe.dtype)
+
+
+_FROM_X_HAT = _FromXHat()
+
+
+def _output_recipe(encoded, weight, bias, kind: NormKind, codec: Codec, dtype: torch.dtype) -> _NormOutput:
+    affine = [t for t in (weight, bias) if t is not None]
+    # DeepSpeed empties a partitioned parameter between uses, so keep its values.
+    affine = [t.detach().clone() if hasattr(t, "ds_id") else t.detach() for t in affine]
+    skeleton = dataclasses.replace(encoded, tensors=())
+    tensors = (*encoded.tensors, *affine)
+    return _NormOutput(tensors, skeleton, codec, kind.offset, weight is not None, bias is not None, dtype)
