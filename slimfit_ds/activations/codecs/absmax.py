@@ -99,19 +99,20 @@ class AbsmaxCodec(FloatCodec):
             self._encode_in_triton(flat, codes, steps, generator)
             return
         for start, stop in chunks(flat.numel(), flat.device, group):
+            padding = -(stop - start) % group
             block = flat[start:stop].float()
-            if len(block) % group:
-                block = F.pad(block, (0, -len(block) % group))
-            first, rows = start // group, len(block) // group
             noise = None
             if self.rounding == "stochastic":
-                noise = self._random.draw(len(block), flat.device, generator).view(-1, group)
-            block_codes = self._quantise(block.view(-1, group), noise, steps[first : first + rows])
-            pack(
-                block_codes.view(-1).view(self.grid.code_dtype)[: stop - start],
-                bits,
-                codes[start * bits // 8 : packed_bytes(stop, bits)],
-            )
+                noise = self._random.draw(stop - start, flat.device, generator)
+            if padding:
+                block = F.pad(block, (0, padding))
+                noise = None if noise is None else F.pad(noise, (0, padding))
+            rows = slice(start // group, (stop + padding) // group)
+            block_codes = self._quantise(
+                block.view(-1, group), None if noise is None else noise.view(-1, group), steps[rows]
+            ).view(self.grid.code_dtype)
+            kept_bytes = codes[start * bits // 8 : packed_bytes(stop, bits)]
+            pack(block_codes.view(-1)[: len(kept_bytes) * 8 // bits], bits, kept_bytes)
 
     def _quantise(self, block: Tensor, noise: Tensor | None, steps: Tensor) -> Tensor:
         """int8 codes [rows, group] of fp32 `block` [rows, group]; fills bf16 `steps` [rows]."""

@@ -24,6 +24,7 @@ def _encode_kernel(
     codes_ptr,
     steps_ptr,
     numel,
+    stored_bytes,
     groups,
     reciprocal,
     tiny_peak,
@@ -39,8 +40,7 @@ def _encode_kernel(
     PER_BYTE: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = offset < numel
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
 
     # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
     pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -57,21 +57,21 @@ def _encode_kernel(
     if FRACTION != 0.0:
         y = y + FRACTION
     if STOCHASTIC:
-        noise = tl.load(noise_ptr + offset, mask=inside, other=0).to(tl.float32)
+        noise = tl.load(noise_ptr + offset, mask=offset < numel, other=0).to(tl.float32)
         y = y + noise * (1.0 / 65536.0)
         y = tl.minimum(tl.maximum(y, LOW - WHOLE), HIGH - WHOLE)
     # Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest, ties to even.
     y = (y + 12582912.0) - 12582912.0
     code = y.to(tl.int32) + WHOLE
     if BITS == 8:
-        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
+        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=offset < numel)
     else:
-        code = tl.where(inside, code & ((1 << BITS) - 1), 0)
-        code = tl.reshape(code, [ROWS, GROUP // PER_BYTE, PER_BYTE])
+        # A NaN becomes an unspecified integer, which must not spill into its neighbours.
+        code = tl.reshape(code & ((1 << BITS) - 1), [ROWS, GROUP // PER_BYTE, PER_BYTE])
         shift = tl.arange(0, PER_BYTE) * BITS
         packed = tl.sum(code << shift[None, None, :], axis=2)
         byte = row[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
-        tl.store(codes_ptr + byte, packed.to(tl.uint8), mask=byte * PER_BYTE < numel)
+        tl.store(codes_ptr + byte, packed.to(tl.uint8), mask=byte < stored_bytes)
 
 
 @triton.jit
@@ -80,20 +80,25 @@ def _decode_kernel(
     steps_ptr,
     out_ptr,
     numel,
+    stored_bytes,
+    groups,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
     BITS: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     PER_BYTE: tl.constexpr = 8 // BITS
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = offset < numel
-    code = tl.load(codes_ptr + offset // PER_BYTE, mask=inside, other=0).to(tl.int32)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    byte = row[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
+    code = tl.load(codes_ptr + byte, mask=byte < stored_bytes, other=0).to(tl.int32)
     if BITS < 8:
-        code = (code >> ((offset % PER_BYTE) * BITS).to(tl.int32)) & ((1 << BITS) - 1)
-    step = tl.load(steps_ptr + offset // GROUP, mask=inside, other=0.0).to(tl.float32)
-    value = (code.to(tl.float32) - ZERO) * step
-    tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=inside)
+        shift = tl.arange(0, PER_BYTE) * BITS
+        code = (code[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
+        code = tl.reshape(code, [ROWS, GROUP])
+    step = tl.load(steps_ptr + row, mask=row < groups, other=0.0).to(tl.float32)
+    value = (code.to(tl.float32) - ZERO) * step[:, None]
+    offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=offset < numel)
 
 
 def encode_absmax(
@@ -128,6 +133,7 @@ def encode_absmax(
             codes,
             steps,
             flat.numel(),
+            codes.numel(),
             steps.numel(),
             1.0 / half_width,
             tiny_peak,
@@ -145,15 +151,18 @@ def encode_absmax(
 
 def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits: int, zero: float) -> None:
     """Fill `out` [numel] from what `encode_absmax` stored."""
+    rows = max(_TILE // group, 1)
     with torch.cuda.device_of(out):
-        _decode_kernel[(triton.cdiv(out.numel(), _TILE),)](
+        _decode_kernel[(triton.cdiv(steps.numel(), rows),)](
             codes,
             steps,
             out,
             out.numel(),
+            codes.numel(),
+            steps.numel(),
             ZERO=zero,
             GROUP=group,
+            ROWS=rows,
             BITS=bits,
-            TILE=_TILE,
             enable_fp_fusion=False,
         )

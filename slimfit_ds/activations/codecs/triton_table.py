@@ -21,7 +21,8 @@ def _encode_kernel(
     inverse_ptr,
     packed_ptr,
     numel,
-    THRESHOLDS: tl.constexpr,
+    stored_bytes,
+    CELL_BITS: tl.constexpr,
     SIGNED: tl.constexpr,
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
@@ -30,25 +31,28 @@ def _encode_kernel(
     PER_BYTE: tl.constexpr = 8 // BITS
     start = tl.program_id(0).to(tl.int64) * TILE
     offset = start + tl.arange(0, TILE)
-    inside = offset < numel
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
     if SCALED:
         x = x * tl.load(inverse_ptr)
     pattern = x.to(tl.int32, bitcast=True)
     magnitude = (pattern & 0x7FFFFFFF) >> 16
+    # Binary search for the number of thresholds reached: one bit of the code per comparison.
     code = tl.zeros([TILE], tl.int32)
-    for k in tl.static_range(THRESHOLDS):
-        code += (magnitude >= tl.load(thresholds_ptr + k)).to(tl.int32)
+    if CELL_BITS > 0:
+        middle = tl.load(thresholds_ptr + ((1 << (CELL_BITS - 1)) - 1))
+        code = tl.where(magnitude >= middle, 1 << (CELL_BITS - 1), 0)
+    for k in tl.static_range(1, CELL_BITS):
+        threshold = tl.load(thresholds_ptr + code + ((1 << (CELL_BITS - 1 - k)) - 1))
+        code += tl.where(magnitude >= threshold, 1 << (CELL_BITS - 1 - k), 0)
     if SIGNED:
         code += tl.where(pattern < 0, 1 << (BITS - 1), 0)
     else:
         code = tl.where(pattern < 0, 0, code)
-    code = tl.where(inside, code, 0)
     code = tl.reshape(code, [TILE // PER_BYTE, PER_BYTE])
     shift = tl.arange(0, PER_BYTE) * BITS
     packed = tl.sum(code << shift[None, :], axis=1)
     byte = start // PER_BYTE + tl.arange(0, TILE // PER_BYTE)
-    tl.store(packed_ptr + byte, packed.to(tl.uint8), mask=byte * PER_BYTE < numel)
+    tl.store(packed_ptr + byte, packed.to(tl.uint8), mask=byte < stored_bytes)
 
 
 @triton.jit
@@ -58,19 +62,22 @@ def _decode_kernel(
     rms_ptr,
     out_ptr,
     numel,
+    stored_bytes,
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     PER_BYTE: tl.constexpr = 8 // BITS
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = offset < numel
-    byte = tl.load(packed_ptr + offset // PER_BYTE, mask=inside, other=0).to(tl.int32)
-    code = (byte >> ((offset % PER_BYTE) * BITS).to(tl.int32)) & ((1 << BITS) - 1)
+    start = tl.program_id(0).to(tl.int64) * TILE
+    byte = start // PER_BYTE + tl.arange(0, TILE // PER_BYTE)
+    packed = tl.load(packed_ptr + byte, mask=byte < stored_bytes, other=0).to(tl.int32)
+    shift = tl.arange(0, PER_BYTE) * BITS
+    code = tl.reshape((packed[:, None] >> shift[None, :]) & ((1 << BITS) - 1), [TILE])
     value = tl.load(levels_ptr + code)
     if SCALED:
         value = round_to(value.to(tl.float32) * tl.load(rms_ptr), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset, value, mask=inside)
+    offset = start + tl.arange(0, TILE)
+    tl.store(out_ptr + offset, value, mask=offset < numel)
 
 
 def encode_table(
@@ -93,7 +100,8 @@ def encode_table(
             thresholds if inverse is None else inverse,
             packed,
             flat.numel(),
-            THRESHOLDS=thresholds.numel(),
+            packed.numel(),
+            CELL_BITS=thresholds.numel().bit_length(),
             SIGNED=signed,
             SCALED=inverse is not None,
             BITS=bits,
@@ -111,6 +119,7 @@ def decode_table(packed: Tensor, levels: Tensor, rms: Tensor | None, out: Tensor
             levels if rms is None else rms,
             out,
             out.numel(),
+            packed.numel(),
             SCALED=rms is not None,
             BITS=bits,
             TILE=_TILE,

@@ -124,7 +124,9 @@ def test_groups_of_zeros_and_tiny_values(name: str, rounding: str, dtype: torch.
     x[64:96] = 1e-28
     y = codec.decode(codec.encode(x))
     assert torch.equal(y[:64], torch.zeros(64, dtype=dtype))
-    torch.testing.assert_close(y[64:96], x[64:96], rtol=0.02, atol=0)
+    # Stochastic rounding may take the next level below.
+    rtol = 0.02 if rounding == "nearest" else 1 / HALF_WIDTH[name] + 0.02
+    torch.testing.assert_close(y[64:96], x[64:96], rtol=rtol, atol=0)
     assert torch.equal(y[96:], torch.zeros(32, dtype=dtype))
 
 
