@@ -8,7 +8,7 @@ state on the device (if states live on the host), no update.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,15 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
 
 from slimfit_ds.config import OptimizerStatesConfig
+from slimfit_ds.engine.loss_scale import restore_scaler, scaler_state
 from slimfit_ds.engine.shard_files import Shard, ShardReader
+from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import Sharding
-from slimfit_ds.engine.units import Piece, Unit, pieces
+from slimfit_ds.engine.units import Unit
 from slimfit_ds.freezing.statistics import Statistic
-from slimfit_ds.optim.rounding import stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
-from slimfit_ds.optim.state_store import LayerState, StateStore
-from slimfit_ds.optim.unit_states import UnitStates
 
 __all__ = ["FreezeZeroOptimizer"]
-
-# Elements that are updated together: bounds the float32 temporaries of a step.
-_UPDATE_ELEMENTS = 1 << 24
-
-# What DeepSpeed's dynamic loss scaler remembers.
-_SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
 
 class FreezeZeroOptimizer(ZeROOptimizer):
@@ -70,12 +63,9 @@ class FreezeZeroOptimizer(ZeROOptimizer):
     ):
         super().__init__()
         self.optimizer = optimizer
-        self.rule = rule
         self.units = list(units)
         self.sharding = sharding
         self.stage = stage
-        self.config = config
-        self.statistic = statistic
         self.loss_scaler = loss_scaler
         self.dynamic_loss_scale = loss_scaler.dynamic
         self.clip_grad = clip
@@ -86,17 +76,22 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         self.dp_process_group = sharding.group
         self.overflow = False
         self._global_grad_norm = 0.0
-        self.step_count = 0
         self.layer_statistics: dict[int, float] = {}
-        self._layout = UnitStates(rule, config)
-        device = self.units[0].device
-        self.states = StateStore(device, config.inactive, self._create_state)
+        self.updater = ShardUpdater(
+            self.units,
+            sharding,
+            optimizer,
+            rule,
+            statistic,
+            config,
+            self.units[0].device,
+            seed=seed,
+            rank=sharding.row,
+        )
         self._active = list(units)
         self._reduced: dict[int, Tensor] = {}
         self._accumulated: dict[int, Tensor] = {}
         self._present: set[int] = set()
-        self._rounding = torch.Generator(device)
-        self._seed = seed
         self._step_scale = 1.0
 
     # What DeepSpeed's engine and schedulers ask of an optimizer.
@@ -141,8 +136,7 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         for unit in chosen:
             if unit.index not in before:
                 unit.set_trainable(True)
-        self.states.write_back(unit.index for unit in asleep)
-        self.states.prefetch(after)
+        self.updater.move_states((unit.index for unit in asleep), after)
         self._active = chosen
 
     def collect_gradients(self, boundary: bool) -> None:
@@ -199,9 +193,9 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         if self.clip_grad and self._global_grad_norm > self.clip_grad:
             factor *= self.clip_grad / (self._global_grad_norm + 1e-6)
         stepped = [unit for unit in self._active if unit.index in present]
-        partial = self._update(stepped, factor)
-        self._publish(stepped, partial)
-        self.step_count += 1
+        self._publish(stepped, self.updater.update(stepped, self._reduced, factor))
+        # Schedulers of torch warn when the optimizer they hold has never stepped.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
         for unit in self._active:
             # A layer that took no part in the forward pass of any rank did not move.
             if unit.layer is not None and unit.index not in present:
@@ -223,138 +217,40 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         self._global_grad_norm = math.sqrt(squared) / self._step_scale if squared >= 0 else math.nan
         return {unit.index for unit, flag in zip(self._active, flags, strict=True) if flag > 0}
 
-    def _update(self, units: Sequence[Unit], factor: float) -> dict[int, Tensor]:
-        """Step the own shards; returns each unit's partial sums of the statistic."""
-        self._rounding.manual_seed((self._seed << 20) + self.step_count * 4096 + self.sharding.row)
-        sums: dict[int, Tensor] = {}
-        for group, options in enumerate(self.param_groups):
-            mine = [unit for unit in units if unit.group == group]
-            for unit in mine:
-                self._layout.refresh(self.states.get(unit.index), self.step_count, options)
-            for bucket in self._update_buckets(mine):
-                self._update_bucket(bucket, factor, options, sums)
-        for unit in units:
-            self._reduced.pop(unit.index)
-        return sums
-
-    def _update_buckets(self, units: Sequence[Unit]) -> Iterable[list[Piece]]:
-        lengths = [(unit, self._shard_length(unit.index)) for unit in units]
-        if self.config.precision == "fp32":
-            return pieces(lengths, _UPDATE_ELEMENTS)
-        # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
-        return [[Piece(unit, 0, length)] for unit, length in lengths if length]
-
-    def _update_bucket(
-        self, bucket: list[Piece], factor: float, options: Mapping[str, Any], sums: dict[int, Tensor]
-    ) -> None:
-        states = [self.states.get(piece.unit.index) for piece in bucket]
-        gradients = [
-            self._reduced[piece.unit.index][piece.start : piece.stop].to(torch.float32) for piece in bucket
-        ]
-        shards = [self.sharding.own_weights(piece.unit)[piece.start : piece.stop] for piece in bucket]
-        weights = [
-            self._layout.weight(state, piece, shard)
-            for state, piece, shard in zip(states, bucket, shards, strict=True)
-        ]
-        moments = self._layout.load(states, bucket, options)
-        if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        self.rule.update(gradients, weights, moments, [state.step for state in states], options)
-        for piece, update, weight in zip(bucket, gradients, weights, strict=True):
-            if piece.unit.layer is not None:
-                part = self.statistic.partial(update, weight)
-                known = sums.get(piece.unit.index)
-                sums[piece.unit.index] = part if known is None else known + part
-        torch._foreach_add_(weights, gradients)
-        self._layout.store(states, moments)
-        for shard, weight in zip(shards, weights, strict=True):
-            if shard.data_ptr() == weight.data_ptr():
-                continue
-            if shard.dtype is torch.bfloat16 and self.config.bf16_weights == "stochastic_rounding":
-                weight = stochastic_round_bf16(weight, self._rounding)
-            shard.copy_(weight)
-
     def _publish(self, units: Sequence[Unit], partial: Mapping[int, Tensor]) -> None:
         """Gather the new weights, and with them each rank's sums of the statistics."""
-        layers = [unit for unit in units if unit.layer is not None]
-        columns = self.statistic.columns
-        empty = torch.zeros(columns, device=self.units[0].device)
-        sums = [partial.get(unit.index, empty) for unit in layers]
-        sidecar = torch.cat(sums) if sums else empty[:0]
-        if not units:
-            return
-        # Added in rank order and in float64: the same bits on every rank.
-        totals = self.sharding.gather(units, sidecar).double().sum(0).view(-1, columns).tolist()
-        for unit, total in zip(layers, totals, strict=True):
-            if float(self.param_groups[unit.group]["lr"]) != 0.0:
-                assert unit.layer is not None
-                self.layer_statistics[unit.layer] = self.statistic.finish(total, unit.numel)
-
-    def _shard_length(self, index: int) -> int:
-        start, stop = self.sharding.own(self.units[index])
-        return stop - start
-
-    def _create_state(self, index: int) -> dict[str, Tensor]:
-        unit = self.units[index]
-        return self._layout.create(self.sharding.own_weights(unit), self.param_groups[unit.group])
+        if units:
+            sidecars = self.sharding.gather(units, self.updater.statistic_sums(units, partial))
+            self.layer_statistics = self.updater.statistics(units, sidecars)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer states and gradients that this rank holds now."""
         gradients = [p.grad for unit in self._active for p in unit.parameters if p.grad is not None]
         held = [*gradients, *self._reduced.values(), *self._accumulated.values()]
         return {
-            "optimizer": self.states.device_bytes(),
-            "optimizer_host": self.states.host_bytes(),
+            "optimizer": self.updater.states.device_bytes(),
+            "optimizer_host": self.updater.states.host_bytes(),
             "gradients": sum(t.numel() * t.element_size() for t in held),
         }
 
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
-        if self.sharding.rows == 1 and self.sharding.rank > 0:
-            return
-        for index in self.states.units:
-            unit = self.units[index]
-            own_start, own_stop = self.sharding.own(unit)
-            state = self._layout.plain(self.states.peek(index), own_stop - own_start)
-            for name, (_, start, stop) in zip(unit.names, unit.spans(), strict=True):
-                low, high = max(start, own_start), min(stop, own_stop)
-                if low < high:
-                    cut = slice(low - own_start, high - own_start)
-                    yield Shard(name, low - start, {key: t[cut] for key, t in state.tensors.items()})
+        if self.sharding.rows > 1 or self.sharding.rank == 0:
+            yield from self.updater.shards()
 
     def shard_steps(self) -> dict[str, list[int]]:
         """Parameter -> its own step count and the global step of its last update."""
-        return {
-            name: [self.states.peek(index).step, self.states.peek(index).last_step]
-            for index in self.states.units
-            for name in self.units[index].names
-        }
+        return self.updater.shard_steps()
 
     def load_shards(self, reader: ShardReader, steps: Mapping[str, Sequence[int]]) -> None:
         """Replace all states by saved ones, whatever cut they were saved in."""
-        self.states.clear()
-        for unit in self.units:
-            if unit.names[0] not in steps:
-                continue
-            own_start, own_stop = self.sharding.own(unit)
-            tensors = self._layout.plain_zeros(self.sharding.own_weights(unit), self.param_groups[unit.group])
-            for name, (_, start, stop) in zip(unit.names, unit.spans(), strict=True):
-                low, high = max(start, own_start), min(stop, own_stop)
-                for key, target in tensors.items():
-                    if low < high:
-                        reader.read_into(target[low - own_start : high - own_start], name, key, low - start)
-            step, last_step = steps[unit.names[0]]
-            self.states.put(unit.index, self._layout.packed(LayerState(tensors, step, last_step)))
-        active = {unit.index for unit in self._active}
-        self.states.write_back([index for index in self.states.units if index not in active])
+        self.updater.load_shards(reader, steps, {unit.index for unit in self._active})
 
     def state_dict(self) -> dict[str, Any]:
-        """Scalars only; tensors are saved through `unit_states`."""
-        scaler = {key: value for key, value in vars(self.loss_scaler).items() if key in _SCALER_STATE}
-        return {"step_count": self.step_count, "loss_scaler": scaler}
+        """Scalars only; tensors are saved through `shards`."""
+        return {"step_count": self.updater.step_count, "loss_scaler": scaler_state(self.loss_scaler)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `state_dict`."""
-        self.step_count = int(state["step_count"])
-        if self.dynamic_loss_scale:
-            vars(self.loss_scaler).update(state["loss_scaler"])
+        self.updater.step_count = int(state["step_count"])
+        restore_scaler(self.loss_scaler, state["loss_scaler"])

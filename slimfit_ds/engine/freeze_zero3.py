@@ -23,6 +23,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.engine.loss_scale import restore_scaler, scaler_state
+from slimfit_ds.engine.partitioned_units import PartitionedCut, build_units
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.freezing.layers import ParameterRoles
@@ -46,43 +48,6 @@ _NEEDED = (
     "reduce_ready_partitions_and_remove_grads",
     "zero_grad",
 )
-
-# What DeepSpeed's dynamic loss scaler remembers.
-_SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
-
-
-class PartitionedUnit:
-    """A parameter that ZeRO 3 has cut over the ranks.
-
-    Args:
-        index: position among the units.
-        name: name of the parameter.
-        parameter: it; `ds_tensor` is this rank's stretch, padded at the end.
-        group: index of the optimizer's parameter group.
-        layer: position in the schedule; `None`: trains at every step.
-    """
-
-    def __init__(self, index: int, name: str, parameter: nn.Parameter, group: int, layer: int | None):
-        self.index = index
-        self.names = (name,)
-        self.parameter = parameter
-        self.group = group
-        self.layer = layer
-        self.numel: int = parameter.ds_numel
-        rank = dist.get_rank(group=parameter.ds_process_group)
-        start = min(rank * parameter.partition_numel(), self.numel)
-        self._own = (start, min(start + parameter.partition_numel(), self.numel))
-
-    def spans(self) -> Iterator[tuple[nn.Parameter, int, int]]:
-        yield self.parameter, 0, self.numel
-
-    def own(self) -> tuple[int, int]:
-        start, stop = self._own
-        return start, stop
-
-    def own_weights(self) -> Tensor:
-        start, stop = self._own
-        return self.parameter.ds_tensor.data[: stop - start]
 
 
 @dataclass(frozen=True)
@@ -139,32 +104,26 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     def _setup_for_real_optimizer(self) -> None:
         """Instead of float32 weights, gradient partitions and states of everything: none of them yet."""
         config = self._setting.config
+        states = config.optimizer_states
+        if self._states_offloaded:
+            # They are on the host already: a second copy would go nowhere.
+            states = states.model_copy(update={"inactive": "device"})
         device = torch.device("cpu" if self._states_offloaded else get_accelerator().current_device_name())
-        self._units = self._build_units()
-        self._unit_of = {unit.parameter.ds_id: unit for unit in self._units}
+        self._units = build_units(self.module, self._setting.roles, self.optimizer.param_groups)
+        self._unit_of = {id(unit.parameter): unit for unit in self._units}
         self._updater = ShardUpdater(
             self._units,
+            PartitionedCut(),
             self.optimizer,
             self._rule,
             STATISTICS[config.freeze.statistic],
-            config.optimizer_states,
+            states,
             device,
             seed=config.freeze.seed,
             rank=dist.get_rank(group=self.dp_process_group),
         )
         self._active = list(self._units)
         self._gradients: dict[int, Tensor] = {}
-
-    def _build_units(self) -> list[PartitionedUnit]:
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        layers = {layer.name: position for position, layer in enumerate(self._setting.roles.layers)}
-        units: list[PartitionedUnit] = []
-        for group, options in enumerate(self.optimizer.param_groups):
-            for parameter in options["params"]:
-                if parameter.requires_grad and parameter.ds_numel:
-                    name = names[id(parameter)]
-                    units.append(PartitionedUnit(len(units), name, parameter, group, layers.get(name)))
-        return units
 
     def set_active(self, layers: frozenset[int]) -> None:
         """Make these layers, and the small parameters, the ones that train from now on.
@@ -191,7 +150,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             # DeepSpeed's leaf modules make zeros for every parameter without a gradient.
             param.grad = None
             return
-        if not param.grad.is_contiguous():
+        if param.grad is not None and not param.grad.is_contiguous():
             param.grad.data = param.grad.contiguous()
         super().reduce_ready_partitions_and_remove_grads(param)
 
@@ -203,15 +162,14 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             grad_partitions: own stretch of each, a view into the bucket.
         """
         for parameter, partition in zip(params_to_release, grad_partitions, strict=True):
-            unit = self._unit_of[parameter.ds_id]
-            start, stop = unit.own()
-            own = partition[: stop - start]
+            unit = self._unit_of[id(parameter)]
+            own = partition[: unit.length]
             if unit.index in self._gradients:
                 self._gradients[unit.index].add_(own)
             else:
                 # A copy: the view would keep the whole bucket alive.
                 self._gradients[unit.index] = own.to(self._updater.device, torch.float32, copy=True)
-            if not get_accelerator().is_synchronized_device():
+            if parameter.grad is not None and not get_accelerator().is_synchronized_device():
                 parameter.grad.record_stream(get_accelerator().current_stream())
             parameter.grad = None
 
@@ -245,6 +203,8 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             if self.clip_grad and self._global_grad_norm > self.clip_grad:
                 factor *= self.clip_grad / (self._global_grad_norm + 1e-6)
             self._update(present, factor)
+            # Schedulers of torch warn when the optimizer they hold has never stepped.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
         self._post_step(set())
 
     def _global_norm(self, scale: float) -> set[int]:
@@ -301,14 +261,12 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def state_dict(self) -> dict[str, Any]:
         """Scalars only; tensors are saved through `shards`."""
-        scaler = {key: value for key, value in vars(self.loss_scaler).items() if key in _SCALER_STATE}
-        return {"step_count": self._updater.step_count, "loss_scaler": scaler}
+        return {"step_count": self._updater.step_count, "loss_scaler": scaler_state(self.loss_scaler)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `state_dict`."""
         self._updater.step_count = int(state["step_count"])
-        if self.dynamic_loss_scale:
-            vars(self.loss_scaler).update(state["loss_scaler"])
+        restore_scaler(self.loss_scaler, state["loss_scaler"])
 
 
 def configure_zero3(

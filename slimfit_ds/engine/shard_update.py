@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.engine.shard_files import Shard, ShardReader
+from slimfit_ds.engine.units import Piece, pieces
 from slimfit_ds.freezing.statistics import Statistic
 from slimfit_ds.optim.rounding import stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
 from slimfit_ds.optim.state_store import LayerState, StateStore
 from slimfit_ds.optim.unit_states import UnitStates
 
-__all__ = ["ShardUnit", "ShardUpdater"]
+__all__ = ["Cut", "ShardUnit", "ShardUpdater"]
 
 # Elements that are updated together: bounds the float32 temporaries of a step.
 _UPDATE_ELEMENTS = 1 << 24
 
 
 class ShardUnit(Protocol):
-    """What trains or sleeps as a whole, and of which this rank owns one stretch."""
+    """What trains or sleeps as a whole."""
 
     @property
     def index(self) -> int: ...
@@ -36,29 +37,30 @@ class ShardUnit(Protocol):
     @property
     def numel(self) -> int: ...
     def spans(self) -> Iterator[tuple[nn.Parameter, int, int]]: ...
-    def own(self) -> tuple[int, int]:
-        """First and last (exclusive) element of this rank's stretch of the flat unit."""
+
+
+_Unit = TypeVar("_Unit", bound=ShardUnit)
+_Unit_contra = TypeVar("_Unit_contra", bound=ShardUnit, contravariant=True)
+
+
+class Cut(Protocol[_Unit_contra]):
+    """How units are cut over the ranks."""
+
+    def own(self, unit: _Unit_contra, /) -> tuple[int, int]:
+        """First and last (exclusive) element of this rank's shard in the flat unit."""
         ...
 
-    def own_weights(self) -> Tensor:
-        """This rank's stretch of the weights, a view; it may live on another device."""
+    def own_weights(self, unit: _Unit_contra, /) -> Tensor:
+        """This rank's shard of the weights, a view; it may stand on another device than its states."""
         ...
 
 
-class _Piece:
-    """Positions `start` to `stop` of a unit's stretch."""
-
-    def __init__(self, unit: ShardUnit, start: int, stop: int):
-        self.unit = unit
-        self.start = start
-        self.stop = stop
-
-
-class ShardUpdater:
+class ShardUpdater(Generic[_Unit]):
     """Steps own shards and keeps their states.
 
     Args:
         units: every unit that may train; `units[i].index == i`.
+        cut: which stretch of each of them is this rank's.
         optimizer: its parameter groups hold the hyperparameters; its own step is never called.
         rule: the update rule that does what this optimizer would do.
         statistic: the measure of an update.
@@ -70,7 +72,8 @@ class ShardUpdater:
 
     def __init__(
         self,
-        units: Sequence[ShardUnit],
+        units: Sequence[_Unit],
+        cut: Cut[_Unit],
         optimizer: torch.optim.Optimizer,
         rule: UpdateRule,
         statistic: Statistic,
@@ -80,6 +83,7 @@ class ShardUpdater:
         rank: int = 0,
     ):
         self.units = list(units)
+        self._cut = cut
         self.step_count = 0
         self._optimizer = optimizer
         self._rule = rule
@@ -92,12 +96,12 @@ class ShardUpdater:
         self.states = StateStore(device, config.inactive, self._create)
         self._rounding = torch.Generator(device)
 
-    def _options(self, unit: ShardUnit) -> dict[str, Any]:
+    def _options(self, unit: _Unit) -> dict[str, Any]:
         return self._optimizer.param_groups[unit.group]
 
     def _create(self, index: int) -> dict[str, Tensor]:
         unit = self.units[index]
-        return self._layout.create(unit.own_weights().to(self.device), self._options(unit))
+        return self._layout.create(self._cut.own_weights(unit).to(self.device), self._options(unit))
 
     def move_states(self, asleep: Iterable[int], awake: Iterable[int]) -> None:
         """Write back the states of units that go to sleep, start to fetch those that wake up."""
@@ -105,7 +109,7 @@ class ShardUpdater:
         self.states.prefetch(awake)
 
     def update(
-        self, units: Sequence[ShardUnit], gradients: dict[int, Tensor], factor: float
+        self, units: Sequence[_Unit], gradients: dict[int, Tensor], factor: float
     ) -> dict[int, Tensor]:
         """Step the own shards of these units once.
 
@@ -129,33 +133,20 @@ class ShardUpdater:
         self.step_count += 1
         return sums
 
-    def _buckets(self, units: Sequence[ShardUnit]) -> Iterator[list[_Piece]]:
-        if self._config.precision != "fp32":
-            # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
-            for unit in units:
-                first, last = unit.own()
-                if first < last:
-                    yield [_Piece(unit, 0, last - first)]
-            return
-        bucket: list[_Piece] = []
-        room = _UPDATE_ELEMENTS
-        for unit in units:
-            first, last = unit.own()
-            start = 0
-            while start < last - first:
-                stop = min(start + room, last - first)
-                bucket.append(_Piece(unit, start, stop))
-                room -= stop - start
-                start = stop
-                if room == 0:
-                    yield bucket
-                    bucket, room = [], _UPDATE_ELEMENTS
-        if bucket:
-            yield bucket
+    def _buckets(self, units: Sequence[_Unit]) -> Iterable[list[Piece[_Unit]]]:
+        lengths = [(unit, self._length(unit)) for unit in units]
+        if self._config.precision == "fp32":
+            return pieces(lengths, _UPDATE_ELEMENTS)
+        # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
+        return [[Piece(unit, 0, length)] for unit, length in lengths if length]
+
+    def _length(self, unit: _Unit) -> int:
+        start, stop = self._cut.own(unit)
+        return stop - start
 
     def _update_bucket(
         self,
-        bucket: Sequence[_Piece],
+        bucket: Sequence[Piece[_Unit]],
         gradients: Mapping[int, Tensor],
         factor: float,
         options: Mapping[str, Any],
@@ -166,7 +157,7 @@ class ShardUpdater:
             gradients[piece.unit.index][piece.start : piece.stop].to(self.device, torch.float32)
             for piece in bucket
         ]
-        shards = [piece.unit.own_weights()[piece.start : piece.stop] for piece in bucket]
+        shards = [self._cut.own_weights(piece.unit)[piece.start : piece.stop] for piece in bucket]
         weights = [
             self._layout.weight(state, piece, shard).to(self.device)
             for state, piece, shard in zip(states, bucket, shards, strict=True)
@@ -189,13 +180,13 @@ class ShardUpdater:
                 weight = stochastic_round_bf16(weight, self._rounding)
             shard.copy_(weight)
 
-    def statistic_sums(self, units: Sequence[ShardUnit], sums: Mapping[int, Tensor]) -> Tensor:
+    def statistic_sums(self, units: Sequence[_Unit], sums: Mapping[int, Tensor]) -> Tensor:
         """The partial sums of all layers among these units, in order, as one message `[layers * columns]`."""
         empty = torch.zeros(self._statistic.columns, device=self.device)
         parts = [sums.get(unit.index, empty) for unit in units if unit.layer is not None]
         return torch.cat(parts) if parts else empty[:0]
 
-    def statistics(self, units: Sequence[ShardUnit], everyone: Tensor) -> dict[int, float]:
+    def statistics(self, units: Sequence[_Unit], everyone: Tensor) -> dict[int, float]:
         """The statistic of each layer among these units whose learning rate is not 0.
 
         Args:
@@ -214,16 +205,15 @@ class ShardUpdater:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
         for index in self.states.units:
             unit = self.units[index]
-            first, last = unit.own()
-            state = self._layout.plain(self.states.peek(index), last - first)
+            first, _ = self._cut.own(unit)
+            state = self._layout.plain(self.states.peek(index), self._length(unit))
             for name, low, high, start in self._own_spans(unit):
                 cut = slice(low - first, high - first)
                 yield Shard(name, low - start, {key: t[cut] for key, t in state.tensors.items()})
 
-    @staticmethod
-    def _own_spans(unit: ShardUnit) -> Iterator[tuple[str, int, int, int]]:
+    def _own_spans(self, unit: _Unit) -> Iterator[tuple[str, int, int, int]]:
         """Each parameter with elements here: name, own first and last element, its first element."""
-        first, last = unit.own()
+        first, last = self._cut.own(unit)
         for name, (_, start, stop) in zip(unit.names, unit.spans(), strict=True):
             low, high = max(start, first), min(stop, last)
             if low < high:
@@ -247,8 +237,10 @@ class ShardUpdater:
         for unit in self.units:
             if unit.names[0] not in steps:
                 continue
-            first, _ = unit.own()
-            tensors = self._layout.plain_zeros(unit.own_weights().to(self.device), self._options(unit))
+            first, _ = self._cut.own(unit)
+            tensors = self._layout.plain_zeros(
+                self._cut.own_weights(unit).to(self.device), self._options(unit)
+            )
             for name, low, high, start in self._own_spans(unit):
                 for key, target in tensors.items():
                     reader.read_into(target[low - first : high - first], name, key, low - start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,11 +115,14 @@ def build_units(
     return units
 
 
+_AnyUnit = TypeVar("_AnyUnit")
+
+
 @dataclass(frozen=True)
-class Piece:
+class Piece(Generic[_AnyUnit]):
     """Positions `start` to `stop` of a unit's shard: the granule of communication and update."""
 
-    unit: Unit
+    unit: _AnyUnit
     start: int
     stop: int
 
@@ -127,14 +131,14 @@ class Piece:
         return self.stop - self.start
 
 
-def pieces(lengths: Sequence[tuple[Unit, int]], limit: int) -> Iterator[list[Piece]]:
+def pieces(lengths: Sequence[tuple[_AnyUnit, int]], limit: int) -> Iterator[list[Piece[_AnyUnit]]]:
     """Cut the shards of several units into buckets of at most `limit` elements, in order.
 
     Args:
         lengths: each unit with the length of its shard.
         limit: elements of a bucket; a large unit is spread over several.
     """
-    bucket: list[Piece] = []
+    bucket: list[Piece[_AnyUnit]] = []
     room = limit
     for unit, length in lengths:
         start = 0
