@@ -15,9 +15,18 @@ class Reference:
     Moments, step counts and float32 masters are kept per parameter, and untouched while it is frozen.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, lr: float, weight_decay: float, clip: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        lr: float,
+        weight_decay: float,
+        clip: float,
+        stale_moments: str = "keep",
+    ):
         self.model = copy.deepcopy(model).to(dtype)
         self.clip = clip
+        self.stale_moments = stale_moments
         self.masters: dict[str, nn.Parameter] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, parameter in self.model.named_parameters():
@@ -25,7 +34,9 @@ class Reference:
             self.masters[name] = master
             self.optimizers[name] = torch.optim.AdamW([master], lr=lr, weight_decay=weight_decay)
 
-    def step(self, micro_batches: list[dict], active: set[str], freezable: set[str], loss_scale: float = 1.0) -> float:
+    def step(
+        self, micro_batches: list[dict], active: set[str], freezable: set[str], loss_scale: float = 1.0
+    ) -> float:
         """One optimizer step; returns the global norm of the active gradients before clipping."""
         moving = [n for n in self.masters if n not in freezable or n in active]
         total = {name: torch.zeros_like(self.masters[name]) for name in moving}
@@ -43,4 +54,17 @@ class Reference:
             self.masters[name].grad = gradient * factor
             self.optimizers[name].step()
             parameters[name].data.copy_(self.masters[name].data)
+        for name in self.masters.keys() - total.keys():
+            self._age(name)
         return norm
+
+    def _age(self, name: str) -> None:
+        """What one missed step does to the moments of a frozen weight; the weight stays."""
+        optimizer, master = self.optimizers[name], self.masters[name]
+        if self.stale_moments == "reset":
+            optimizer.state.clear()
+        elif self.stale_moments == "decay" and optimizer.state:
+            weight = master.detach().clone()
+            master.grad = torch.zeros_like(master)
+            optimizer.step()
+            master.data.copy_(weight)

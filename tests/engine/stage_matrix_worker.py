@@ -1,6 +1,6 @@
-"""Run under a launcher: one ZeRO stage, all dtypes x accumulation x clipping, against `plain_reference`.
+"""Run under a launcher: cells of (stage, dtype, accumulation, clipping, ...) against `plain_reference`.
 
-Prints one JSON line on rank 0: for each cell the largest drift of a frozen weight, the relative error
+Argument: a JSON list of cells. Prints one JSON line on rank 0: for each cell the largest drift of a frozen weight, the relative error
 of the gradient norm, the largest difference to the reference, and whether ranks chose the same layers.
 """
 
@@ -53,24 +53,37 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
     return result
 
 
-def run_cell(stage: int, dtype: str, accumulation: int, clip: float, steps: int, extra: dict) -> dict:
+def run_cell(
+    stage: int,
+    dtype: str = "fp32",
+    accumulation: int = 1,
+    clip: float = 0.0,
+    steps: int = 8,
+    zero: dict | None = None,
+    freeze: dict | None = None,
+    states: dict | None = None,
+) -> dict:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     lr, weight_decay = 1e-3, 0.1
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": weight_decay, "torch_adam": True}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **(zero or {})},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": lr, "weight_decay": weight_decay, "torch_adam": True},
+        },
         "steps_per_print": None,
-        "slimfit": {"freeze": {"rate": 0.9, **extra.get("freeze", {})}, **extra.get("block", {})},
+        "slimfit": {"freeze": {"rate": 0.9, **(freeze or {})}, "optimizer_states": states or {}},
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if dtype == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}
     model = tiny_bert()
-    reference = Reference(model, DTYPES[dtype], lr, weight_decay, clip)
+    stale = (states or {}).get("stale_moments", "keep")
+    reference = Reference(model, DTYPES[dtype], lr, weight_decay, clip, stale)
     engine, *_ = slimfit_ds.initialize(model=model, config=config)
     freezable = set(engine.layer_names)
     drift, norm_error, sets_equal, leaks = 0.0, 0.0, True, 0
@@ -102,6 +115,7 @@ def run_cell(stage: int, dtype: str, accumulation: int, clip: float, steps: int,
         for name, weight in full_weights(engine).items()
     )
     trained = len(engine.update_statistics)
+    report = engine.memory_report()
     engine.destroy()
     return {
         "cell": f"stage{stage}-{dtype}-acc{accumulation}-clip{clip}",
@@ -112,15 +126,14 @@ def run_cell(stage: int, dtype: str, accumulation: int, clip: float, steps: int,
         "frozen_gradients": leaks,
         "trained": trained,
         "layers": len(freezable),
+        "report": report,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("cells", type=json.loads)
     parser.add_argument("--local_rank", type=int, default=0)
-    parser.add_argument("--dtypes", default="fp32,bf16,fp16")
-    parser.add_argument("--extra", default="{}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -128,13 +141,7 @@ def main() -> None:
     # DeepSpeed refuses fp16 on a CPU although torch can.
     type(get_accelerator()).is_fp16_supported = lambda self: True
     deepspeed.init_distributed("gloo")
-    results = []
-    for dtype in arguments.dtypes.split(","):
-        for accumulation in (1, 2):
-            for clip in (0.0, 0.05):
-                results.append(
-                    run_cell(arguments.stage, dtype, accumulation, clip, 8, json.loads(arguments.extra))
-                )
+    results = [run_cell(**cell) for cell in arguments.cells]
     if torch.distributed.get_rank() == 0:
         print("RESULT " + json.dumps(results), flush=True)
     torch.distributed.destroy_process_group()

@@ -1,0 +1,203 @@
+"""Checkpoints: resume on other world sizes, stages and residencies; whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+import slimfit_ds
+from slimfit_ds.config import ConfigError
+from slimfit_ds.engine import checkpoint
+from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag, load_states_of
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+
+
+def run(run_ranks, ranks: int, stage: int, first: int, last: int, **options) -> list[dict]:
+    flags = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    return run_ranks(WORKER, f"--stage={stage}", f"--first={first}", f"--last={last}", *flags, ranks=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("dtype", "phases", "loss_tolerance", "weight_tolerance"),
+    [
+        # (ranks, stage, residency) for four steps each. In bf16 a batch of 8 rounds its gradients
+        # otherwise than two of 4, and Adam may turn that into two updates of lr = 1e-3.
+        ("fp32", [(2, 1, "device"), (1, 2, "host"), (2, 0, "device")], 1e-5, 1e-6),
+        ("bf16", [(2, 2, "host"), (1, 0, "device"), (2, 1, "device")], 2e-2, 2e-3),
+        ("fp32", [(2, 3, "device"), (1, 3, "device"), (2, 1, "host")], 1e-5, 1e-6),
+    ],
+)
+def test_resume_anywhere_equals_the_uninterrupted_run(
+    run_ranks, tmp_path, dtype, phases, loss_tolerance, weight_tolerance
+):
+    ranks, stage, _ = phases[0]
+    whole = run(run_ranks, ranks, stage, 0, 12, dtype=dtype, save=tmp_path / "whole")
+    pieces: list[dict] = []
+    for number, (ranks, stage, inactive) in enumerate(phases):
+        pieces += run(
+            run_ranks,
+            ranks,
+            stage,
+            4 * number,
+            4 * number + 4,
+            dtype=dtype,
+            inactive=inactive,
+            load=tmp_path / "part" if number else None,
+            save=tmp_path / "part",
+        )
+    assert [step["active"] for step in pieces] == [step["active"] for step in whole]
+    assert [step["lr"] for step in pieces] == [step["lr"] for step in whole]
+    for mine, theirs in zip(pieces, whole, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=loss_tolerance, abs=loss_tolerance)
+    mine, theirs = load_states_of(tmp_path / "part"), load_states_of(tmp_path / "whole")
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name].float(), weight.float(), rtol=0, atol=weight_tolerance)
+
+
+def engine_of(model: nn.Module | None = None, stage: int = 1, **slimfit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)) if model is None else model
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+        "slimfit": {"freeze": {"rate": 0.5}, **slimfit},
+    }
+    return slimfit_ds.initialize(model=model, config=config)[0]
+
+
+def train(engine, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = engine(torch.randn(2, 4)).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.usefixtures("one_rank")
+class TestOneRank:
+    def test_random_states_and_client_state_come_back(self, tmp_path):
+        engine = engine_of()
+        train(engine, 3)
+        engine.save_checkpoint(tmp_path, client_state={"epoch": 2, "best": [0.5, None]})
+        expected = (train(engine, 4), random.random(), np.random.get_state()[2], torch.rand(1).item())
+        other = engine_of()
+        path, client = other.load_checkpoint(tmp_path)
+        assert path == str(tmp_path / "global_step3")
+        assert client == {"epoch": 2, "best": [0.5, None]}
+        assert (train(other, 4), random.random(), np.random.get_state()[2], torch.rand(1).item()) == expected
+
+    def test_an_empty_folder_is_no_error(self, tmp_path):
+        assert engine_of().load_checkpoint(tmp_path) == (None, {})
+
+    def test_other_layers_are_refused_with_the_difference(self, tmp_path):
+        engine_of().save_checkpoint(tmp_path)
+        other = engine_of(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4)))
+        before = {name: p.detach().clone() for name, p in other.module.named_parameters()}
+        with pytest.raises(ConfigError) as caught:
+            other.load_checkpoint(tmp_path)
+        assert "only in the model: 3.weight" in caught.value.problems
+        assert all(torch.equal(p, before[name]) for name, p in other.module.named_parameters())
+
+    def test_client_state_must_be_json(self, tmp_path):
+        engine = engine_of()
+        with pytest.raises(ConfigError, match="client_state must hold JSON types only"):
+            engine.save_checkpoint(tmp_path, client_state={"x": torch.zeros(1)})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_failed_write_leaves_the_last_checkpoint(self, tmp_path, monkeypatch):
+        engine = engine_of()
+        engine.save_checkpoint(tmp_path, tag="good")
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            engine.save_checkpoint(tmp_path, tag="bad")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "latest"]
+        assert latest_tag(tmp_path) == "good"
+        assert engine_of().load_checkpoint(tmp_path)[0] == str(tmp_path / "good")
+
+    def test_the_same_tag_again_replaces_the_old_one(self, tmp_path):
+        engine = engine_of()
+        engine.save_checkpoint(tmp_path, tag="x")
+        train(engine, 2)
+        engine.save_checkpoint(tmp_path, tag="x")
+        assert json.loads((tmp_path / "x" / "slimfit.json").read_text())["counters"]["global_steps"] == 2
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "x"]
+
+    def test_foreign_folders_and_formats_are_refused(self, tmp_path):
+        (tmp_path / "old").mkdir()
+        with pytest.raises(CheckpointError, match=r"is no SlimFit checkpoint: it has no slimfit\.json"):
+            engine_of().load_checkpoint(tmp_path, tag="old")
+        (tmp_path / "old" / "slimfit.json").write_text('{"format": 99}')
+        with pytest.raises(CheckpointError, match="has checkpoint format 99"):
+            engine_of().load_checkpoint(tmp_path, tag="old")
+
+    def test_a_checkpoint_holds_no_pickles(self, tmp_path):
+        engine = engine_of()
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path)
+        names = {path.suffix for path in (tmp_path / "global_step1").iterdir()}
+        assert names == {".json", ".safetensors"}
+
+    def test_export_gives_masters_where_there_are_any(self, tmp_path):
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+            "slimfit": {"freeze": {"rate": 0.5, "never_active": ["1"]}},
+        }
+        engine = slimfit_ds.initialize(model=model, config=config)[0]
+        for _ in range(3):
+            engine.backward(engine(torch.randn(2, 4, dtype=torch.bfloat16)).float().square().mean())
+            engine.step()
+        engine.save_checkpoint(tmp_path)
+        exported = load_states_of(tmp_path)
+        frozen, trained = exported["1.weight"], exported["0.weight"]
+        assert torch.equal(frozen, engine.module[1].weight.float())
+        # Three updates of 1e-5 are below bf16's resolution but not below the master's.
+        assert not torch.equal(trained, engine.module[0].weight.float())
+        assert torch.equal(trained.bfloat16(), engine.module[0].weight)
+
+    def test_save_pretrained_loads_with_plain_transformers(self, tmp_path):
+        config = BertConfig(
+            vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+        engine = engine_of(BertForMaskedLM(config))
+        engine.save_pretrained(tmp_path)
+        loaded = BertForMaskedLM.from_pretrained(tmp_path)
+        inputs = torch.arange(6)[None]
+        engine.module.eval()
+        assert torch.equal(loaded(inputs).logits, engine.module(inputs).logits)
+        assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+
+    def test_save_pretrained_of_any_module(self, tmp_path):
+        engine = engine_of()
+        engine.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors")
+        assert torch.equal(saved["0.weight"], engine.module[0].weight)
+
+    def test_a_checkpoint_may_be_moved(self, tmp_path):
+        engine = engine_of()
+        train(engine, 1)
+        engine.save_checkpoint(tmp_path / "a")
+        shutil.move(tmp_path / "a", tmp_path / "b")
+        assert engine_of().load_checkpoint(tmp_path / "b")[0] is not None
