@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from slimfit_ds.activations.codecs import get_codec
+from slimfit_ds.activations.checkpoint import resolve_codec
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec
 from slimfit_ds.activations.installer import Installer
 from slimfit_ds.activations.patching import Patches
@@ -66,7 +66,7 @@ def _codec_problem(spec: CodecSpec) -> list[str]:
     if name.startswith("step"):
         options = {"activation": "gelu", **options}
     try:
-        get_codec(name, **options)
+        resolve_codec({"name": name, **options})
     except (ValueError, TypeError) as error:
         return [f"activations: {error}"]
     return []

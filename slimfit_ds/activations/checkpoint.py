@@ -9,12 +9,14 @@ no input requires grad (frozen embeddings).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
@@ -23,7 +25,7 @@ from slimfit_ds.activations.autocast import AutocastState
 from slimfit_ds.activations.batching import Chunks, plan_chunks
 from slimfit_ds.activations.codecs import Codec, get_codec
 from slimfit_ds.activations.scope import recomputed_part
-from slimfit_ds.activations.storing import SavedTensors, Stored
+from slimfit_ds.activations.storing import RECIPE, SHARED, SavedTensors, Stored
 
 __all__ = ["checkpoint", "make_checkpoint", "resolve_codec"]
 
@@ -33,10 +35,12 @@ def resolve_codec(codec: Any) -> Codec | None:
 
     Equal specifications give the same object, so that payloads can be shared between functions.
     """
-    if isinstance(codec, Mapping):
-        codec = get_codec(codec["name"], **{key: value for key, value in codec.items() if key != "name"})
-    elif isinstance(codec, str):
-        codec = get_codec(codec)
+    # Codecs fit their tables with real numbers, also while a memory estimate runs on fake tensors.
+    with unset_fake_temporarily():
+        if isinstance(codec, Mapping):
+            codec = get_codec(codec["name"], **{key: value for key, value in codec.items() if key != "name"})
+        elif isinstance(codec, str):
+            codec = get_codec(codec)
     return None if codec is None or codec.name == "exact" else codec
 
 
@@ -55,6 +59,7 @@ def checkpoint(
     chunk_forward: bool = False,
     select: Callable[[Sequence[Tensor]], Sequence[bool]] | None = None,
     recompute: Callable | None = None,
+    remember_output: bool = False,
     preserve_rng_state: bool = True,
     use_reentrant: bool | None = None,
     **kwargs: Any,
@@ -76,6 +81,7 @@ def checkpoint(
         select: which of the input tensors to compress, instead of the rule above.
         recompute: called in place of `function` in the backward pass, to run hooks that are around the forward
             call already (a module instead of its `forward`).
+        remember_output: let functions that store the first result (an active layer's input) recompute it too.
         preserve_rng_state: replay random numbers (dropout) in the recomputation.
         use_reentrant: accepted for compatibility, without effect: the semantics are always non-reentrant.
         kwargs: keyword arguments of `function`.
@@ -105,6 +111,11 @@ def checkpoint(
         record = _Record(call, plan, outcome, outcome.parameters if inside else None)
         outcome.values = _CheckpointFunction.apply(record, codecs, *call.tensors, *parameters)
         call.tensors = []
+        if remember_output:
+            SHARED.remember(
+                outcome.values[0].detach(), RECIPE, _REPEATED, _Repetition(tuple(record.kept), record)
+            )
+        record.kept = []
     return outcome.take()
 
 
@@ -196,6 +207,18 @@ class _Record:
         self.needs_gradient = [t.requires_grad for t in call.tensors]
         self.parameters = partitioned if partitioned is not None else list(outcome.parameters)
         self.stored: list[Stored] = []
+        self.kept: list[Tensor] = []
+
+    def repeat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The first result of the function again, from what was saved."""
+        inputs = SavedTensors.restore(self.stored, tensors)
+        plan = self.plan if len(self.states) == len(self.plan) else self.plan.undivided()
+        results = []
+        for index, state in enumerate(self.states):
+            with torch.no_grad(), self.autocast.entered(), rng.replay(state):
+                leaves = pytree.tree_leaves(self.call.run_again(plan.slice(inputs, index)))
+            results.append([next(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+        return results[0][0] if len(results) == 1 else plan.merge(results)[0]
 
     def chunks_for(self, gradients: Sequence[Tensor | None]) -> tuple[Chunks, list[rng.RngState | None]]:
         """The chunks to recompute, with the random state of each."""
@@ -252,7 +275,7 @@ class _CheckpointFunction(torch.autograd.Function):
         saved = SavedTensors()
         for tensor, codec in zip(record.call.tensors, codecs, strict=True):
             saved.add(tensor, codec)
-        record.stored = saved.records
+        record.stored, record.kept = saved.records, saved.tensors
         ctx.record = record
         ctx.save_for_backward(*saved.tensors)
         ctx.set_materialize_grads(False)
@@ -288,6 +311,25 @@ class _CheckpointFunction(torch.autograd.Function):
             if heads:
                 total.differentiate(heads, weights, chunk, index)
         return (None, None, *total.gradients())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repetition:
+    """How a checkpointed function's first result follows from what the checkpoint saved."""
+
+    tensors: tuple[Tensor, ...]
+    record: _Record
+
+
+class _Repeated:
+    """Decodes a `_Repetition` to the result."""
+
+    @staticmethod
+    def decode(recipe: _Repetition) -> Tensor:
+        return recipe.record.repeat(recipe.tensors)
+
+
+_REPEATED = _Repeated()
 
 
 class _Totals:

@@ -109,7 +109,8 @@ class Installer:
         for part, module in find_consumers(block, widths).items():
             full = f"{name}.{part}"
             codec = resolve_codec(self._config.table(full).norm)
-            setting = ConsumerSetting(codec, self._config.chunk_tokens, self._config.chunk_forward)
+            width = max(widths[m] for m in block.modules() if m in widths)
+            setting = ConsumerSetting(codec, width, self._config.chunk_tokens, self._config.chunk_forward)
             reason = f"{type(module).__name__} holds weights and no norm of the block"
             self._install(full, module, setting, "consumers", "recompute", reason)
 

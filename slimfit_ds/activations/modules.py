@@ -20,7 +20,6 @@ from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
 from slimfit_ds.activations.patching import Patches, original_forward
 from slimfit_ds.activations.saved_hooks import call_compressed
 from slimfit_ds.activations.scope import compresses
-from slimfit_ds.activations.storing import RECIPE, SHARED
 
 __all__ = [
     "ActivationSetting",
@@ -95,9 +94,17 @@ class LinearSetting:
 
 @dataclass(frozen=True)
 class ConsumerSetting:
-    """A module that is recomputed from the normalised input of the norm that feeds it."""
+    """A module that is recomputed from its input: from what the norm that feeds it stores, or else by `codec`.
+
+    Attributes:
+        codec: stores an input that no norm has stored.
+        width: of the block's norms; a module whose input has another width is left alone.
+        chunk_tokens: as in `checkpoint`.
+        chunk_forward: as in `checkpoint`.
+    """
 
     codec: Codec | None
+    width: int
     chunk_tokens: int | None
     chunk_forward: bool
 
@@ -105,7 +112,7 @@ class ConsumerSetting:
         first = next(
             (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None
         )
-        if first is None or SHARED.find(first, RECIPE) is None:
+        if first is None or first.shape[-1] != self.width:
             return original(*args, **kwargs)
         return checkpoint(
             original,
@@ -113,8 +120,9 @@ class ConsumerSetting:
             codec=self.codec,
             chunk_tokens=self.chunk_tokens,
             chunk_forward=self.chunk_forward,
-            select=lambda tensors: [SHARED.find(t, RECIPE) is not None for t in tensors],
+            select=lambda tensors: [t is first for t in tensors],
             recompute=module,
+            remember_output=True,
             **kwargs,
         )
 

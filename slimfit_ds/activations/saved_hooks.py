@@ -6,6 +6,7 @@ of tokens that belong to no parameter. Masks, statistics of softmax or norms and
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimfit_ds.activations.codecs import Codec
-from slimfit_ds.activations.storing import encode_shared
+from slimfit_ds.activations.storing import Payload, encode_shared
 
 __all__ = ["call_compressed", "compress_saved"]
 
@@ -35,25 +36,57 @@ def compress_saved(
     storages = {w.untyped_storage()._cdata for w in weights}
     # Under autocast a linear layer saves a cast copy of its weight, which only its shape tells from an input.
     shapes = {s for w in weights if w.dim() == 2 for s in (tuple(w.shape), tuple(w.shape[::-1]))}
+    outer = _Outer.capture()
 
     def pack(tensor: Tensor) -> Any:
-        if not _is_rows(tensor, rows) or tensor.untyped_storage()._cdata in storages:
-            return tensor
-        if tuple(tensor.shape) in shapes and torch.is_autocast_enabled(tensor.device.type):
-            return tensor
-        return encode_shared(tensor, codec)
+        cast = tuple(tensor.shape) in shapes and torch.is_autocast_enabled(tensor.device.type)
+        if cast or not _is_rows(tensor, rows) or tensor.untyped_storage()._cdata in storages:
+            return outer.pack(tensor)
+        payload = encode_shared(tensor, codec)
+        kept = [outer.pack(t) for t in payload.encoded.tensors]
+        return _Packed(
+            dataclasses.replace(payload, encoded=dataclasses.replace(payload.encoded, tensors=())), kept
+        )
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+    def unpack(packed: Any) -> Tensor:
+        if not isinstance(packed, _Packed):
+            return outer.unpack(packed)
+        tensors = tuple(outer.unpack(t) for t in packed.kept)
+        encoded = dataclasses.replace(packed.payload.encoded, tensors=tensors)
+        return dataclasses.replace(packed.payload, encoded=encoded).decode()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A payload without its tensors, and what the enclosing hooks made of them."""
+
+    payload: Payload
+    kept: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+    """The hooks around ours, which autograd would bypass: checkpoints drop, trackers count what passes there."""
+
+    pack: Callable[[Tensor], Any]
+    unpack: Callable[[Any], Tensor]
+
+    @classmethod
+    def capture(cls) -> _Outer:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return cls(*hooks) if hooks is not None else cls(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_rows(tensor: Tensor, rows: int) -> bool:
     if not tensor.is_floating_point() or tensor.dim() < 2 or isinstance(tensor, torch.nn.Parameter):
         return False
     return tensor.shape[-1] >= _MIN_WIDTH and tensor.numel() == rows * tensor.shape[-1]
-
-
-def _unpack(packed: Any) -> Tensor:
-    return packed if isinstance(packed, Tensor) else packed.decode()
 
 
 def call_compressed(

@@ -72,17 +72,27 @@ def compressed_norm(
         recipe: let functions that store the result share the stored x_hat.
     """
     kept: list[Any] = []
-    y = _Norm.apply(x, weight, bias, forward, kind, codec, kept)
+    # DeepSpeed empties a partitioned parameter between uses, so keep its values.
+    affine = [t.detach().clone() if hasattr(t, "ds_id") else t for t in (weight, bias) if t is not None]
+    y = _Norm.apply(x, weight, bias, forward, kind, codec, affine, kept)
     if recipe and kept and y.requires_grad:
-        SHARED.remember(
-            y.detach(), RECIPE, _FROM_X_HAT, _output_recipe(kept[0], weight, bias, kind, codec, y.dtype)
+        (encoded,) = kept
+        output = _NormOutput(
+            (*encoded.tensors, *affine),
+            dataclasses.replace(encoded, tensors=()),
+            codec,
+            kind.offset,
+            weight is not None,
+            bias is not None,
+            y.dtype,
         )
+        SHARED.remember(y.detach(), RECIPE, _FROM_X_HAT, output)
     return y
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, kept: list[Any]):
+    def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, affine, kept: list[Any]):
         y = forward(x)
         x_hat, rstd = kind.statistics(x)
         encoded = codec.encode(x_hat)
@@ -90,31 +100,31 @@ class _Norm(torch.autograd.Function):
         saved = SavedTensors()
         saved.add_payload(Payload(codec, encoded, x.shape))
         saved.add(rstd)
-        if weight is not None:
-            saved.add(weight)
+        for tensor in affine:
+            saved.add(tensor)
         ctx.records, ctx.kind, ctx.dtype = saved.records, kind, x.dtype
-        ctx.has_weight, ctx.bias_dtype = weight is not None, None if bias is None else bias.dtype
+        ctx.has_weight = weight is not None
         ctx.save_for_backward(*saved.tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_hat, rstd, *rest = SavedTensors.restore(ctx.records, ctx.saved_tensors)
+        x_hat, rstd, *affine = SavedTensors.restore(ctx.records, ctx.saved_tensors)
         dy = dy.to(x_hat.dtype)
         rows = tuple(range(dy.dim() - 1))
         dx = dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = (dy * x_hat).sum(rows).to(rest[0].dtype)
+            dweight = (dy * x_hat).sum(rows).to(affine[0].dtype)
         if ctx.needs_input_grad[2]:
-            dbias = dy.sum(rows).to(ctx.bias_dtype)
+            dbias = dy.sum(rows).to(affine[-1].dtype)
         if ctx.needs_input_grad[0]:
-            g = dy * (rest[0].to(dy.dtype) + ctx.kind.offset) if ctx.has_weight else dy
+            g = dy * (affine[0].to(dy.dtype) + ctx.kind.offset) if ctx.has_weight else dy
             dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
             if ctx.kind.centred:
                 dx -= g.mean(-1, keepdim=True)
             dx = (dx * rstd).to(ctx.dtype)
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +156,3 @@ class _FromXHat:
 
 
 _FROM_X_HAT = _FromXHat()
-
-
-def _output_recipe(encoded, weight, bias, kind: NormKind, codec: Codec, dtype: torch.dtype) -> _NormOutput:
-    affine = [t for t in (weight, bias) if t is not None]
-    # DeepSpeed empties a partitioned parameter between uses, so keep its values.
-    affine = [t.detach().clone() if hasattr(t, "ds_id") else t.detach() for t in affine]
-    skeleton = dataclasses.replace(encoded, tensors=())
-    tensors = (*encoded.tensors, *affine)
-    return _NormOutput(tensors, skeleton, codec, kind.offset, weight is not None, bias is not None, dtype)
