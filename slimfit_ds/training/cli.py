@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimfit_ds.training.distributed import Ranks
 
 __all__ = ["main"]
 
@@ -41,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from slimfit_ds.config import ConfigError
     from slimfit_ds.training.checks import describe
-    from slimfit_ds.training.distributed import Ranks, read_ranks
+    from slimfit_ds.training.distributed import Ranks
     from slimfit_ds.training.recipe import read_recipe
     from slimfit_ds.training.run import train
 
     ranks = Ranks()
     try:
-        ranks = read_ranks()
+        ranks = _ranks()
         result = train(read_recipe(arguments.config, arguments.overrides), ranks)
     except ConfigError as error:
         if ranks.is_main:
@@ -58,7 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def summary(result: dict) -> str:
+def _ranks() -> Ranks:
+    from slimfit_ds.config import ConfigError
+    from slimfit_ds.training.distributed import read_ranks
+
+    try:
+        return read_ranks()
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def summary(result: dict[str, Any]) -> str:
     """The numbers of a run in a few lines."""
     metrics = "  ".join(
         f"{name} {value:.4f}" for name, value in result["metrics"].items() if value is not None

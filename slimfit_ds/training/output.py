@@ -7,6 +7,7 @@ checkpoints/      to go on with              model/, best/   for transformers
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,7 @@ def plan_output(draft: Draft) -> OutputPlan:
         return OutputPlan(_next_free(draft.name), "resume" if source else "start", source)
     folder = Path(recipe.output_dir).expanduser()
     if not _is_occupied(folder):
+        _check_writable(folder)
         return OutputPlan(folder, "resume" if source else "start", source)
     if source is not None and source.resolve() == folder.resolve():
         return OutputPlan(folder, "resume", source)
@@ -117,6 +119,13 @@ def _is_occupied(folder: Path) -> bool:
         return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
         raise ConfigError([f"output_dir: cannot use {str(folder)!r} ({error})"]) from None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ConfigError if the folder cannot be made or written to; it is not made here."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError([f"output_dir: cannot write to {str(folder)!r} ({existing} is no writable folder)"])
 
 
 def _holds_checkpoints(folder: Path) -> bool:
