@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.engine import zero3_linear
 from slimfit_ds.engine.loss_scale import restore_scaler, scaler_state
 from slimfit_ds.engine.partitioned_units import PartitionedCut, build_units
 from slimfit_ds.engine.shard_files import Shard, ShardReader
@@ -204,7 +205,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
                 factor *= self.clip_grad / (self._global_grad_norm + 1e-6)
             self._update(present, factor)
             # Schedulers of torch warn when the optimizer they hold has never stepped.
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+            self.optimizer._opt_called = True
         self._post_step(set())
 
     def _global_norm(self, scale: float) -> set[int]:
@@ -299,6 +300,8 @@ def configure_zero3(
     stock = stage3.DeepSpeedZeroOptimizer_Stage3
     stage3.DeepSpeedZeroOptimizer_Stage3 = functools.partial(FreezeZero3Optimizer, setting=setting)
     try:
-        return stock_configure(optimizer)
+        built = stock_configure(optimizer)
     finally:
         stage3.DeepSpeedZeroOptimizer_Stage3 = stock
+    zero3_linear.install()
+    return built
