@@ -161,7 +161,10 @@ def slimfit_values(found: Inspection) -> None:
         if value not in known
     ]
     if found.deepspeed:
-        problems += [f"deepspeed: {problem}" for problem in config_problems(found.deepspeed, slimfit, None)]
+        problems += [
+            problem if problem.startswith("slimfit.") else f"deepspeed.{problem}"
+            for problem in config_problems(found.deepspeed, slimfit, None)
+        ]
     if found.recipe.lora is not None:
         problems.append("lora: adapters and per-step freezing are rivals; set lora=null or slimfit=null")
     if problems:
@@ -229,11 +232,10 @@ def columns(found: Inspection) -> None:
     found.splits = found.task.study(found.splits)
 
 
-@needs("train_batch_size", after=("data",))
+@needs("train_batch_size", after=("task", "data"))
 def enough_examples(found: Inspection) -> None:
     examples = len(found.splits.train)
-    # Windows of long texts make more examples than rows; a split without them is checked again when prepared.
-    if examples < found.recipe.train_batch_size and not (found.task and found.task.needs_tokenizer):
+    if found.task.rows_are_examples and examples < found.recipe.train_batch_size:
         raise ConfigError(
             [
                 f"train_batch_size must be at most the {examples} training examples, got {found.recipe.train_batch_size}"

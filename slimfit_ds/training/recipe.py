@@ -241,9 +241,9 @@ def _override(values: dict[str, Any], text: str) -> str | None:
 
 def _validate(values: dict[Any, Any]) -> tuple[Recipe, set[str], list[str]]:
     """The recipe with placeholders for broken fields, those fields, and a line for each mistake."""
-    stray = [key for key in values if not isinstance(key, str)]
+    stray = [key for key in values if not _is_word(key)]
     problems = [f"{key!r} is not a known key; keys are words" for key in stray]
-    values = {key: value for key, value in values.items() if isinstance(key, str)}
+    values = {key: value for key, value in values.items() if _is_word(key)}
     try:
         return Recipe.model_validate(values), set(), problems
     except ValidationError as error:
@@ -252,3 +252,11 @@ def _validate(values: dict[Any, Any]) -> tuple[Recipe, set[str], list[str]]:
     sound = {key: value for key, value in values.items() if key not in broken}
     recipe = Recipe.model_validate({"task": {}, "model": "", **sound})
     return recipe, broken & set(Recipe.model_fields), problems
+
+
+def _is_word(key: Any) -> bool:
+    """Whether a key can be the name of a field at all; JSON can smuggle in halves of characters."""
+    try:
+        return isinstance(key, str) and bool(key.encode())
+    except UnicodeEncodeError:
+        return False

@@ -65,7 +65,8 @@ class Task(ABC, Generic[Options]):
     best_metric: ClassVar[str]
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
     options_class: ClassVar[type[TaskOptions]] = TaskOptions
-    needs_tokenizer: ClassVar[bool] = True
+    rows_are_examples: ClassVar[bool] = True
+    """Whether `prepare` keeps the rows; windows and blocks of text do not."""
 
     def __init__(self, options: Options):
         self.options = options

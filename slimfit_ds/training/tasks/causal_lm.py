@@ -47,6 +47,7 @@ class CausalLanguageModelling(TextTask[LanguageOptions]):
     model_class = "AutoModelForCausalLM"
     best_metric = "loss"
     options_class = LanguageOptions
+    rows_are_examples = False
     layout: tuple[str, ...] = ()
 
     @property

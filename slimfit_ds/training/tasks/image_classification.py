@@ -49,7 +49,6 @@ class ImageClassification(Task[ImageOptions]):
     model_class = "AutoModelForImageClassification"
     best_metric = "accuracy"
     options_class = ImageOptions
-    needs_tokenizer = False
     labels: Labels
     image_column = ""
     label_column = ""
@@ -68,7 +67,9 @@ class ImageClassification(Task[ImageOptions]):
                     train=splits.train.cast_column(self.image_column, Image()),
                     evaluation=splits.evaluation.cast_column(self.image_column, Image()),
                 )
-            except (TypeError, ValueError):
+                for split in (splits.train, splits.evaluation):
+                    split[0]  # texts pass as names of files until they are opened
+            except (OSError, TypeError, ValueError, NotImplementedError):
                 feature = splits.train.features[self.image_column]
                 problems.append(
                     f"task.image_column: column {self.image_column!r} must hold images, got {feature}"

@@ -21,9 +21,16 @@ def column_values(split: Dataset, column: str) -> list[Any]:
     return split.select_columns([column])[:][column]
 
 
-def missing_column(key: str, column: str, split: Dataset, split_name: str) -> str:
-    """The problem line for a column that is not there."""
-    return f"{key}: split {split_name!r} has no column {column!r}; its columns are {', '.join(split.column_names)}"
+def missing_column(key: str, column: str, splits: Splits) -> list[str]:
+    """The problem line for a column that one or both splits lack; nothing if both have it."""
+    both = ((splits.train_name, splits.train), (splits.evaluation_name, splits.evaluation))
+    lacking = [(name, split) for name, split in both if column not in split.column_names]
+    if not lacking:
+        return []
+    names = " and ".join(repr(name) for name, _ in lacking)
+    return [
+        f"{key}: no column {column!r} in split {names}; the columns are {', '.join(lacking[0][1].column_names)}"
+    ]
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,7 @@ class Labels:
         from datasets import ClassLabel
 
         both = ((splits.train_name, splits.train), (splits.evaluation_name, splits.evaluation))
-        problems = [
-            missing_column("task.label_column", column, split, name)
-            for name, split in both
-            if column not in split.column_names
-        ]
+        problems = missing_column("task.label_column", column, splits)
         if problems:
             raise ConfigError(problems)
         values: set[Any] = set()

@@ -47,17 +47,13 @@ class QuestionAnswering(TextTask[AnsweringOptions]):
     model_class = "AutoModelForQuestionAnswering"
     best_metric = "f1"
     options_class = AnsweringOptions
+    rows_are_examples = False
     has_unanswerable = False
 
     def study(self, splits: Splits) -> Splits:
-        problems = []
+        problems = [line for column in COLUMNS for line in missing_column("task", column, splits)]
         both = ((splits.train_name, splits.train), (splits.evaluation_name, splits.evaluation))
         for name, split in both:
-            problems += [
-                missing_column("task", column, split, name)
-                for column in COLUMNS
-                if column not in split.column_names
-            ]
             if "answers" in split.column_names and not _has_answer_fields(split):
                 problems.append(
                     f"task: column 'answers' of split {name!r} must hold text and answer_start lists"

@@ -34,11 +34,12 @@ class SequenceRegression(PairTask):
             self.columns = find_text_columns(splits, self.options.columns)
         except ConfigError as error:
             problems += error.problems
+        column = self.options.label_column
+        problems += missing_column("task.label_column", column, splits)
         for name, split in ((splits.train_name, splits.train), (splits.evaluation_name, splits.evaluation)):
-            column = self.options.label_column
-            if column not in split.column_names:
-                problems.append(missing_column("task.label_column", column, split, name))
-            elif not all(isinstance(value, int | float) for value in column_values(split, column)):
+            if column in split.column_names and not all(
+                isinstance(value, int | float) for value in column_values(split, column)
+            ):
                 problems.append(
                     f"task.label_column: column {column!r} of split {name!r} must hold numbers only"
                 )
