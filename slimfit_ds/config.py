@@ -192,15 +192,15 @@ def _suggestion(model: type[BaseModel], path: list[str]) -> str:
     """The keys that would be right at the place where an unknown one stands."""
     import difflib
 
-    current: Any = model
+    current: type[BaseModel] | None = model
     for part in path[:-1]:
-        field = current.model_fields.get(part) if isinstance(current, type) else None
+        field = current.model_fields.get(part)
         candidates: tuple[Any, ...] = ()
         if field is not None:
             candidates = getattr(field.annotation, "__args__", (field.annotation,))
         current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if current is None:
             return ""
-    names = list(current.model_fields)
+    names = list(current.model_fields) if current is not None else []
     near = difflib.get_close_matches(path[-1], names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"

@@ -62,3 +62,16 @@ def run_ranks() -> Callable[..., list]:
         return json.loads(lines[-1].removeprefix("RESULT "))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> None:
+    """A gloo process group of this process alone, so that engines can be made in a test."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+    )
+    deepspeed.init_distributed("gloo")

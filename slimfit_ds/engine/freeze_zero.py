@@ -20,7 +20,7 @@ from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.engine.loss_scale import restore_scaler, scaler_state
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.shard_update import ShardUpdater
-from slimfit_ds.engine.sharding import Sharding
+from slimfit_ds.engine.sharding import Sharding, squared_norm
 from slimfit_ds.engine.units import Unit
 from slimfit_ds.freezing.statistics import Statistic
 from slimfit_ds.optim.rules import UpdateRule
@@ -42,8 +42,8 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         statistic: the measure of an update.
         loss_scaler: DeepSpeed's loss scaler (static 1 unless fp16).
         clip: largest global norm of the gradients; 0: no clipping.
-        communication_dtype: what gradients are sent in. float32 by default: few travel, and summed in
-            bf16 the norm is off by 2e-3 on two ranks.
+        communication_dtype: what gradients are sent in; float32 sums make the norm the same on any
+            number of ranks. Between reduction and update they are kept in the dtype of the weights.
         seed: seed of stochastic rounding.
     """
 
@@ -92,6 +92,7 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         self._reduced: dict[int, Tensor] = {}
         self._accumulated: dict[int, Tensor] = {}
         self._present: set[int] = set()
+        self._squared = torch.zeros(())
         self._step_scale = 1.0
 
     # What DeepSpeed's engine and schedulers ask of an optimizer.
@@ -153,15 +154,18 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         gradients = {unit.index: unit.flat_gradient() for unit in live}
         for unit in live:
             unit.drop_gradient()
-        accumulating = not boundary or bool(self._accumulated)
+        if boundary and not self._accumulated:
+            self._reduced, self._squared = self._reduce(gradients, keep=None)
+            return
         if self.stage == 2:
-            gradients = self._reduce(gradients)
-        if accumulating:
-            self._accumulate(gradients)
-            gradients = self._accumulated
+            gradients, _ = self._reduce(gradients, keep=torch.float32)
+        self._accumulate(gradients)
         if boundary:
-            self._reduced = gradients if self.stage == 2 else self._reduce(gradients)
-            self._accumulated = {}
+            sums, self._accumulated = self._accumulated, {}
+            if self.stage == 2:
+                self._reduced, self._squared = sums, squared_norm(list(sums.values()))
+            else:
+                self._reduced, self._squared = self._reduce(sums, keep=torch.float32)
 
     def _accumulate(self, gradients: Mapping[int, Tensor]) -> None:
         for index, gradient in gradients.items():
@@ -170,12 +174,14 @@ class FreezeZeroOptimizer(ZeROOptimizer):
             else:
                 self._accumulated[index] = gradient.to(torch.float32, copy=True)
 
-    def _reduce(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _reduce(
+        self, gradients: dict[int, Tensor], keep: torch.dtype | None
+    ) -> tuple[dict[int, Tensor], Tensor]:
         """All active units are reduced, in order: a rank without a gradient sends zeros."""
         for unit in self._active:
             if unit.index not in gradients:
                 gradients[unit.index] = torch.zeros(unit.numel, dtype=unit.dtype, device=unit.device)
-        return self.sharding.reduce(self._active, gradients, self.communication_dtype)
+        return self.sharding.reduce(self._active, gradients, self.communication_dtype, keep)
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """Gradients are reduced by `collect_gradients`; DeepSpeed's engine may still call this."""
@@ -204,10 +210,8 @@ class FreezeZeroOptimizer(ZeROOptimizer):
     def _global_norm(self) -> set[int]:
         """One small all-reduce: squared norm (with overflow in it) and which units have a gradient."""
         self._step_scale = self.loss_scale
-        shards = [self._reduced[unit.index] for unit in self._active]
         message = torch.zeros(1 + len(self._active), dtype=torch.float32, device=self.units[0].device)
-        if shards:
-            message[0] = torch.stack(torch._foreach_norm(shards, 2.0, torch.float32)).square().sum()
+        message[0] = self._squared
         if self.sharding.rows == 1:
             message[0] /= self.sharding.world
         message[1:] = torch.tensor([float(unit.index in self._present) for unit in self._active])

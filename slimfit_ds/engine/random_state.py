@@ -16,7 +16,7 @@ __all__ = ["capture", "restore"]
 def capture() -> dict[str, Tensor]:
     """States of Python's, NumPy's and torch's generators."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),

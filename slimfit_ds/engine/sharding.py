@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimfit_ds.engine.units import Piece, Unit, pieces
 
-__all__ = ["Sharding"]
+__all__ = ["Sharding", "squared_norm"]
 
 
 class Sharding:
@@ -54,38 +54,39 @@ class Sharding:
         return unit.flat[start:stop]
 
     def reduce(
-        self, units: Sequence[Unit], gradients: Mapping[int, Tensor], dtype: torch.dtype
-    ) -> dict[int, Tensor]:
+        self, units: Sequence[Unit], gradients: dict[int, Tensor], send: torch.dtype, keep: torch.dtype | None
+    ) -> tuple[dict[int, Tensor], Tensor]:
         """Average gradients over the ranks; each rank gets its own shards.
 
         Args:
-            gradients: unit index -> flat local gradient `[numel]`; may be overwritten.
-            dtype: what is sent.
+            gradients: unit index -> flat local gradient `[numel]`; taken out as they are sent.
+            send: dtype of the messages.
+            keep: dtype of the shards; `None`: that of each unit's weights.
 
         Returns:
-            unit index -> shard `[own length]`.
+            unit index -> shard `[own length]`, and the sum of squares of all own shards before they were
+            rounded to `keep`.
         """
         if self.world == 1:
-            return {unit.index: gradients[unit.index] for unit in units}
+            shards = {unit.index: gradients.pop(unit.index) for unit in units}
+            return shards, squared_norm(list(shards.values()))
         parts: dict[int, list[Tensor]] = {unit.index: [] for unit in units}
+        squares: list[Tensor] = []
         in_flight: list[tuple[list[Piece], Tensor, object]] = []
         for bucket in pieces([(unit, self.chunk(unit)) for unit in units], self._reduce_limit):
             # One bucket travels while the next is packed.
-            in_flight.append(self._start_reduce(bucket, gradients, dtype))
+            in_flight.append(self._start_reduce(bucket, gradients, send))
+            for piece in bucket:
+                if piece.stop == self.chunk(piece.unit):
+                    del gradients[piece.unit.index]
             if len(in_flight) > 1:
-                self._finish_reduce(*in_flight.pop(0), parts)
-        for entry in in_flight:
-            self._finish_reduce(*entry, parts)
-        return {
-            index: (found[0] if len(found) == 1 else torch.cat(found))
-            if found
-            else self._empty(gradients[index])
-            for index, found in parts.items()
-        }
-
-    @staticmethod
-    def _empty(like: Tensor) -> Tensor:
-        return like.new_empty(0)
+                squares.append(self._finish_reduce(*in_flight.pop(0), keep, parts))
+        squares += [self._finish_reduce(*entry, keep, parts) for entry in in_flight]
+        shards = {}
+        for unit in units:
+            found = parts[unit.index] or [torch.empty(0, dtype=keep or unit.dtype, device=unit.device)]
+            shards[unit.index] = found[0] if len(found) == 1 else torch.cat(found)
+        return shards, torch.stack(squares).sum()
 
     def _start_reduce(self, bucket: list[Piece], gradients: Mapping[int, Tensor], dtype: torch.dtype):
         device = gradients[bucket[0].unit.index].device
@@ -115,8 +116,13 @@ class Sharding:
             offset += length
 
     def _finish_reduce(
-        self, bucket: list[Piece], result: Tensor, work, parts: dict[int, list[Tensor]]
-    ) -> None:
+        self,
+        bucket: list[Piece],
+        result: Tensor,
+        work,
+        keep: torch.dtype | None,
+        parts: dict[int, list[Tensor]],
+    ) -> Tensor:
         if work is not None:
             work.wait()
         offset = 0
@@ -125,8 +131,11 @@ class Sharding:
             # The last rank's chunk may be shorter than the piece says: the rest is padding.
             length = max(min(piece.stop, stop - start) - piece.start, 0)
             if length:
-                parts[piece.unit.index].append(result[offset : offset + length])
+                part = result[offset : offset + length]
+                parts[piece.unit.index].append(part.to(keep or piece.unit.dtype))
             offset += piece.length
+        # Padding is zero, so the whole message counts.
+        return squared_norm([result])
 
     def gather(self, units: Sequence[Unit], sidecar: Tensor) -> Tensor:
         """Give every rank the whole weights of these units, from each rank's own shard.
@@ -184,3 +193,8 @@ class Sharding:
             length = max(min(row * chunk + piece.stop, unit.numel) - start, 0) * width
             if length:
                 flat[start * width : start * width + length] = table[row, :length]
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares of all elements, in float32, without float32 copies."""
+    return torch.stack(torch._foreach_norm(tensors, 2.0, torch.float32)).square().sum()

@@ -9,9 +9,9 @@ import pytest
 
 WORKER = Path(__file__).with_name("stage_matrix_worker.py")
 
-# Largest difference of a weight after 8 steps at lr 1e-3. fp32: reordered sums. 16 bit: one unit in the
-# last place of a weight near 1 is 7.8e-3 (bf16) and 9.8e-4 (fp16); most weights are near 0.02.
-TOLERANCE = {"fp32": 5e-6, "bf16": 4e-3, "fp16": 4e-3}
+# Distance to the reference's weights as a share of how far those moved in 8 steps. A step missed, doubled
+# or scaled wrongly is worth 0.1 or more; in 16 bits Adam turns a rounded gradient near zero into a step.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 
 
 def check(results: list[dict], cells: list[dict]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -165,3 +167,21 @@ def test_wrong_dtype_is_refused(case: Case) -> None:
     wrong = torch.ones(4) if case.name == "mask" else torch.arange(4)
     with pytest.raises(TypeError, match=str(wrong.dtype)):
         case.codec.encode(wrong)
+
+
+@every_case
+def test_copies_and_pickles_decode_what_the_original_encoded(case: Case) -> None:
+    x = _sample(case, (6, 70), torch.float32)
+    kept = case.codec.encode(x)
+    for twin in (copy.deepcopy(case.codec), pickle.loads(pickle.dumps(case.codec))):
+        assert torch.equal(twin.decode(kept), case.codec.decode(kept))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.options in ({}, {"activation": "gelu"})], ids=str)
+def test_compiled_regions_may_encode_and_decode(case: Case) -> None:
+    x = _sample(case, (6, 64), torch.float32)
+    codec = case.codec
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: codec.decode(codec.encode(x)), backend="eager")
+    expected = codec.decode(codec.encode(x))
+    assert torch.equal(compiled(x), expected)
