@@ -22,8 +22,8 @@ class Method:
         label: what tables and pictures call it.
         overrides: `key=value` laid over the recipe, before those of the user.
         stage: ZeRO stage, for the arithmetic of other GPU counts; None: that of the recipe.
-        tuned: give the recipe's DeepSpeed JSON small buckets where it states none. DeepSpeed's default is a
-            gigabyte for any model, and a comparison against that says little.
+        tuned: give the recipe's DeepSpeed JSON small buckets. DeepSpeed's default is a gigabyte for any model, and a
+            comparison against that says little.
     """
 
     name: str
@@ -39,7 +39,7 @@ def _zero(name: str) -> str:
 
 _ALL = (
     Method("full", "full fine-tuning", ("slimfit=null",)),
-    Method("full_default", "full fine-tuning, default buckets", ("slimfit=null",), tuned=False),
+    Method("full_as_stated", "full fine-tuning, buckets as the recipe", ("slimfit=null",), tuned=False),
     Method("slimfit", "SlimFit (as the recipe)"),
     *(
         Method(

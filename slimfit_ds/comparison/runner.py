@@ -93,11 +93,13 @@ def _command(what: Comparison, method: Method, run: Path, failure: Path) -> list
 
 
 def _tuned_deepspeed(what: Comparison) -> str:
-    """The recipe's own DeepSpeed JSON with small buckets where it states none, as an override."""
+    """The recipe's own DeepSpeed JSON with small buckets, as an override."""
     draft = read_recipe(what.config, what.overrides)
     base = load_base(draft.recipe, draft.folder)
-    buckets = {"reduce_bucket_size": TUNED_BUCKET, "allgather_bucket_size": TUNED_BUCKET}
-    zero = {**buckets, **base.get("zero_optimization", {})}
+    zero = dict(base.get("zero_optimization", {}))
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        stated = zero.get(key)
+        zero[key] = min(stated, TUNED_BUCKET) if isinstance(stated, int | float) else TUNED_BUCKET
     return "deepspeed=" + json.dumps({**base, "zero_optimization": zero})
 
 

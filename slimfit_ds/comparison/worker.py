@@ -46,18 +46,29 @@ class MeasuredRun(Run):
         self._timed: list[float] = []
         self._tracker: MemoryTracker | None = None
         self._reports: list[MemoryReport] = []
+        self._name_step_phase()
+
+    def _name_step_phase(self) -> None:
+        step = self.engine.step
+
+        def named(*args: Any, **kwargs: Any) -> Any:
+            with self._tracker.phase("step") if self._tracker is not None else nullcontext():
+                return step(*args, **kwargs)
+
+        self.engine.step = named
 
     def _step(self, step: int, loader: Any) -> dict[str, Any]:
         track = step >= self.steps - self._tracked
         last = step == self.steps - 1
         self._traffic.reset()
-        tracker = (
+        self._tracker = tracker = (
             MemoryTracker(self.engine.module, engine_roots(self.engine), self.device, timeline=last)
             if track
             else None
         )
         with tracker or nullcontext():
             line = super()._step(step, loader)
+        self._tracker = None
         self._bytes.append(self._traffic.total)
         if tracker is not None:
             self._reports.append(tracker.report())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from slimfit_ds.freezing.layers import Layer
-from slimfit_ds.freezing.schedule import active_count
 
-__all__ = ["ACTIVE_SETS", "active_set"]
+__all__ = ["ACTIVE_SETS", "choose_active"]
 
 
 def _by_size(layers: Sequence[Layer]) -> list[str]:
@@ -30,12 +29,12 @@ def worst(layers: Sequence[Layer], count: int) -> list[str]:
 ACTIVE_SETS: dict[str, Callable[[Sequence[Layer], int], list[str]]] = {"expected": expected, "worst": worst}
 
 
-def active_set(layers: Sequence[Layer], rate: float, kind: str) -> list[str]:
-    """The names of the layers assumed active at a freezing rate.
+def choose_active(layers: Sequence[Layer], count: int, kind: str) -> list[str]:
+    """The names of the layers assumed active.
 
     Args:
-        layers: the freezable layers, in model order.
-        rate: share that is frozen.
+        layers: the layers to choose from, in model order.
+        count: how many train; all if there are fewer.
         kind: `expected` or `worst`.
 
     Raises:
@@ -43,4 +42,4 @@ def active_set(layers: Sequence[Layer], rate: float, kind: str) -> list[str]:
     """
     if kind not in ACTIVE_SETS:
         raise ValueError(f"active must be one of {', '.join(ACTIVE_SETS)}, got {kind!r}")
-    return ACTIVE_SETS[kind](layers, active_count(len(layers), rate))
+    return ACTIVE_SETS[kind](layers, min(count, len(layers)))

@@ -6,13 +6,23 @@ CPU falls back to kept probabilities; and CUDA's autocast runs norms and softmax
 
 from __future__ import annotations
 
+import functools
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 __all__ = ["CudaSemantics"]
+
+
+_FP32_UNDER_AUTOCAST = (
+    (F, "layer_norm"),
+    (F, "softmax"),
+    (F, "log_softmax"),
+    (F, "cross_entropy"),
+    (torch, "softmax"),
+)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -35,30 +45,50 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-class CudaSemantics(TorchFunctionMode):
+class CudaSemantics:
     """While open, attention and autocast keep for backward what they keep on CUDA. For fake tensors only.
+
+    Functions are replaced where they are looked up: a torch function mode would not reach the recomputation of a
+    checkpoint, which runs inside the backward pass.
 
     Args:
         autocast: whether the step runs under autocast, so that norms and softmax take fp32 inputs.
     """
 
     def __init__(self, autocast: bool = False):
-        super().__init__()
         self._autocast = autocast
+        self._stack = ExitStack()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v, *rest = args
-            mask = kwargs.get("attn_mask", rest[0] if rest else None)
-            dtype = torch.bfloat16 if self._autocast else q.dtype
-            return _FusedAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask)
-        if self._autocast and func in (
-            F.layer_norm,
-            F.softmax,
-            torch.softmax,
-            F.log_softmax,
-            F.cross_entropy,
-        ):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **kwargs)
+    def __enter__(self) -> CudaSemantics:
+        self._replace(F, "scaled_dot_product_attention", self._attention)
+        if self._autocast:
+            for owner, name in _FP32_UNDER_AUTOCAST:
+                self._replace(owner, name, _in_fp32(getattr(owner, name)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _replace(self, owner: Any, name: str, function: Any) -> None:
+        self._stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, function)
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
+        dtype = torch.bfloat16 if self._autocast else query.dtype
+        return _FusedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask)
+
+
+def _in_fp32(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(input.float(), *args, **kwargs)
+
+    return run

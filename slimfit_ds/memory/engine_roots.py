@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from slimfit_ds.memory.tracker import HOST, Roots, optimizer_tensors
 
-__all__ = ["engine_roots", "is_offloaded"]
+__all__ = ["engine_roots", "is_offloaded", "shard_updater"]
 
 # fp32 weights of DeepSpeed's optimizers of stages 0 (bf16, fp16), 1 and 2, 3.
 _MASTERS = (
@@ -37,10 +37,17 @@ def is_offloaded(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
 
 
+def shard_updater(optimizer: Any) -> Any:
+    """The `ShardUpdater` of SlimFit's optimizers, which holds their states; None for others."""
+    owners = (getattr(optimizer, "updater", None), getattr(optimizer, "_updater", None))
+    return next((owner for owner in owners if hasattr(owner, "states")), None)
+
+
 def engine_roots(engine: Any) -> Roots:
     """The `roots` of a `MemoryTracker` for a DeepSpeed or SlimFit engine."""
     optimizer = engine.optimizer
-    store = getattr(optimizer, "states", None)
+    updater = shard_updater(optimizer)
+    store = None if updater is None else updater.states
     states = HOST if is_offloaded(optimizer) else "optimizer"
 
     def owned() -> Iterator[torch.Tensor]:

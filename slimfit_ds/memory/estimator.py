@@ -47,7 +47,6 @@ class Simulator:
     Args:
         world_size: pretended ranks.
         real: run on real CPU tensors instead (one rank), to measure.
-        timeout: seconds that one job may take.
     """
 
     def __init__(self, world_size: int = 1, real: bool = False):
@@ -79,11 +78,30 @@ class Simulator:
         target: str = "cuda",
     ) -> Estimate:
         """Simulate one strategy; a failure becomes an estimate with an error, never an exception."""
+        job = {
+            "workload": workload.to_dict(),
+            "strategy": strategy.to_dict(),
+            "active": active,
+            "target": target,
+        }
+        return _read(strategy, self._ask(job))
+
+    def inspect(self, workload: Workload) -> dict[str, Any]:
+        """Facts of the model: `parameters`, `layers`, `embeddings` (names).
+
+        Raises:
+            ValueError: the model cannot be built.
+        """
+        answer = self._ask({"workload": workload.to_dict()})
+        if "error" in answer:
+            raise ValueError(f"model: {answer['error']}")
+        return answer
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             # Ranks of a surrounding launcher must not reach the pretended world.
-            environment = {
-                k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "OMPI_", "PMI_"))
-            }
+            launcher = ("TORCHELASTIC_", "OMPI_", "PMI_", "SLURM_")
+            environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -94,21 +112,13 @@ class Simulator:
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {
-            "workload": workload.to_dict(),
-            "strategy": strategy.to_dict(),
-            "active": active,
-            "target": target,
-        }
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            return Estimate(
-                strategy, None, f"the simulation ended with exit code {code}; set SLIMFIT_DEBUG=1 to see why"
-            )
-        return _read(strategy, json.loads(line))
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        return {"error": f"the simulation ended with exit code {code}; set SLIMFIT_DEBUG=1 to see why"}
 
     @staticmethod
     def _stderr() -> int | None:

@@ -94,7 +94,8 @@ class SavedActivations:
             pass
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._is_weight(tensor):
+        # What a checkpoint saves while it recomputes lives within the backward pass: that is working memory.
+        if torch._C._current_graph_task_id() == -1 and not self._is_weight(tensor):
             kind = DYNAMIC if self._in_active_weight_layer() else STATIC
             for plain in plain_tensors(tensor):
                 self._ledger.put(plain, kind, only_from=frozenset({DYNAMIC}))

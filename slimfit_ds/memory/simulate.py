@@ -72,20 +72,25 @@ def _free_port() -> int:
 
 def _run(job: dict[str, Any], world_size: int, real: bool) -> dict[str, Any]:
     from slimfit_ds.memory.fake_world import FakeWorld
-    from slimfit_ds.memory.step import track_step
+    from slimfit_ds.memory.step import inspect_model, track_step
     from slimfit_ds.memory.strategy import Strategy
     from slimfit_ds.memory.workload import Workload
 
     started = time.perf_counter()
     try:
-        workload, strategy = Workload(**job["workload"]), Strategy(**job["strategy"])
+        workload = Workload(**job["workload"])
+        if "strategy" not in job:
+            with FakeWorld(world_size):
+                return inspect_model(workload)
+        strategy = Strategy(**job["strategy"])
         with nullcontext() if real else FakeWorld(world_size):
             target = "cpu" if real else job["target"]
             report, facts = track_step(workload, strategy, world_size, job.get("active"), target)
     except Exception as error:
         if os.environ.get("SLIMFIT_DEBUG"):
             raise
-        return {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}
+        text = next((line for line in str(error).splitlines() if line.strip()), "")
+        return {"error": f"{type(error).__name__}: {text}"[:500], "seconds": time.perf_counter() - started}
     return {"report": report.to_dict(), **facts, "seconds": time.perf_counter() - started}
 
 

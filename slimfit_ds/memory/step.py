@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimfit_ds.memory.active_sets import active_set
+from slimfit_ds.freezing.schedule import active_count
+from slimfit_ds.memory.active_sets import choose_active
 from slimfit_ds.memory.cuda_semantics import CudaSemantics
-from slimfit_ds.memory.engine_roots import engine_roots, is_offloaded
+from slimfit_ds.memory.engine_roots import engine_roots, is_offloaded, shard_updater
 from slimfit_ds.memory.report import MemoryReport
 from slimfit_ds.memory.strategy import Strategy
 from slimfit_ds.memory.tracker import MemoryTracker, optimizer_tensors
 from slimfit_ds.memory.workload import DTYPES, Workload
 
-__all__ = ["track_step"]
+__all__ = ["inspect_model", "track_step"]
 
 
 def track_step(
@@ -160,12 +161,18 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
     """The block with exactly `active` as active set, through the public configuration."""
     from slimfit_ds.config import SlimFitConfig
     from slimfit_ds.freezing import discover
+    from slimfit_ds.freezing.layers import match_globs
 
     layers = discover(model).layers
     freeze = SlimFitConfig.parse(block).freeze
     if freeze.policy == "none":
         return block
-    names = active_set(layers, freeze.rate_at(0), active) if isinstance(active, str) else list(active)
+    if isinstance(active, str):
+        never = match_globs(freeze.never_active, [layer.name for layer in layers], "never_active", [])
+        free = [layer for position, layer in enumerate(layers) if position not in never]
+        names = choose_active(free, active_count(len(layers), freeze.rate_at(0)), active)
+    else:
+        names = list(active)
     rate = (len(layers) - len(names)) / len(layers)
     return {
         **block,
@@ -173,9 +180,25 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
     }
 
 
+def inspect_model(workload: Workload) -> dict[str, Any]:
+    """Facts of a model that a plan needs: parameters, layers, and the names of its embedding layers."""
+    from slimfit_ds.freezing import discover
+
+    model = workload.build()
+    layers = discover(model).layers
+    head = model.get_output_embeddings()
+    names = {layer.name for layer in layers if layer.kind == "embedding"}
+    names |= {name for name, p in model.named_parameters() if head is not None and p is head.weight}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": len(layers),
+        "embeddings": [layer.name for layer in layers if layer.name in names],
+    }
+
+
 def _make_all_states(engine: Any) -> None:
     """Where states stay on the device, every layer has trained once before long: make them all."""
-    store = getattr(engine.optimizer, "states", None)
-    if store is not None and not getattr(store, "to_host", True):
-        for unit in engine.optimizer.units:
-            store.get(unit.index)
+    updater = shard_updater(engine.optimizer)
+    if updater is not None and not updater.states.to_host:
+        for unit in updater.units:
+            updater.states.get(unit.index)

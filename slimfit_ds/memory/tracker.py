@@ -22,7 +22,6 @@ __all__ = ["HOST", "MemoryTracker", "Roots", "optimizer_tensors"]
 
 HOST = "optimizer_host"
 _WORKING = frozenset({"working"})
-_UNCLAIMED = frozenset({"working", "communication"})
 
 Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
 """Kind -> a function that returns the tensors that are of this kind now."""
@@ -129,8 +128,7 @@ class MemoryTracker(TorchDispatchMode):
         """Ask the model and the roots again which tensors are theirs."""
         for parameter in self._model.parameters():
             self._put(parameter, "parameters")
-            if parameter.grad is not None:
-                self._put(parameter.grad, "gradients", _UNCLAIMED)
+            self._on_gradient(parameter)
         for kind, tensors in self._roots.items():
             for tensor in tensors():
                 self._put(tensor, kind)
@@ -181,8 +179,11 @@ class MemoryTracker(TorchDispatchMode):
         self._put(tensor, kind, _WORKING | {DYNAMIC})
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            self._put(parameter.grad, "gradients", _UNCLAIMED)
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:
+            # ZeRO 2 and 3 make gradients views of a bucket; the bucket is there to be sent.
+            own = gradient.untyped_storage().nbytes() <= gradient.numel() * gradient.element_size()
+            self._put(gradient, "gradients" if own else "communication", _WORKING)
 
     def _current_phase(self) -> str:
         if self._phase is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from slimfit_ds.report.units import human_bytes
+
 __all__ = ["COLOURS", "LABELS", "plot_stacked_bars", "plot_timeline"]
 
 COLOURS = {
@@ -150,23 +152,28 @@ def plot_stacked_bars(
     from matplotlib import pyplot as plt
 
     totals = [sum(parts.get(kind, 0) for kind in COLOURS) for _, parts in rows]
-    unit, name = _scale(max([*totals, 1]))
+    unit, name = _scale(sorted([*totals, 1])[len(totals) // 2])
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.42 * len(rows)), constrained_layout=True)
     y = list(range(len(rows)))[::-1]
     left = [0.0] * len(rows)
     for kind, colour in COLOURS.items():
         widths = [parts.get(kind, 0) / unit for _, parts in rows]
         if any(widths):
-            axes.barh(y, widths, left=left, color=colour, label=LABELS[kind], height=0.7)
+            axes.barh(y, widths, left=left, color=colour, label=LABELS[kind], height=0.7, clip_on=True)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-    longest = max([*left, 1e-9])
-    for position, total, (_, parts) in zip(y, left, rows, strict=True):
-        text = f"{total:.3g} {name}" if parts else "failed"
-        axes.text(total + 0.01 * longest, position, text, va="center", fontsize=8)
+    # One bar that dwarfs the others (default buckets do) is cut, or nothing else could be read.
+    ordered = sorted(left)
+    longest = ordered[-1] or 1e-9
+    if len(ordered) > 2 and ordered[-1] > 6 * ordered[-2]:
+        longest = 1.25 * ordered[-2]
+    for position, total, size, (_, parts) in zip(y, left, totals, rows, strict=True):
+        cut = total > longest
+        text = (human_bytes(size) + (" (bar cut)" if cut else "")) if parts else "failed"
+        axes.text(min(total, longest) + 0.01 * longest, position, text, va="center", fontsize=8)
     if limit is not None and limit / unit < 1.6 * longest:
         axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1)
     axes.set_yticks(y, [label for label, _ in rows])
-    axes.set_xlim(0, 1.14 * longest)
+    axes.set_xlim(0, 1.16 * longest)
     axes.set_xlabel(f"peak memory of one rank, {name}")
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,11 @@
+"""What a model needs for fine-tuning, what fits, and a recipe for it; needs no GPU."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from slimfit_ds.memory.plan_cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
