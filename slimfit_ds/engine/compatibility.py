@@ -56,22 +56,11 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         "zero_optimization.offload_optimizer keeps stale gradients of frozen layers on the host: "
         'remove it and set "slimfit": {"optimizer_states": {"inactive": "host"}}',
     )
-    refuse(
-        zero3
-        and _offloads(config, "offload_optimizer")
-        and _get(config, "zero_optimization", "offload_optimizer", "device") == "nvme",
-        "zero_optimization.offload_optimizer.device 'nvme' cannot skip frozen layers: use 'cpu'",
-    )
-    refuse(
-        zero3 and slim.optimizer_states.precision != "fp32",
-        f"slimfit.optimizer_states.precision {slim.optimizer_states.precision!r} needs ZeRO stage 0, 1 or 2, "
-        "got stage 3: use 'fp32' or another stage",
-    )
-    refuse(
-        zero3 and slim.optimizer_states.bf16_weights != "master",
-        "slimfit.optimizer_states.bf16_weights 'stochastic_rounding' needs ZeRO stage 0, 1 or 2, "
-        "got stage 3: use 'master' or another stage",
-    )
+    for what in ("offload_optimizer", "offload_param"):
+        refuse(
+            zero3 and _get(config, "zero_optimization", what, "device") == "nvme",
+            f"zero_optimization.{what}.device 'nvme' cannot skip frozen layers: use 'cpu'",
+        )
     refuse(
         slim.optimizer_states.bf16_weights != "master" and not _on(config, "bf16"),
         "slimfit.optimizer_states.bf16_weights 'stochastic_rounding' needs bf16.enabled true",
@@ -83,6 +72,7 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
             ("zero_optimization", "elastic_checkpoint"),
             "remove it: SlimFit checkpoints reload on any world size",
         ),
+        (("zero_optimization", "offload_optimizer", "super_offload"), "set it to false"),
         (("hybrid_engine", "enabled"), "set it to false"),
         (
             ("compile", "deepcompile"),
@@ -90,6 +80,9 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         ),
         (("sparse_gradients",), "set it to false"),
         (("fp16", "auto_cast"), "cast inputs in the model instead"),
+        (("fp16", "fp16_master_weights_and_grads"), "remove it: masters are float32"),
+        (("bf16", "bf16_master_weights_and_grads"), "set slimfit.optimizer_states.bf16_weights instead"),
+        (("bf16", "bf16_optimizer_states"), "set slimfit.optimizer_states.precision instead"),
     ):
         value = _get(config, *path)
         refuse(value, f"{'.'.join(path)} is {value!r}, which freezing does not support: {remedy}")

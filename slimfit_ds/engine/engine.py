@@ -177,9 +177,7 @@ class SlimFitEngine(DeepSpeedEngine):
 
         `saved_activations_*` and `peak` are there when a `MemoryTracker` watched a step.
         """
-        parameters = {p.data.untyped_storage().data_ptr(): p.data for p in self.module.parameters()}
-        report = {"parameters": sum(t.untyped_storage().nbytes() for t in parameters.values())}
-        report |= self.optimizer.state_bytes()
+        report = {"parameters": weights.stored_bytes(self.module), **self.optimizer.state_bytes()}
         return {**report, **self._tracked_memory}
 
     _tracked_memory: Mapping[str, int] = {}

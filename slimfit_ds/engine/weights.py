@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimfit_ds.config import ConfigError
 
-__all__ = ["check_names", "gather", "save_pretrained", "scatter"]
+__all__ = ["check_names", "gather", "save_pretrained", "scatter", "stored_bytes"]
 
 
 def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -59,6 +60,18 @@ def scatter(module: nn.Module, read: Callable[[str], Tensor]) -> None:
             with _whole(tensor, writes=True):
                 if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
                     tensor.data.copy_(read(name))
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of weights that this rank holds on its device: whole ones, and with ZeRO 3 its stretches."""
+    held: dict[int, int] = {}
+    for parameter in module.parameters():
+        stretch = getattr(parameter, "ds_tensor", None)
+        for tensor in (parameter.data, *([] if stretch is None else [stretch.data])):
+            if tensor.device.type == get_accelerator().device_name():
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
 
 
 def check_names(module: nn.Module, saved: set[str]) -> None:
