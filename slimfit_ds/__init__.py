@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimfit_ds.config import SlimFitConfig
     from slimfit_ds.engine.initialize import initialize
+    from slimfit_ds.memory.estimator import estimate
+    from slimfit_ds.slimming import slim
 
-__all__ = ["SlimFitConfig", "initialize"]
+__all__ = ["SlimFitConfig", "estimate", "initialize", "slim"]
 __version__ = "0.1.0"
 
 # Imported at first use: DeepSpeed takes seconds to import, and a plain `--help` needs none of it.
 _HOMES = {
     "SlimFitConfig": "slimfit_ds.config",
+    "estimate": "slimfit_ds.memory.estimator",
     "initialize": "slimfit_ds.engine.initialize",
+    "slim": "slimfit_ds.slimming",
 }
 
 

@@ -192,15 +192,16 @@ def _suggestion(model: type[BaseModel], path: list[str]) -> str:
     """The keys that would be right at the place where an unknown one stands."""
     import difflib
 
-    current: type[BaseModel] | None = model
+    current = model
     for part in path[:-1]:
         field = current.model_fields.get(part)
-        candidates: tuple[Any, ...] = ()
-        if field is not None:
-            candidates = getattr(field.annotation, "__args__", (field.annotation,))
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
+        if field is None:
             return ""
-    names = list(current.model_fields) if current is not None else []
+        candidates = getattr(field.annotation, "__args__", (field.annotation,))
+        blocks = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not blocks:
+            return ""
+        current = blocks[0]
+    names = list(current.model_fields)
     near = difflib.get_close_matches(path[-1], names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
