@@ -130,7 +130,7 @@ def _config_from_values(values: dict[str, Any], from_data: dict[str, Any]) -> Pr
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise ConfigError(
             [
                 f"model.config.model_type must be a model type of transformers, such as vit or bert, got {kind!r}"
@@ -182,10 +182,10 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
     heads = [name for name, _ in model.named_children() if name in {"classifier", "score", "qa_outputs"}]
     targets = options.target_modules
     return get_peft_model(
-        model,  # type: ignore[arg-type]
+        model,
         LoraConfig(
             r=options.r,
-            lora_alpha=options.alpha,  # type: ignore[arg-type]
+            lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             target_modules=targets,
             modules_to_save=heads or None,

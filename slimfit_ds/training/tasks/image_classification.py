@@ -56,7 +56,7 @@ class ImageClassification(Task[ImageOptions]):
     def study(self, splits: Splits) -> Splits:
         from datasets import Image
 
-        problems = []
+        problems: list[str] = []
         shared = [name for name in splits.train.column_names if name in splits.evaluation.column_names]
         self.image_column = self._find("image_column", IMAGE_COLUMNS, shared, problems)
         self.label_column = self._find("label_column", ("label", "labels", "fine_label"), shared, problems)

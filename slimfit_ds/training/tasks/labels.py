@@ -78,7 +78,7 @@ class Labels:
             names = tuple(feature.names)
             return cls(names, {number: number for number in range(len(names))})
         if (
-            all(isinstance(value, int) for value in values)
+            all(type(value) is int for value in values)
             and min(values) >= 0
             and max(values) < 10 * len(values)
         ):
