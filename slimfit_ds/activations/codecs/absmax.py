@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -87,6 +86,7 @@ class AbsmaxCodec(FloatCodec):
         self.rounding = rounding
         self.unbiased = rounding == "stochastic"
         self._random = RandomBits(seed)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         groups = -(-numel // self.group)
@@ -181,10 +181,12 @@ class AbsmaxCodec(FloatCodec):
             tiny_peak=TINY_PEAK,
         )
 
-    @cache  # noqa: B019 - codecs live as long as the process, in the registry's cache
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        levels = torch.arange(1 << self.grid.bits, device=device) - self.grid.zero
-        return byte_table(levels.to(dtype), self.grid.bits)
+        key = device, dtype
+        if key not in self._tables:
+            levels = torch.arange(1 << self.grid.bits, device=device) - self.grid.zero
+            self._tables[key] = byte_table(levels.to(dtype), self.grid.bits)
+        return self._tables[key]
 
 
 def _step_of(peak: Tensor, half_width: float) -> tuple[Tensor, Tensor]:

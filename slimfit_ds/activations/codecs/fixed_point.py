@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -35,6 +33,7 @@ class FixedPoint(FloatCodec):
         self.fraction_bits = fraction_bits
         self.low = -(1 << (self.bits - 1)) if signed else 0
         self.high = self.low + (1 << self.bits) - 1
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         return ((torch.uint8, packed_bytes(numel, self.bits)),)
@@ -58,7 +57,9 @@ class FixedPoint(FloatCodec):
             if whole != stop - start:
                 out[start:stop] = target[: stop - start]
 
-    @cache  # noqa: B019 - codecs live as long as the process, in the registry's cache
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        levels = torch.arange(self.low, self.high + 1, device=device) * 2.0**-self.fraction_bits
-        return byte_table(levels.to(dtype), self.bits)
+        key = device, dtype
+        if key not in self._tables:
+            levels = torch.arange(self.low, self.high + 1, device=device) * 2.0**-self.fraction_bits
+            self._tables[key] = byte_table(levels.to(dtype), self.bits)
+        return self._tables[key]

@@ -8,8 +8,8 @@ such a threshold.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class MagnitudeTableCodec(FloatCodec):
         self.name = name
         self.cells = cells
         self.rms_scaled = rms_scaled
+        self._tables: dict[Hashable, Tensor] = {}
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         codes = (torch.uint8, packed_bytes(numel, self.cells.bits))
@@ -118,29 +119,36 @@ class MagnitudeTableCodec(FloatCodec):
             if whole != stop - start:
                 out[start:stop] = target[: stop - start]
 
-    @cache  # noqa: B019 - codecs live as long as the process, in the registry's cache
     def _patterns(self, device: torch.device) -> Tensor:
         """int32 [cells - 1]: the bf16 pattern of each threshold."""
-        return torch.tensor(
-            [bf16_pattern(t) for t in self.cells.thresholds], dtype=torch.int32, device=device
-        )
+        if device not in self._tables:
+            patterns = [bf16_pattern(t) for t in self.cells.thresholds]
+            self._tables[device] = torch.tensor(patterns, dtype=torch.int32, device=device)
+        return self._tables[device]
 
-    @cache  # noqa: B019
     def _levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[2^bits]: the levels, rounded once."""
-        return torch.tensor(self.cells.levels, dtype=torch.float64).to(dtype).to(device)
+        key = device, dtype
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self.cells.levels, dtype=torch.float64).to(dtype).to(device)
+        return self._tables[key]
 
-    @cache  # noqa: B019
     def _code_table(self, device: torch.device) -> Tensor:
         """uint8 [65536]: the code of each bf16 pattern."""
-        magnitude = torch.arange(1 << 15, dtype=torch.int32, device=device)
-        code = torch.bucketize(magnitude, self._patterns(device), right=True).to(torch.uint8)
-        negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
-        return torch.cat([code, negative])
+        key = device, "codes"
+        if key not in self._tables:
+            magnitude = torch.arange(1 << 15, dtype=torch.int32, device=device)
+            code = torch.bucketize(magnitude, self._patterns(device), right=True).to(torch.uint8)
+            negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
+            self._tables[key] = torch.cat([code, negative])
+        return self._tables[key]
 
-    @cache  # noqa: B019
     def _byte_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return byte_table(self._levels(device, dtype), self.cells.bits)
+        """[256, 8 / bits]: the levels in each packed byte."""
+        key = device, dtype, "bytes"
+        if key not in self._tables:
+            self._tables[key] = byte_table(self._levels(device, dtype), self.cells.bits)
+        return self._tables[key]
 
 
 def _upper_half(x: Tensor) -> Tensor:

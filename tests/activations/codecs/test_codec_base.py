@@ -30,7 +30,7 @@ def _stored_bytes(tensors: tuple[Tensor, ...]) -> int:
 
 
 @every_case
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.integers(1, 400).map(lambda n: (3, n)),
     dtype=st.sampled_from(FLOATS),
@@ -177,7 +177,9 @@ def test_copies_and_pickles_decode_what_the_original_encoded(case: Case) -> None
         assert torch.equal(twin.decode(kept), case.codec.decode(kept))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.options in ({}, {"activation": "gelu"})], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.label in {"uint8", "lm4", "step4-gelu"}], ids=lambda case: case.label
+)
 def test_compiled_regions_may_encode_and_decode(case: Case) -> None:
     x = _sample(case, (6, 64), torch.float32)
     codec = case.codec

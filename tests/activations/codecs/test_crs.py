@@ -24,12 +24,12 @@ def problem() -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("keep", [1, 7, 30, 95])
+@pytest.mark.parametrize("keep", [1, 30, 95])
 @pytest.mark.parametrize("given", [False, True])
 def test_the_weight_gradient_is_unbiased(problem: tuple[Tensor, Tensor], keep: int, given: bool) -> None:
     x, grad = problem
     importance = x.norm(dim=1) * grad.norm(dim=1) if given else None
-    draws = 3000
+    draws = 1000
     generator = _generator(1)
     estimates = torch.stack(
         [

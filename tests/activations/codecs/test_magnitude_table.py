@@ -13,7 +13,7 @@ SIGNED = MagnitudeCells(2, (1.0,), (0.5, 2.0, -0.5, -2.0))
 UNSIGNED = MagnitudeCells(2, (0.25, 1.0, 3.0), (0.0, 0.5, 2.0, 4.0), signed=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=40))
 def test_cells_are_exact_for_fp32(values: list[float]) -> None:
     """Truncating to 16 bits moves no value across a threshold, not even the nearest neighbours of one."""

@@ -31,7 +31,7 @@ if not INTERPRETED:
     pytestmark.append(pytest.mark.gpu)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = (1, 7, 64, 1000, 4096, 9001)
+SIZES = (7, 1024, 5001)
 ABSMAX = [
     (name, group, rounding)
     for name, group in (("int8", 64), ("int4", 32), ("int2", 32), ("uint8", 64), ("int8", 8), ("int4", 128))
