@@ -80,5 +80,5 @@ def test_remove_restores_the_model():
 
 
 def test_bad_blocks_are_refused():
-    with pytest.raises(ConfigError, match="slimfit.freeze.rate must be in"):
+    with pytest.raises(ConfigError, match=r"slimfit\.freeze\.rate must be in"):
         slimfit_ds.slim(bert(), {"freeze": {"rate": 7}})
