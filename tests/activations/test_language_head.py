@@ -1,0 +1,60 @@
+"""The chunked loss of language models against transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import batch_for, build, gradients, relative_error
+
+from slimfit_ds.activations.language_head import chunk_language_model_loss
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral"])
+def test_loss_and_gradients_are_those_of_the_model(name):
+    model = build(name)
+    batch = batch_for(name)
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss, expected = gradients(model, batch)
+    state = chunk_language_model_loss(model, chunk_tokens=7)
+    found_loss, found = gradients(model, batch)
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, expected) < 1e-5
+    assert model(**batch).logits.shape[-1] == 0
+    with torch.no_grad():
+        assert model(**batch).logits.shape[-1] == 60
+    state.remove()
+    assert model(**batch).logits.shape[-1] == 60
+    torch.testing.assert_close(gradients(model, batch)[0], loss)
+
+
+def test_divides_by_the_items_of_the_whole_accumulated_batch():
+    model, batch = build("llama"), batch_for("llama")
+    expected = model(**batch, num_items_in_batch=100).loss
+    chunk_language_model_loss(model)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=100).loss, expected)
+
+
+def test_a_model_whose_logits_are_changed_after_the_head_is_refused():
+    model = build("llama")
+    original = type(model).forward
+
+    class Capped(type(model)):
+        def forward(self, **kwargs):
+            labels = kwargs.pop("labels")
+            logits = original(self, **kwargs).logits * 0.1
+            return type(
+                "Output", (), {"loss": self.loss_function(logits=logits, labels=labels, vocab_size=60)}
+            )
+
+    model.__class__ = Capped
+    with pytest.raises(ValueError, match="not the shifted cross-entropy"):
+        chunk_language_model_loss(model)
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_other_models_are_refused_and_left_as_they_were(name):
+    model, batch = build(name), batch_for(name)
+    loss = gradients(model, batch)[0]
+    with pytest.raises(ValueError, match="head|loss"):
+        chunk_language_model_loss(model)
+    assert torch.equal(gradients(model, batch)[0], loss)
