@@ -59,7 +59,7 @@ def plot_schedule(history: Sequence[Mapping[str, Any]], layers: Sequence[str], p
         aspect="auto",
         interpolation="nearest",
         norm=LogNorm(low, high if high > low else low * 10),
-        extent=(0, matrix.shape[1], len(layers), 0),
+        extent=(0, max(1, matrix.shape[1]), len(layers), 0),
         cmap="viridis_r",
     )
     every = max(1, len(layers) // 150)

@@ -111,11 +111,11 @@ def deepspeed_config(recipe: Recipe, base: Mapping[str, Any], world_size: int) -
     config = merge(base, _batches(recipe, world_size))
     config["bf16"] = {**base.get("bf16", {}), "enabled": recipe.dtype == "bf16"}
     config["fp16"] = {**base.get("fp16", {}), "enabled": recipe.dtype == "fp16"}
-    config |= {"optimizer": _optimizer(recipe, base)}
+    config["optimizer"] = _optimizer(recipe, base)
     config.setdefault("steps_per_print", 2**31)
-    block = slimfit_block(recipe, base)
+    slimfit = slimfit_block(recipe, base)
     config.pop("slimfit", None)
-    return config if block is None else {**config, "slimfit": block}
+    return config if slimfit is None else {**config, "slimfit": slimfit}
 
 
 def replaced_values(base: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

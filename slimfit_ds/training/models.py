@@ -185,7 +185,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
         model,
         LoraConfig(
             r=options.r,
-            lora_alpha=options.alpha,
+            lora_alpha=options.alpha,  # type: ignore[arg-type]
             lora_dropout=options.dropout,
             target_modules=targets,
             modules_to_save=heads or None,

@@ -175,11 +175,6 @@ def jsonl(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-    "task": "sequence_regression",
-    "max_steps": 3,
-    "train_batch_size": 4,
-    "slimfit": {"freeze": {"rate": 0.5}},
-}
 CONTEXT = "the small cat sat on the red mat in the big house ."
 
 
