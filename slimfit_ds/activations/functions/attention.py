@@ -93,7 +93,7 @@ class _StoredProbabilities(torch.autograd.Function):
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
-            scores = scores + mask
+            scores = scores + mask.to(scores.dtype)
         saved = SavedTensors()
         for tensor in (query, key, value):
             saved.add(tensor, codec)

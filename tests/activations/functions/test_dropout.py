@@ -1,0 +1,48 @@
+"""Dropout by replay and by packed mask against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from slimfit_ds.activations.codecs import get_codec
+from slimfit_ds.activations.functions.dropout import packed_dropout, replayed_dropout
+
+
+def packed(layer, x, p):
+    return packed_dropout(layer, x, p, get_codec("mask"))
+
+
+@pytest.mark.parametrize("function", [replayed_dropout, packed])
+@pytest.mark.parametrize("p", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+def test_same_values_and_gradients_as_pytorch(function, p, layout):
+    base = torch.randn(6, 10, 8, dtype=torch.float64)
+    x = {"contiguous": base, "transposed": base.transpose(0, 1), "strided": base[:, ::2]}[layout].detach()
+    x = x.requires_grad_()
+    layer = nn.Dropout(p)
+    upstream = torch.randn(x.shape, dtype=x.dtype)
+    results = []
+    for method in (lambda t: layer(t), lambda t: function(layer, t, p)):
+        torch.manual_seed(3)
+        y = method(x)
+        torch.rand(5)  # the generator moves on before the backward pass
+        results.append((y.detach(), *torch.autograd.grad((y * upstream).sum(), x), torch.get_rng_state()))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_an_element_that_was_zero_still_has_a_gradient():
+    x = torch.zeros(1000, 4, requires_grad=True)
+    y = packed(nn.Dropout(0.5), x, 0.5)
+    y.sum().backward()
+    assert 0.4 < float((x.grad == 2).float().mean()) < 0.6
+
+
+def test_what_is_kept():
+    x = torch.randn(64, 64, requires_grad=True)
+    for function, most in ((packed, 64 * 64 // 8), (replayed_dropout, torch.get_rng_state().numel())):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            function(nn.Dropout(0.2), x, 0.2)
+        assert sum(t.numel() * t.element_size() for t in kept) == most
