@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
-from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
+from slimfit_ds.activations.codecs.packing import (
+    byte_table,
+    gather_bytes,
+    pack_planes,
+    packed_bytes,
+    split_planes,
+    unpack_planes,
+)
 from slimfit_ds.activations.codecs.rounding import RandomBits
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
-__all__ = ["INT2", "INT4", "INT8", "UINT8", "AbsmaxCodec", "IntegerGrid", "Rounding"]
+__all__ = ["INT2", "INT4", "INT6", "INT8", "UINT8", "AbsmaxCodec", "IntegerGrid", "Rounding"]
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -48,6 +55,7 @@ class IntegerGrid:
 
 
 INT8 = IntegerGrid(bits=8, zero=0, half_width=127, signed=True)
+INT6 = IntegerGrid(bits=6, zero=31, half_width=31)
 INT4 = IntegerGrid(bits=4, zero=7, half_width=7)
 # Four levels -1, -1/3, 1/3, 1 of the absmax; a grid with an exact zero would waste one of the four codes.
 INT2 = IntegerGrid(bits=2, zero=1.5, half_width=1.5)
@@ -94,10 +102,11 @@ class AbsmaxCodec(FloatCodec):
 
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         codes, steps = kept
-        bits, group = self.grid.bits, self.group
+        group = self.group
         if self._has_kernel(flat):
             self._encode_in_triton(flat, codes, steps, generator)
             return
+        planes = split_planes(codes, flat.numel(), self.grid.bits)
         for start, stop in chunks(flat.numel(), flat.device, group):
             padding = -(stop - start) % group
             block = flat[start:stop].float()
@@ -111,8 +120,7 @@ class AbsmaxCodec(FloatCodec):
             block_codes = self._quantise(
                 block.view(-1, group), None if noise is None else noise.view(-1, group), steps[rows]
             ).view(self.grid.code_dtype)
-            kept_bytes = codes[start * bits // 8 : packed_bytes(stop, bits)]
-            pack(block_codes.view(-1)[: len(kept_bytes) * 8 // bits], bits, kept_bytes)
+            pack_planes(block_codes.view(-1), start, stop, planes)
 
     def _quantise(self, block: Tensor, noise: Tensor | None, steps: Tensor) -> Tensor:
         """int8 codes [rows, group] of fp32 `block` [rows, group]; fills bf16 `steps` [rows]."""
@@ -132,30 +140,40 @@ class AbsmaxCodec(FloatCodec):
 
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         codes, steps = kept
-        bits, group = self.grid.bits, self.group
+        group = self.group
         if self._has_kernel(out):
             from slimfit_ds.activations.codecs.triton_absmax import decode_absmax
 
-            decode_absmax(codes, steps, out, group=group, bits=bits, zero=self.grid.zero)
+            decode_absmax(codes, steps, out, group=group, bits=self.grid.bits, zero=self.grid.zero)
             return
         # An integer of 8 bits and a bf16 step are exact in bf16, so their bf16 product is rounded once.
         work = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
+        planes = split_planes(codes, out.numel(), self.grid.bits)
         for start, stop in chunks(out.numel(), out.device, group):
             rows = -(-(stop - start) // group)
-            step = steps[start // group : start // group + rows].to(work)[:, None]
-            block = codes[start * bits // 8 : packed_bytes(stop, bits)]
             full = (stop - start) % group == 0
             target = out[start:stop].view(-1, group) if full else out.new_empty(rows, group)
-            if bits == 8:
-                values = block if full else F.pad(block, (0, rows * group - len(block)))
-                torch.mul(values.view(-1, group), step, out=target)
-            else:
-                padded = block if full else F.pad(block, (0, packed_bytes(rows * group, bits) - len(block)))
-                values = target if out.dtype == work else target.new_empty(target.shape, dtype=work)
-                gather_bytes(padded, self._table(out.device, work), values.view(-1))
-                torch.mul(values, step, out=target)
+            step = steps[start // group : start // group + rows].to(work)[:, None]
+            torch.mul(self._integers(planes, start, stop, rows, work), step, out=target)
             if not full:
                 out[start:stop] = target.view(-1)[: stop - start]
+
+    def _integers(
+        self, planes: tuple[tuple[int, Tensor], ...], start: int, stop: int, rows: int, work: torch.dtype
+    ) -> Tensor:
+        """`code - zero` of the elements `start` to `stop`, filled up to [rows, group]; int8, uint8 or `work`."""
+        width, plane = planes[0]
+        block = plane[start * width // 8 : -(-stop * width // 8)]
+        filled = rows * self.group
+        if len(planes) > 1:
+            codes = unpack_planes(planes, start, stop)
+            return F.pad(codes, (0, filled - len(codes))).to(work).sub_(self.grid.zero).view(rows, self.group)
+        block = F.pad(block, (0, filled * width // 8 - len(block)))
+        if width == 8:
+            return block.view(rows, self.group)
+        values = torch.empty(rows, self.group, dtype=work, device=plane.device)
+        gather_bytes(block, self._table(plane.device, work), values.view(-1))
+        return values
 
     def _has_kernel(self, x: Tensor) -> bool:
         return runs_in_triton(x) and self.group & (self.group - 1) == 0

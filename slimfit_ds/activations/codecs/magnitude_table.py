@@ -12,10 +12,18 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
-from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
+from slimfit_ds.activations.codecs.packing import (
+    byte_table,
+    gather_bytes,
+    pack_planes,
+    packed_bytes,
+    split_planes,
+    unpack_planes,
+)
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["MagnitudeCells", "MagnitudeTableCodec", "bf16_pattern"]
@@ -26,7 +34,7 @@ class MagnitudeCells:
     """Cells of a scalar quantiser and the value that each stands for.
 
     Attributes:
-        bits: width of a code: 1, 2 or 4.
+        bits: width of a code: 1, 2, 4 or 5.
         thresholds: ascending positive bf16 values; a value's cell is the number of thresholds that its
             magnitude reaches.
         levels: what each of the 2^bits codes decodes to.
@@ -94,10 +102,12 @@ class MagnitudeTableCodec(FloatCodec):
             encode_table(flat, packed, thresholds, inverse, bits=bits, signed=self.cells.signed)
             return
         table = self._code_table(flat.device)
+        planes = split_planes(packed, flat.numel(), bits)
         for start, stop in chunks(flat.numel(), flat.device, 8):
             block = flat[start:stop] if inverse is None else flat[start:stop] * inverse
             index = _upper_half(block).to(torch.int32)
-            pack(table.index_select(0, index), bits, packed[start * bits // 8 : packed_bytes(stop, bits)])
+            codes = table.index_select(0, index)
+            pack_planes(F.pad(codes, (0, -len(codes) % 8)), start, stop, planes)
 
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         packed = kept[0]
@@ -108,16 +118,25 @@ class MagnitudeTableCodec(FloatCodec):
             levels = self._levels(out.device, out.dtype)
             decode_table(packed, levels, kept[1] if self.rms_scaled else None, out, bits=bits)
             return
-        table = self._byte_table(out.device, out.dtype)
+        planes = split_planes(packed, out.numel(), bits)
         for start, stop in chunks(out.numel(), out.device, 8):
-            block = packed[start * bits // 8 : packed_bytes(stop, bits)]
-            whole = len(block) * (8 // bits)
+            whole = -(-(stop - start) // 8) * 8
             target = out[start:stop] if whole == stop - start else out.new_empty(whole)
-            gather_bytes(block, table, target)
+            self._gather(planes, start, stop, target)
             if self.rms_scaled:
                 target.mul_(kept[1])
             if whole != stop - start:
                 out[start:stop] = target[: stop - start]
+
+    def _gather(self, planes: tuple[tuple[int, Tensor], ...], start: int, stop: int, target: Tensor) -> None:
+        """Fill `target`, at least `stop - start` long, with the levels of the elements `start` to `stop`."""
+        if len(planes) > 1:
+            codes = unpack_planes(planes, start, stop).to(torch.int32)
+            torch.index_select(self._levels(target.device, target.dtype), 0, codes, out=target)
+            return
+        width, plane = planes[0]
+        block = plane[start * width // 8 : -(-stop * width // 8)]
+        gather_bytes(block, self._byte_table(target.device, target.dtype), target[: len(block) * 8 // width])
 
     def _patterns(self, device: torch.device) -> Tensor:
         """int32 [cells - 1]: the bf16 pattern of each threshold."""

@@ -6,7 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["byte_table", "gather_bytes", "pack", "packed_bytes", "unpack_bits"]
+__all__ = [
+    "PLANES",
+    "byte_table",
+    "gather_bytes",
+    "pack",
+    "pack_planes",
+    "packed_bytes",
+    "split_planes",
+    "unpack_bits",
+    "unpack_planes",
+]
+
+# Widths that do not divide a byte are stored as two planes, the low bits of all codes and then the high bits.
+PLANES: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 2: (2,), 1: (1,)}
 
 # Per width: the integer that spans the codes of one byte, and the multiplier that gathers them in the top
 # byte of that integer. For 2 bits, codes c0..c3 lie in bytes 0..3; the sum of shifts by 24, 18, 12 and 6
@@ -22,7 +35,46 @@ _WIDE = (torch.complex128, torch.int64, torch.int32, torch.int16)
 
 def packed_bytes(numel: int, bits: int) -> int:
     """Bytes that `numel` codes of `bits` bits take."""
-    return -(-numel * bits // 8)
+    return sum(-(-numel * width // 8) for width in PLANES[bits])
+
+
+def split_planes(stored: Tensor, numel: int, bits: int) -> tuple[tuple[int, Tensor], ...]:
+    """Width and bytes of each plane, views of what is stored for `numel` codes of `bits` bits."""
+    widths = PLANES[bits]
+    sizes = [-(-numel * width // 8) for width in widths]
+    return tuple(zip(widths, stored.split(sizes), strict=True))
+
+
+def pack_planes(codes: Tensor, start: int, stop: int, planes: tuple[tuple[int, Tensor], ...]) -> None:
+    """Pack the codes of the elements `start` to `stop` into their place in all planes.
+
+    Args:
+        codes: uint8 or (8 bits only) int8 [n], contiguous, at least `stop - start`; what follows fills up bytes.
+        start: a multiple of 8.
+        stop: end of the elements.
+        planes: from `split_planes`.
+    """
+    for position, (width, plane) in enumerate(planes):
+        part = plane[start * width // 8 : -(-stop * width // 8)]
+        low = codes & ((1 << width) - 1) if position + 1 < len(planes) else codes
+        pack(low[: len(part) * 8 // width], width, part)
+        if position + 1 < len(planes):
+            codes = codes >> width
+
+
+def unpack_planes(planes: tuple[tuple[int, Tensor], ...], start: int, stop: int) -> Tensor:
+    """The codes of the elements `start` (a multiple of 8) to `stop`: uint8 [n], n rounded up to a multiple of 8."""
+    numel = -(-(stop - start) // 8) * 8
+    codes = torch.zeros(numel, dtype=torch.uint8, device=planes[0][1].device)
+    shift = 0
+    for width, plane in planes:
+        part = plane[start * width // 8 : -(-stop * width // 8)]
+        values = torch.arange(1 << width, dtype=torch.uint8, device=plane.device) << shift
+        own = codes.new_empty(len(part) * 8 // width)
+        gather_bytes(part, byte_table(values, width), own)
+        codes[: len(own)].bitwise_or_(own)
+        shift += width
+    return codes
 
 
 def pack(codes: Tensor, bits: int, out: Tensor) -> None:

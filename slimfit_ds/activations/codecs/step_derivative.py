@@ -1,4 +1,4 @@
-"""The derivative of an activation function as a step function: 4, 2 or 1 bit instead of the input.
+"""The derivative of an activation function as a step function: 5, 4, 2 or 1 bits instead of the input.
 
 The backward of `f` needs only `f'(x)`. Storing which of a few cells `x` lies in, and multiplying by the mean
 of `f'` over that cell, costs fewer bits for the same error than storing `x` coarsely and evaluating `f'` there.
@@ -86,14 +86,14 @@ class StepDerivative(MagnitudeTableCodec):
 
     Args:
         activation: a name in `ACTIVATIONS` or an alias of transformers (gelu_new, swish).
-        bits: 1, 2 or 4.
+        bits: 1, 2, 4 or 5.
         scale: standard deviation of the inputs that the cells are fitted to, N(0, scale^2).
     """
 
     def __init__(self, activation: str, bits: int = 4, scale: float = 1.0):
         function = find_activation(activation)
-        if bits not in (1, 2, 4):
-            raise ValueError(f"bits must be 1, 2 or 4, got {bits}")
+        if bits not in (1, 2, 4, 5):
+            raise ValueError(f"bits must be 1, 2, 4 or 5, got {bits}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
         cells = fit_cells(function, bits, float(scale))
@@ -109,7 +109,7 @@ def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> Magnitud
 
     Args:
         activation: the function.
-        bits: 1, 2 or 4.
+        bits: 1, 2, 4 or 5.
         scale: standard deviation of the inputs.
     """
     candidates = _bf16_range(scale * 2.0**-6, scale * 8)

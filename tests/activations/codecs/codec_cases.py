@@ -36,14 +36,14 @@ CASES = [
     Case("mask", prepare=lambda x: x > 0),
     *(
         Case(name, {"group": group, "rounding": rounding})
-        for name, group in (("int8", 64), ("int4", 32), ("int2", 32), ("int4", 24))
+        for name, group in (("int8", 64), ("int6", 64), ("int4", 32), ("int2", 32), ("int4", 24))
         for rounding in ("nearest", "stochastic")
     ),
     Case("uint8", prepare=torch.abs),
     *(Case(name) for name in ("lm4", "lm2", "lm1", "fixed8", "fixed4", "ufixed8", "topk10")),
     *(
         Case(f"step{bits}", {"activation": activation})
-        for bits in (4, 2, 1)
+        for bits in (5, 4, 2, 1)
         for activation in ("gelu", "silu", "relu2")
     ),
 ]
