@@ -86,6 +86,11 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
     ):
         value = _get(config, *path)
         refuse(value, f"{'.'.join(path)} is {value!r}, which freezing does not support: {remedy}")
+    refuse(
+        _on(config, "torch_autocast") and _get(config, "torch_autocast", "dtype") in ("float16", "fp16"),
+        f"torch_autocast.dtype is {_get(config, 'torch_autocast', 'dtype')!r}, which would train without loss "
+        "scaling: use 'bfloat16', or fp16.enabled",
+    )
     tensor_parallel = _get(config, "tensor_parallel", "autotp_size") or 0
     refuse(
         tensor_parallel > 1,

@@ -44,6 +44,7 @@ _NEEDED = (
     "_post_step",
     "_pre_step",
     "_setup_for_real_optimizer",
+    "get_param_comm_dtype",
     "independent_gradient_partition_epilogue",
     "partition_grads",
     "reduce_ready_partitions_and_remove_grads",
@@ -101,6 +102,11 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             },
         )
         self.layer_statistics: dict[int, float] = {}
+        self.ipg_buckets.setdefault(setting.communication_dtype, stage3.IPGBucketZ3())
+
+    def get_param_comm_dtype(self, param: nn.Parameter) -> torch.dtype:
+        """One dtype for all gradients, under `torch_autocast` too."""
+        return self._setting.communication_dtype
 
     def _setup_for_real_optimizer(self) -> None:
         """Instead of float32 weights, gradient partitions and states of everything: none of them yet."""
