@@ -23,7 +23,6 @@ SCENARIOS = [
     ["held_bytes", {"inactive": "host", "dtype": "fp32"}],
     ["overflow_on_one_rank", {}],
     ["no_biases", {"checkpointing": False}],
-    ["no_biases", {"checkpointing": True}],
     ["no_biases", {"checkpointing": True, "persist": 100}],
 ]
 
@@ -83,7 +82,9 @@ def test_options_that_must_not_change_the_result(run_ranks):
     from test_stage_matrix import WORKER, check
 
     offload = {"device": "cpu", "pin_memory": True}
-    cells = [
+    # Layers that sleep and come back within a few steps.
+    rotate = {"policy": "random", "rate": 0.7}
+    cells: list[dict] = [
         {"zero": {"stage3_param_persistence_threshold": 100}, "dtype": "bf16", "clip": 0.05},
         {"zero": {"reduce_bucket_size": 500, "stage3_prefetch_bucket_size": 400}, "accumulation": 2},
         {"zero": {"reduce_scatter": False, "overlap_comm": False}},
@@ -91,12 +92,12 @@ def test_options_that_must_not_change_the_result(run_ranks):
         {"zero": {"offload_optimizer": offload}, "dtype": "fp16", "accumulation": 2, "clip": 0.05},
         {"zero": {"offload_param": offload}, "dtype": "bf16"},
         {"zero": {"offload_optimizer": offload, "offload_param": offload}, "states": {"inactive": "host"}},
-        {"states": {"inactive": "host"}, "steps": 24},
-        {"states": {"stale_moments": "decay"}, "freeze": {"policy": "random"}, "steps": 20},
+        {"states": {"inactive": "host"}, "freeze": rotate, "steps": 8},
+        {"states": {"stale_moments": "decay"}, "freeze": rotate, "steps": 8},
         {"freeze": {"policy": "none"}},
-        {"freeze": {"interval": 3}, "accumulation": 2, "steps": 9},
+        {"freeze": {"interval": 2}, "accumulation": 2},
     ]
-    cells = [{"stage": 3, **cell} for cell in cells]
+    cells = [{"stage": 3, "steps": 5, **cell} for cell in cells]
     results = run_ranks(WORKER, json.dumps(cells))
     check(results, cells)
     for cell, result in zip(cells, results, strict=True):
@@ -108,17 +109,17 @@ def test_options_that_must_not_change_the_result(run_ranks):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_states_move_into_stage_3_and_over_world_sizes(run_ranks, tmp_path):
+def test_states_move_into_stage_3_and_to_another_world_size(run_ranks, tmp_path):
     from test_checkpoint import run
 
-    whole = run(run_ranks, 1, 1, 0, 9, save=tmp_path / "whole")
+    whole = run(run_ranks, 1, 1, 0, 8, save=tmp_path / "whole")
     parts: list[dict] = []
-    for number, (ranks, stage, inactive) in enumerate([(1, 1, "device"), (2, 3, "host"), (1, 3, "device")]):
+    for number, (ranks, stage, inactive) in enumerate([(1, 1, "device"), (2, 3, "host")]):
         load = tmp_path / "part" if number else None
-        first = 3 * number
+        first = 4 * number
         parts += run(
             run_ranks,
-            *(ranks, stage, first, first + 3),
+            *(ranks, stage, first, first + 4),
             load=load,
             save=tmp_path / "part",
             inactive=inactive,
@@ -254,20 +255,21 @@ class TestOneRank:
         engine = engine_of()
         for _ in range(6):
             linear = [n for n in engine.active_layers if "norm" not in n]
-            shapes = []
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda t, seen=shapes: (seen.append((type(t), tuple(t.shape))), t)[1], lambda t: t
-            ):
+            saved: list[torch.Tensor] = []
+
+            def pack(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+                saved.append(tensor)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss = engine(torch.randn(2, 6))
-            parameters = [shape for kind, shape in shapes if kind is nn.Parameter]
-            kept = [shape for kind, shape in shapes if kind is not nn.Parameter and shape == (2, 6)]
-            # The norm's input, the squared output, and the input of each active linear layer.
-            assert len(kept) == 2 + len(linear)
+            parameters = [tensor for tensor in saved if isinstance(tensor, nn.Parameter)]
+            others = [tuple(tensor.shape) for tensor in saved if not isinstance(tensor, nn.Parameter)]
+            # The norm's input, the squared output, and the input of each active linear layer; two statistics.
+            assert others.count((2, 6)) == 2 + len(linear)
             # Weights are kept as the parameters that ZeRO may empty, not as views that hold them whole.
             assert len(parameters) >= 8
-            assert all(
-                shape == (2, 6) or shape == (2, 1) for kind, shape in shapes if kind is not nn.Parameter
-            )
+            assert set(others) <= {(2, 6), (2, 1)}
             engine.backward(loss)
             engine.step()
 
