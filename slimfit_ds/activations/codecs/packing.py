@@ -10,6 +10,7 @@ __all__ = [
     "PLANES",
     "byte_table",
     "gather_bytes",
+    "low_and_high",
     "pack",
     "pack_planes",
     "packed_bytes",
@@ -43,6 +44,12 @@ def split_planes(stored: Tensor, numel: int, bits: int) -> tuple[tuple[int, Tens
     widths = PLANES[bits]
     sizes = [-(-numel * width // 8) for width in widths]
     return tuple(zip(widths, stored.split(sizes), strict=True))
+
+
+def low_and_high(stored: Tensor, numel: int, bits: int) -> tuple[tuple[int, Tensor], tuple[int, Tensor]]:
+    """The two planes of `split_planes`; the high one has width 0 where there is none."""
+    planes = split_planes(stored, numel, bits)
+    return planes[0], planes[1] if len(planes) > 1 else (0, stored)
 
 
 def pack_planes(codes: Tensor, start: int, stop: int, planes: tuple[tuple[int, Tensor], ...]) -> None:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimfit_ds.activations.codecs.packing import low_and_high
+from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
 __all__ = ["decode_absmax", "encode_absmax"]
@@ -22,22 +24,24 @@ def _encode_kernel(
     x_ptr,
     noise_ptr,
     codes_ptr,
+    high_ptr,
     steps_ptr,
     numel,
     stored_bytes,
+    high_bytes,
     groups,
     reciprocal,
     tiny_peak,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
     WHOLE: tl.constexpr,
     FRACTION: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    PER_BYTE: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
@@ -66,35 +70,31 @@ def _encode_kernel(
     if BITS == 8:
         tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=offset < numel)
     else:
-        # A NaN becomes an unspecified integer, which must not spill into its neighbours.
-        code = tl.reshape(code & ((1 << BITS) - 1), [ROWS, GROUP // PER_BYTE, PER_BYTE])
-        shift = tl.arange(0, PER_BYTE) * BITS
-        packed = tl.sum(code << shift[None, None, :], axis=2)
-        byte = row[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
-        tl.store(codes_ptr + byte, packed.to(tl.uint8), mask=byte < stored_bytes)
+        store_plane(codes_ptr, code, row, stored_bytes, BITS, ROWS, GROUP)
+        if HIGH_BITS > 0:
+            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, ROWS, GROUP)
 
 
 @triton.jit
 def _decode_kernel(
     codes_ptr,
+    high_ptr,
     steps_ptr,
     out_ptr,
     numel,
     stored_bytes,
+    high_bytes,
     groups,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
 ):
-    PER_BYTE: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    byte = row[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
-    code = tl.load(codes_ptr + byte, mask=byte < stored_bytes, other=0).to(tl.int32)
-    if BITS < 8:
-        shift = tl.arange(0, PER_BYTE) * BITS
-        code = (code[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
-        code = tl.reshape(code, [ROWS, GROUP])
+    code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP)
+    if HIGH_BITS > 0:
+        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, ROWS, GROUP) << BITS
     step = tl.load(steps_ptr + row, mask=row < groups, other=0.0).to(tl.float32)
     value = (code.to(tl.float32) - ZERO) * step[:, None]
     offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -117,7 +117,7 @@ def encode_absmax(
 
     Args:
         flat: fp32, bf16 or fp16 [numel].
-        codes: int8 or uint8 [ceil(numel * bits / 8)].
+        codes: int8 or uint8, as `packing.packed_bytes` counts them.
         steps: bf16 [ceil(numel / group)].
         noise: odd int16 [numel or more] for stochastic rounding, None for nearest.
         group: elements per step, a power of two.
@@ -125,21 +125,25 @@ def encode_absmax(
         tiny_peak: groups whose absmax is below get step 0.
     """
     whole, fraction = divmod(zero, 1)
+    (width, low), (high_width, high) = low_and_high(codes, flat.numel(), bits)
     rows = max(_TILE // group, 1)
     with torch.cuda.device_of(flat):
         _encode_kernel[(triton.cdiv(steps.numel(), rows),)](
             flat,
             flat if noise is None else noise,
-            codes,
+            low,
+            high,
             steps,
             flat.numel(),
-            codes.numel(),
+            low.numel(),
+            high.numel(),
             steps.numel(),
             1.0 / half_width,
             tiny_peak,
             GROUP=group,
             ROWS=rows,
-            BITS=bits,
+            BITS=width,
+            HIGH_BITS=high_width,
             WHOLE=int(whole),
             FRACTION=fraction,
             LOW=round(zero - half_width),
@@ -152,17 +156,21 @@ def encode_absmax(
 def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits: int, zero: float) -> None:
     """Fill `out` [numel] from what `encode_absmax` stored."""
     rows = max(_TILE // group, 1)
+    (width, low), (high_width, high) = low_and_high(codes, out.numel(), bits)
     with torch.cuda.device_of(out):
         _decode_kernel[(triton.cdiv(steps.numel(), rows),)](
-            codes,
+            low,
+            high,
             steps,
             out,
             out.numel(),
-            codes.numel(),
+            low.numel(),
+            high.numel(),
             steps.numel(),
             ZERO=zero,
             GROUP=group,
             ROWS=rows,
-            BITS=bits,
+            BITS=width,
+            HIGH_BITS=high_width,
             enable_fp_fusion=False,
         )

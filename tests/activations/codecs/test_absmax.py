@@ -68,7 +68,9 @@ def test_decoded_values_lie_on_the_integer_grid(name: str, rounding: str) -> Non
         assert row.abs().max() <= half * step
 
 
-@pytest.mark.parametrize(("name", "group"), [("int8", 64), ("int6", 64), ("int4", 32), ("int2", 32), ("uint8", 64)])
+@pytest.mark.parametrize(
+    ("name", "group"), [("int8", 64), ("int6", 64), ("int4", 32), ("int2", 32), ("uint8", 64)]
+)
 def test_stochastic_rounding_is_unbiased(name: str, group: int) -> None:
     draws = 1500
     generator = torch.Generator().manual_seed(5)

@@ -36,13 +36,14 @@ POINTERS = {
     "codes_ptr": "*u8",
     "steps_ptr": "*bf16",
     "out_ptr": "*bf16",
-    "packed_ptr": "*u8",
+    "high_ptr": "*u8",
     "thresholds_ptr": "*i32",
     "inverse_ptr": "*fp32",
     "levels_ptr": "*bf16",
     "rms_ptr": "*fp32",
     "numel": "i32",
     "stored_bytes": "i32",
+    "high_bytes": "i32",
     "groups": "i32",
     "reciprocal": "fp32",
     "tiny_peak": "fp32",
@@ -54,7 +55,9 @@ def _ptx(kernel: Any, constants: dict[str, Any]) -> str:
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or n in ("numel", "stored_bytes")]
+    aligned = [
+        i for i, n in enumerate(names) if n.endswith("_ptr") or n in ("numel", "stored_bytes", "high_bytes")
+    ]
     source = ASTSource(
         fn=kernel,
         signature={n: POINTERS.get(n, "constexpr") for n in names},
@@ -67,26 +70,38 @@ def _ptx(kernel: Any, constants: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "high_bits"), [(2, 0), (4, 2), (8, 0)])
+def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits: int, high_bits: int) -> None:
     from slimfit_ds.activations.codecs import triton_absmax
 
-    encode = {"GROUP": 32, "ROWS": 128, "BITS": bits, "WHOLE": 1, "FRACTION": 0.5, "LOW": 0, "HIGH": 3}
+    encode = {
+        "GROUP": 32,
+        "ROWS": 128,
+        "BITS": bits,
+        "HIGH_BITS": high_bits,
+        "WHOLE": 1,
+        "FRACTION": 0.5,
+        "LOW": 0,
+        "HIGH": 3,
+    }
     ptx = _ptx(triton_absmax._encode_kernel, {**encode, "STOCHASTIC": True})
     assert "ld.global.v4" in ptx
     assert "fma." not in ptx
-    ptx = _ptx(triton_absmax._decode_kernel, {"ZERO": 1.5, "GROUP": 32, "ROWS": 128, "BITS": bits})
+    ptx = _ptx(
+        triton_absmax._decode_kernel,
+        {"ZERO": 1.5, "GROUP": 32, "ROWS": 128, "BITS": bits, "HIGH_BITS": high_bits},
+    )
     assert "st.global.v4" in ptx
     assert "fma." not in ptx
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_tables_compile_for_hopper_in_wide_loads(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "high_bits"), [(1, 0), (2, 0), (4, 0), (4, 1)])
+def test_tables_compile_for_hopper_in_wide_loads(bits: int, high_bits: int) -> None:
     from slimfit_ds.activations.codecs import triton_table
 
-    shape = {"SCALED": True, "BITS": bits, "TILE": 4096}
+    shape = {"SCALED": True, "BITS": bits, "HIGH_BITS": high_bits, "TILE": 4096}
     assert "ld.global.v4" in _ptx(
-        triton_table._encode_kernel, {**shape, "CELL_BITS": bits - 1, "SIGNED": True}
+        triton_table._encode_kernel, {**shape, "CELL_BITS": bits + high_bits - 1, "SIGNED": True}
     )
     assert "st.global.v4" in _ptx(triton_table._decode_kernel, shape)

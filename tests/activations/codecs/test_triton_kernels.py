@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimfit_ds.activations.codecs import Codec, Encoded, absmax, get_codec, magnitude_table
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
+from slimfit_ds.activations.codecs.packing import split_planes
 from slimfit_ds.activations.codecs.rounding import RandomBits
 
 pytest.importorskip("triton")
@@ -34,12 +35,20 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (7, 1024, 5001)
 ABSMAX = [
     (name, group, rounding)
-    for name, group in (("int8", 64), ("int4", 32), ("int2", 32), ("uint8", 64), ("int8", 8), ("int4", 128))
+    for name, group in (
+        ("int8", 64),
+        ("int6", 64),
+        ("int4", 32),
+        ("int2", 32),
+        ("uint8", 64),
+        ("int8", 8),
+        ("int4", 128),
+    )
     for rounding in ("nearest", "stochastic")
 ]
 TABLES = [("lm4", {}), ("lm2", {}), ("lm1", {})] + [
     (f"step{bits}", {"activation": activation})
-    for bits in (4, 2, 1)
+    for bits in (5, 4, 2, 1)
     for activation in ("gelu", "silu", "relu", "relu2")
 ]
 
@@ -105,9 +114,14 @@ def test_absmax(
         assert _same(kept.tensors[1], expected.tensors[1]), "steps"
         assert _same(y, codec.decode(expected)), "decoded values"
         # The codes of a non-finite group are unspecified.
-        per_group = kept.tensors[1].isfinite().repeat_interleave(group * codec.grid.bits // 8)
-        finite = per_group[: len(kept.tensors[0])]
-        assert torch.equal(kept.tensors[0][finite], expected.tensors[0][finite]), "codes"
+        finite = kept.tensors[1].isfinite()
+        for (width, ours), (_, theirs) in zip(
+            split_planes(kept.tensors[0], numel, codec.grid.bits),
+            split_planes(expected.tensors[0], numel, codec.grid.bits),
+            strict=True,
+        ):
+            defined = finite.repeat_interleave(group * width // 8)[: len(ours)]
+            assert torch.equal(ours[defined], theirs[defined]), "codes"
 
 
 @pytest.mark.parametrize(
