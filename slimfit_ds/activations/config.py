@@ -78,6 +78,8 @@ PRESETS = MappingProxyType(
         ),
         "balanced": OperationTable(
             norm="lm4",
+            # The gradient of a norm's own weight is a sum of x_hat, so it shows the full error of four bits.
+            active_norm="int8",
             activation="step4",
             attention="int8",
             dropout="replay",

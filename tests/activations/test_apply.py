@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import BUILDERS, batch_for, build, freeze_some, gradients, relative_error, without_dropout
@@ -62,3 +64,221 @@ def test_forward_is_identical_and_gradients_are_close(name, preset):
     assert set(found) == set(expected) <= set(active)
     print(name, preset, relative_error(found, expected))
     assert all(torch.isfinite(g).all() for g in found.values())
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_trains_the_right_parameters(name, preset):
+    """Two steps with two different active sets: finite, active weights move, frozen ones do not by a bit."""
+    model = build(name)
+    handle = compress(model, ActivationsConfig(preset=preset, chunk_tokens=20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        active = set(freeze_some(model, share=0.8, seed=step))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        loss, found = gradients(model, batch_for(name, seed=step), seed=step)
+        optimizer.step()
+        assert torch.isfinite(loss)
+        used = {n for n, g in found.items() if g.abs().max() > 0}
+        assert used <= active
+        assert used
+        for name_, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name_]) == (name_ not in used), name_
+    handle.remove()
+
+
+@pytest.mark.parametrize("preset", ["balanced", "lean", "minimal"])
+def test_a_copy_of_a_compressed_model_is_compressed_and_independent(preset):
+    model = without_dropout(build("bert"))
+    compress(model, ActivationsConfig(preset=preset))
+    twin = copy.deepcopy(model)
+    batch = batch_for("bert")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    _, found = gradients(twin, batch)
+    _, again = gradients(without_dropout(build("bert")), batch)
+    assert 0 < relative_error(found, again) < 0.2
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("preset", ["paper", "balanced", "lean", "minimal"])
+def test_eval_mode_and_no_grad_run_the_original_code(preset):
+    model = build("llama")
+    plain = copy.deepcopy(model)
+    compress(model, ActivationsConfig(preset=preset))
+    batch = batch_for("llama")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = model(**batch).logits
+        torch.manual_seed(0)
+        assert torch.equal(found, plain(**batch).logits)
+    _, expected = gradients(plain.eval(), batch)
+    _, found = gradients(model.eval(), batch)
+    assert relative_error(found, expected) == 0
+    generated = model.generate(batch["input_ids"][:1, :4], max_new_tokens=4, do_sample=False)
+    assert torch.equal(
+        generated, plain.generate(batch["input_ids"][:1, :4], max_new_tokens=4, do_sample=False)
+    )
+
+
+@pytest.mark.parametrize("preset", ["paper", "balanced", "lean", "minimal"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_nothing_is_saved_below_the_first_active_layer(name, preset):
+    """Everything but the head is frozen: no block, norm or embedding may keep anything."""
+    model = without_dropout(build(name))
+    compress(model, ActivationsConfig(preset=preset))
+    model.requires_grad_(False)
+    head = model.classifier if name == "bert" else model.lm_head
+    head.weight.requires_grad_()
+    inside = []
+    for block in model.bert.encoder.layer if name == "bert" else model.model.layers:
+        block.register_forward_pre_hook(lambda *_: inside.append(True) and None)
+        block.register_forward_hook(lambda *_: inside.pop() and None)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) if inside else t, lambda t: t):
+        model(**batch_for(name))
+    assert not kept
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_autocast(preset):
+    model = without_dropout(build("llama"))
+    freeze_some(model)
+    batch = batch_for("llama")
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gradients(model, batch)
+
+    loss, expected = step()
+    handle = compress(model, ActivationsConfig(preset=preset))
+    found_loss, found = step()
+    handle.remove()
+    assert torch.equal(found_loss, loss)
+    assert relative_error(found, expected) < 0.2
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("preset", ["paper", "balanced"])
+def test_padding_masks_reach_the_wrapped_attention(attention, preset):
+    """Tokens that are masked out must have no influence, in forward and backward."""
+    model = without_dropout(build("bert"))
+    model.set_attn_implementation(attention)
+    batch = batch_for("bert")
+    compress(model, ActivationsConfig(preset=preset))
+    loss, found = gradients(model, batch)
+    changed = dict(batch, input_ids=batch["input_ids"].clone())
+    changed["input_ids"][0, 7:] = 33
+    other_loss, other = gradients(model, changed)
+    torch.testing.assert_close(other_loss, loss)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    torch.testing.assert_close(other[name], found[name], rtol=1e-4, atol=1e-6)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x):
+        y = self.norm(x)
+        x = x + self.attention(y, y, y)[0]
+        return x + self.feed_forward(x)
+
+
+class PlainModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(PlainBlock() for _ in range(3))
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return type("Output", (), {"loss": self.head(x).pow(2).mean()})
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_model_that_is_not_from_transformers(preset):
+    torch.manual_seed(0)
+    model = PlainModel()
+    batch = {"x": torch.randn(4, 6, 16)}
+    loss, expected = gradients(model, batch)
+    before = snapshot(model)
+    handle = compress(model, ActivationsConfig(preset=preset))
+    found_loss, found = gradients(model, batch)
+    assert torch.equal(found_loss, loss)
+    assert relative_error(found, expected) < (0.3 if preset in {"paper", "ultra"} else 0.1)
+    assert preset == "exact" or relative_error(found, expected) > 0
+    handle.remove()
+    assert snapshot(model)[:2] == before[:2]
+
+
+def test_overrides_by_operation_and_layer():
+    model = without_dropout(build("llama"))
+    config = ActivationsConfig(
+        preset="minimal",
+        operations={"block": {"name": "int8", "group": 128}},
+        layers={"model.layers.0": {"block": "exact"}, "model.layers.1": {"block": "recompute"}},
+    )
+    handle = compress(model, config)
+    rows = {row.module: row.codec for row in handle.report() if row.kind in {"block", "product"}}
+    assert rows == {"model.layers.0": "exact", "model.layers.1": "recompute"}
+    handle.remove()
+    batch = batch_for("llama")
+    _, expected = gradients(model, batch)
+    errors = []
+    for codec in ("recompute", "int8", "int4"):
+        handle = compress(model, ActivationsConfig(operations={"block": codec}))
+        errors.append(relative_error(gradients(model, batch)[1], expected))
+        handle.remove()
+    assert errors[0] < 1e-6 < errors[1] < errors[2]
+
+
+def test_every_problem_is_listed_with_near_names():
+    config = ActivationsConfig(
+        preset="balanced", operations={"norm": "lm5"}, layers={"model.layer.0*": {"attention": "int3"}}
+    )
+    with pytest.raises(ValueError, match="did you mean") as error:
+        compress(build("llama"), config)
+    text = str(error.value)
+    assert "'model.layer.0*' matches no module" in text
+    assert "unknown codec 'lm5'" in text
+    assert "model.layers.0" in text
+
+
+def test_the_report_names_what_was_left_alone():
+    class OddNorm(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = PlainModel()
+    model.layers[1].norm = OddNorm(16)
+    rows = {(r.module, r.kind): r for r in compress(model, ActivationsConfig(preset="balanced")).report()}
+    assert rows["layers.1.norm", "norm"].codec == "exact"
+    assert "OddNorm agrees with no known norm" in rows["layers.1.norm", "norm"].reason
+    assert rows["layers.0.norm", "norm"].codec == "lm4"
+    assert rows["layers.0.feed_forward.2", "activation"].codec == "step4"
+    assert rows["layers.0.feed_forward.3", "wide_linear"].codec == "int8"
+
+
+def test_tied_weights():
+    model = without_dropout(build("gpt2"))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    batch = batch_for("gpt2")
+    _, expected = gradients(model, batch)
+    for preset, bound in (("lean", 0.02), ("minimal", 0.02), ("balanced", 0.2)):
+        handle = compress(model, ActivationsConfig(preset=preset))
+        _, found = gradients(model, batch)
+        handle.remove()
+        assert relative_error(found, expected) < bound
+
+
+def test_a_checkpointed_model_saved_by_transformers_loads_without_this_package(tmp_path):
+    model = build("bert")
+    compress(model, ActivationsConfig(preset="balanced"))
+    model.save_pretrained(tmp_path)
+    assert "slimfit" not in (tmp_path / "config.json").read_text()
