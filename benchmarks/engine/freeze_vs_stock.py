@@ -6,7 +6,7 @@
 For each stage one launch of two ranks trains the same model first with stock DeepSpeed, then with the
 freeze-aware engine, on equal batches. Counted: payload bytes of all collectives of a step, gradient bytes
 held when backward ends, bytes of optimizer states on the device, seconds in `engine.step()`. Writes
-`benchmarks/results/freeze_vs_stock.{json,md}`.
+`benchmarks/engine/results/freeze_vs_stock.{json,md}`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 2
 
 
