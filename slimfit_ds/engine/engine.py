@@ -98,7 +98,7 @@ class SlimFitEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer):
         slim = self.slimfit_config
         if self.zero_optimization_stage() == ZeroStageEnum.weights:
-            from slimfit_ds.engine.freeze_zero3 import configure_zero3
+            from slimfit_ds.engine.zero3_setup import configure_zero3
 
             return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
         stage = int(self.zero_optimization_stage())

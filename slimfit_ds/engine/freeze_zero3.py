@@ -7,10 +7,8 @@ parameter is a unit: a frozen one has no gradient partition, no state until it f
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,37 +21,22 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from slimfit_ds.config import SlimFitConfig
-from slimfit_ds.engine import zero3_linear
 from slimfit_ds.engine.loss_scale import restore_scaler, scaler_state
-from slimfit_ds.engine.partitioned_units import PartitionedCut, build_units
+from slimfit_ds.engine.partitioned_units import PartitionedCut, PartitionedUnit, build_units
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.shard_update import ShardUpdater
+from slimfit_ds.engine.sharding import squared_norm
 from slimfit_ds.freezing.layers import ParameterRoles
 from slimfit_ds.freezing.statistics import STATISTICS
 from slimfit_ds.optim.rules import rule_of
 
-__all__ = ["FreezeZero3Optimizer", "configure_zero3"]
+__all__ = ["REDUCE_BUCKET", "FreezeZero3Optimizer", "Setting"]
 
-_REDUCE_BUCKET = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
-
-# Methods of DeepSpeed's class that are overridden or called here: if one of them is gone, frozen layers
-# would silently move.
-_NEEDED = (
-    _REDUCE_BUCKET,
-    "_partition_all_parameters",
-    "_post_step",
-    "_pre_step",
-    "_setup_for_real_optimizer",
-    "get_param_comm_dtype",
-    "independent_gradient_partition_epilogue",
-    "partition_grads",
-    "reduce_ready_partitions_and_remove_grads",
-    "zero_grad",
-)
+REDUCE_BUCKET = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """What the engine knows and DeepSpeed's constructor does not pass on."""
 
     config: SlimFitConfig
@@ -76,7 +59,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         module: nn.Module,
         init_optimizer: torch.optim.Optimizer,
         *arguments: Any,
-        setting: _Setting,
+        setting: Setting,
         offload_optimizer_config: Any = None,
         **options: Any,
     ):
@@ -101,6 +84,8 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
                 "gradient_accumulation_dtype": torch.float32,
             },
         )
+        # Not told to DeepSpeed before: it would build buffers for a step that is not its own.
+        self.offload_optimizer = self._states_offloaded
         self.layer_statistics: dict[int, float] = {}
         self.ipg_buckets.setdefault(setting.communication_dtype, stage3.IPGBucketZ3())
 
@@ -118,7 +103,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         device = torch.device("cpu" if self._states_offloaded else get_accelerator().current_device_name())
         self._units = build_units(self.module, self._setting.roles, self.optimizer.param_groups)
         self._unit_of = {id(unit.parameter): unit for unit in self._units}
-        self._updater = ShardUpdater(
+        self.updater = ShardUpdater(
             self._units,
             PartitionedCut(),
             self.optimizer,
@@ -130,7 +115,8 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             rank=dist.get_rank(group=self.dp_process_group),
         )
         self._active = list(self._units)
-        self._gradients: dict[int, Tensor] = {}
+        self._reduced: dict[int, Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
 
     def set_active(self, layers: frozenset[int]) -> None:
         """Make these layers, and the small parameters, the ones that train from now on.
@@ -144,11 +130,12 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             if unit.index not in after:
                 unit.parameter.requires_grad_(False)
                 unit.parameter.grad = None
-                self._gradients.pop(unit.index, None)
+                self._reduced.pop(unit.index, None)
+                self._squares.pop(unit.index, None)
         for unit in chosen:
             if unit.index not in before:
                 unit.parameter.requires_grad_(True)
-        self._updater.move_states(before - after, sorted(after))
+        self.updater.move_states(before - after, sorted(after))
         self._active = chosen
 
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
@@ -162,7 +149,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         super().reduce_ready_partitions_and_remove_grads(param)
 
     def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> None:
-        """Add this rank's stretches of reduced gradients, in float32, to those of earlier micro-batches.
+        """Take in this rank's stretches of reduced gradients.
 
         Args:
             params_to_release: parameters of one bucket; their full gradients are dropped.
@@ -170,20 +157,32 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         """
         for parameter, partition in zip(params_to_release, grad_partitions, strict=True):
             unit = self._unit_of[id(parameter)]
-            own = partition[: unit.length]
-            if unit.index in self._gradients:
-                self._gradients[unit.index].add_(own)
-            else:
-                # A copy: the view would keep the whole bucket alive.
-                self._gradients[unit.index] = own.to(self._updater.device, torch.float32, copy=True)
+            self._take(unit, partition[: unit.length])
             if parameter.grad is not None and not get_accelerator().is_synchronized_device():
                 parameter.grad.record_stream(get_accelerator().current_stream())
             parameter.grad = None
 
+    def _take(self, unit: PartitionedUnit, stretch: Tensor) -> None:
+        """Add a stretch to those of earlier micro-batches, in float32.
+
+        Where it is the only one it is kept in the dtype of the weights; its norm is taken before.
+        """
+        known = self._reduced.get(unit.index)
+        if known is not None:
+            self._reduced[unit.index] = known.to(torch.float32).add_(stretch.to(known.device))
+            self._squares.pop(unit.index, None)
+            return
+        dtype = torch.float32
+        if self.is_gradient_accumulation_boundary():
+            dtype = unit.parameter.dtype
+            self._squares[unit.index] = squared_norm([stretch])
+        # A copy: the view would keep the whole bucket alive.
+        self._reduced[unit.index] = stretch.to(self.updater.device, dtype, copy=True)
+
     def independent_gradient_partition_epilogue(self) -> None:
         """Reduce what is left in the buckets after a backward pass."""
         for dtype in sort_dtypes(self.ipg_buckets.keys()):
-            getattr(self, _REDUCE_BUCKET)(dtype)
+            getattr(self, REDUCE_BUCKET)(dtype)
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.synchronize()
         self._epilogue_ran_this_backward = True
@@ -191,7 +190,8 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, and with them those of earlier micro-batches."""
         super().zero_grad(set_to_none)
-        self._gradients.clear()
+        self._reduced.clear()
+        self._squares.clear()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -217,10 +217,10 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     def _global_norm(self, scale: float) -> set[int]:
         """One small all-reduce: squared norm (with overflow in it) and which units have a gradient."""
         message = torch.zeros(1 + len(self._active), device=get_accelerator().current_device_name())
-        if self._gradients:
-            norms = torch._foreach_norm(list(self._gradients.values()), 2.0, torch.float32)
-            message[0] = torch.stack(norms).square().sum()
-        message[1:] = torch.tensor([float(unit.index in self._gradients) for unit in self._active])
+        sums = [gradient for index, gradient in self._reduced.items() if index not in self._squares]
+        squares = list(self._squares.values()) + ([squared_norm(sums)] if sums else [])
+        message[0] = sum(square.to(message.device) for square in squares)
+        message[1:] = torch.tensor([float(unit.index in self._reduced) for unit in self._active])
         if self.partition_count > 1:
             dist.all_reduce(message, group=self.dp_process_group)
         squared, *flags = message.tolist()
@@ -229,13 +229,14 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def _update(self, present: set[int], factor: float) -> None:
         stepped = [unit for unit in self._active if unit.index in present]
-        sums = self._updater.update(stepped, self._gradients, factor)
-        mine = self._updater.statistic_sums(stepped, sums).to(get_accelerator().current_device_name())
+        sums = self.updater.update(stepped, self._reduced, factor)
+        self._squares.clear()
+        mine = self.updater.statistic_sums(stepped, sums).to(get_accelerator().current_device_name())
         everyone = mine[None]
         if self.partition_count > 1 and mine.numel():
             everyone = mine.new_empty(self.partition_count, mine.numel())
             dist.allgather_fn(everyone.view(-1), mine, group=self.dp_process_group)
-        self.layer_statistics = self._updater.statistics(stepped, everyone)
+        self.layer_statistics = self.updater.statistics(stepped, everyone)
         for unit in self._active:
             # A layer that took no part in the forward pass of any rank did not move.
             if unit.layer is not None and unit.index not in present:
@@ -244,9 +245,9 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer states and gradients that this rank holds now."""
         whole = [p.grad for group in self.fp16_groups for p in group if p.grad is not None]
-        held = [*whole, *self._gradients.values()]
-        device, host = self._updater.states.device_bytes(), self._updater.states.host_bytes()
-        if self._states_offloaded:
+        held = [*whole, *self._reduced.values()]
+        device, host = self.updater.states.device_bytes(), self.updater.states.host_bytes()
+        if self.offload_optimizer:
             device, host = 0, device + host
         return {
             "optimizer": device,
@@ -256,58 +257,21 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
-        return self._updater.shards()
+        return self.updater.shards()
 
     def shard_steps(self) -> dict[str, list[int]]:
         """Parameter -> its own step count and the global step of its last update."""
-        return self._updater.shard_steps()
+        return self.updater.shard_steps()
 
     def load_shards(self, reader: ShardReader, steps: Mapping[str, Sequence[int]]) -> None:
         """Replace all states by saved ones, whatever cut they were saved in."""
-        self._updater.load_shards(reader, steps, {unit.index for unit in self._active})
+        self.updater.load_shards(reader, steps, {unit.index for unit in self._active})
 
     def state_dict(self) -> dict[str, Any]:
         """Scalars only; tensors are saved through `shards`."""
-        return {"step_count": self._updater.step_count, "loss_scaler": scaler_state(self.loss_scaler)}
+        return {"step_count": self.updater.step_count, "loss_scaler": scaler_state(self.loss_scaler)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `state_dict`."""
-        self._updater.step_count = int(state["step_count"])
+        self.updater.step_count = int(state["step_count"])
         restore_scaler(self.loss_scaler, state["loss_scaler"])
-
-
-def configure_zero3(
-    engine: Any, stock_configure: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer
-) -> FreezeZero3Optimizer:
-    """Let DeepSpeed build its ZeRO 3 optimizer, of our class.
-
-    Args:
-        engine: the engine under construction; read: `slimfit_config`, `roles`, its DeepSpeed config.
-        stock_configure: DeepSpeed's `_configure_zero_optimizer`.
-        optimizer: the torch optimizer that carries the hyperparameters.
-
-    Raises:
-        RuntimeError: this DeepSpeed lacks a method that is overridden here.
-    """
-    missing = [name for name in _NEEDED if not hasattr(DeepSpeedZeroOptimizer_Stage3, name)]
-    if missing:
-        raise RuntimeError(
-            f"DeepSpeedZeroOptimizer_Stage3 of this DeepSpeed lacks {missing}; install deepspeed==0.19.*"
-        )
-    setting = _Setting(
-        engine.slimfit_config,
-        engine.roles,
-        # Few gradients travel, and summed in bf16 the norm is off by 2e-3 on two ranks.
-        engine._config.communication_data_type or torch.float32,
-    )
-    # Derives from the class when it is first imported, which must not be while ours stands in for it.
-    importlib.import_module("deepspeed.runtime.superoffload.superoffload_stage3")
-    # DeepSpeed has no hook for the class; it looks the name up when it is called.
-    stock = stage3.DeepSpeedZeroOptimizer_Stage3
-    stage3.DeepSpeedZeroOptimizer_Stage3 = functools.partial(FreezeZero3Optimizer, setting=setting)
-    try:
-        built = stock_configure(optimizer)
-    finally:
-        stage3.DeepSpeedZeroOptimizer_Stage3 = stock
-    zero3_linear.install()
-    return built

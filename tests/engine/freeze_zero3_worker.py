@@ -159,7 +159,7 @@ def held_bytes(inactive: str, dtype: str) -> dict:
         after = engine.memory_report()
         next_moving = small | engine.active_layers
         expected = {
-            "gradients": 4 * sum(own[n] for n in moving),
+            "gradients": (4 if dtype == "fp32" else 2) * sum(own[n] for n in moving),
             "optimizer": each * sum(own[n] for n in (seen if inactive == "device" else seen & next_moving)),
         }
         found = {"gradients": during["gradients"], "optimizer": after["optimizer"]}

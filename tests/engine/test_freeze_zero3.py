@@ -14,7 +14,8 @@ from torch import nn
 
 import slimfit_ds
 from slimfit_ds.engine.checkpoint import load_states_of
-from slimfit_ds.engine.freeze_zero3 import _NEEDED, FreezeZero3Optimizer
+from slimfit_ds.engine.freeze_zero3 import FreezeZero3Optimizer
+from slimfit_ds.engine.zero3_setup import NEEDED
 
 SCENARIOS = [
     ["zero_init", {"dtype": "fp32"}],
@@ -316,4 +317,4 @@ class TestOneRank:
         stock = vars(DeepSpeedZeroOptimizer_Stage3).keys()
         public = {"step", "state_dict", "load_state_dict", "__init__", "__module__", "__doc__"}
         overridden = (vars(FreezeZero3Optimizer).keys() & stock) - public
-        assert overridden <= set(_NEEDED)
+        assert overridden <= set(NEEDED)
