@@ -35,23 +35,32 @@ class MagnitudeCells:
 
     Attributes:
         bits: width of a code: 1, 2, 4 or 5.
-        thresholds: ascending positive bf16 values; a value's cell is the number of thresholds that its
+        thresholds: ascending positive bf16 values; a value's interval is the number of thresholds that its
             magnitude reaches.
         levels: what each of the 2^bits codes decodes to.
-        signed: the sign bit selects the upper half of the codes. Otherwise negative values fall into cell 0.
+        signed: the sign bit selects the upper half of the codes. Otherwise negative values fall into interval 0.
+        cells: the cell of each interval, where several intervals share one; by default each is its own.
     """
 
     bits: int
     thresholds: tuple[float, ...]
     levels: tuple[float, ...]
     signed: bool = True
+    cells: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        cells = (1 << self.bits) // (2 if self.signed else 1)
-        if len(self.thresholds) != cells - 1 or len(self.levels) != 1 << self.bits:
+        if not self.cells:
+            object.__setattr__(self, "cells", tuple(range(len(self.thresholds) + 1)))
+        count = (1 << self.bits) // (2 if self.signed else 1)
+        if (
+            len(self.cells) != len(self.thresholds) + 1
+            or set(self.cells) != set(range(count))
+            or len(self.levels) != 1 << self.bits
+        ):
             raise ValueError(
-                f"{self.bits} bits need {cells - 1} thresholds and {1 << self.bits} levels, "
-                f"got {len(self.thresholds)} and {len(self.levels)}"
+                f"{self.bits} bits need {count} cells, each with an interval between thresholds, and "
+                f"{1 << self.bits} levels, got {len(self.thresholds)} thresholds, cells {self.cells} "
+                f"and {len(self.levels)} levels"
             )
         patterns = [bf16_pattern(t) for t in self.thresholds]
         if patterns != sorted(set(patterns)) or (patterns and patterns[0] <= 0):
@@ -98,8 +107,8 @@ class MagnitudeTableCodec(FloatCodec):
         if runs_in_triton(flat):
             from slimfit_ds.activations.codecs.triton_table import encode_table
 
-            thresholds = self._patterns(flat.device)
-            encode_table(flat, packed, thresholds, inverse, bits=bits, signed=self.cells.signed)
+            search = self._search_tables(flat.device)
+            encode_table(flat, packed, *search, inverse, bits=bits, signed=self.cells.signed)
             return
         table = self._code_table(flat.device)
         planes = split_planes(packed, flat.numel(), bits)
@@ -138,12 +147,19 @@ class MagnitudeTableCodec(FloatCodec):
         block = plane[start * width // 8 : -(-stop * width // 8)]
         gather_bytes(block, self._byte_table(target.device, target.dtype), target[: len(block) * 8 // width])
 
-    def _patterns(self, device: torch.device) -> Tensor:
-        """int32 [cells - 1]: the bf16 pattern of each threshold."""
-        if device not in self._tables:
+    def _search_tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """For a binary search of k steps: bf16 patterns of the thresholds, int32 [2^k - 1], filled up with what no
+        magnitude reaches; cell of each interval, int32 [2^k], or None where each is its own."""
+        key = device, "search"
+        if key not in self._tables:
             patterns = [bf16_pattern(t) for t in self.cells.thresholds]
-            self._tables[device] = torch.tensor(patterns, dtype=torch.int32, device=device)
-        return self._tables[device]
+            intervals = 1 << len(patterns).bit_length()
+            patterns += [1 << 15] * (intervals - 1 - len(patterns))
+            self._tables[key] = torch.tensor(patterns, dtype=torch.int32, device=device)
+            cells = [*self.cells.cells, *[0] * (intervals - len(self.cells.cells))]
+            self._tables[device, "cells"] = torch.tensor(cells, dtype=torch.int32, device=device)
+        own = self.cells.cells == tuple(range(len(self.cells.cells)))
+        return self._tables[key], None if own else self._tables[device, "cells"]
 
     def _levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[2^bits]: the levels, rounded once."""
@@ -156,10 +172,12 @@ class MagnitudeTableCodec(FloatCodec):
         """uint8 [65536]: the code of each bf16 pattern."""
         key = device, "codes"
         if key not in self._tables:
-            magnitude = torch.arange(1 << 15, dtype=torch.int32, device=device)
-            code = torch.bucketize(magnitude, self._patterns(device), right=True).to(torch.uint8)
+            magnitude = torch.arange(1 << 15)
+            thresholds = torch.tensor([bf16_pattern(t) for t in self.cells.thresholds], dtype=torch.int64)
+            interval = torch.bucketize(magnitude, thresholds, right=True)
+            code = torch.tensor(self.cells.cells, dtype=torch.uint8)[interval]
             negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
-            self._tables[key] = torch.cat([code, negative])
+            self._tables[key] = torch.cat([code, negative]).to(device)
         return self._tables[key]
 
     def _byte_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -7,11 +7,11 @@ of `f'` over that cell, costs fewer bits for the same error than storing `x` coa
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,8 +104,9 @@ class StepDerivative(MagnitudeTableCodec):
 def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> MagnitudeCells:
     """The cells of least mean squared error of f' for x ~ N(0, scale^2) among all with bf16 thresholds.
 
-    Dynamic programming over the bf16 numbers from 2^-6 to 8 standard deviations: the derivative of a
-    GELU-like function rises and falls, where Lloyd's iteration can stop in a local minimum.
+    The optimal quantiser of the value f'(x): by dynamic programming over the intervals between the bf16 numbers
+    from 2^-6 to 8 standard deviations, sorted by their mean of f'. Where f' rises and falls (GELU has its peak at
+    sqrt(2)), intervals on both sides share a cell.
 
     Args:
         activation: the function.
@@ -116,20 +117,29 @@ def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> Magnitud
     edges = torch.cat(
         [torch.zeros(1, dtype=torch.float64), candidates, candidates.new_tensor([12.0 * scale])]
     )
-    weight, first, second = (
-        torch.cat([m.new_zeros(1), m.cumsum(0)]) for m in _moments(activation.derivative, edges, scale)
-    )
-    cells = 1 << (bits - 1) if activation.antisymmetric else (1 << bits) - 1
-    bounds = _best_partition(weight, first, second, cells)
-    means = [
-        float((first[stop] - first[start]) / (weight[stop] - weight[start]))
-        for start, stop in itertools.pairwise(bounds)
-    ]
-    thresholds = [float(edges[i]) for i in bounds[1:-1]]
+    weight, first, second = _moments(activation.derivative, edges, scale)
+    # The far tail has no weight that fp64 could divide by; its value is that of its middle.
+    value = torch.where(weight > 1e-30, first / weight, activation.derivative((edges[1:] + edges[:-1]) / 2))
+    order = value.argsort(stable=True)
+    sums = [torch.cat([m.new_zeros(1), m[order].cumsum(0)]) for m in (weight, first, second)]
+    count = 1 << (bits - 1) if activation.antisymmetric else (1 << bits) - 1
+    bounds = _best_partition(sums[0], sums[1], sums[2], count)
+    cell_of = torch.empty_like(order)
+    means = []
+    for cell, (start, stop) in enumerate(pairwise(bounds)):
+        cell_of[order[start:stop]] = cell
+        means.append(float(first[order[start:stop]].sum() / weight[order[start:stop]].sum()))
+    changes = (cell_of[1:] != cell_of[:-1]).nonzero().flatten() + 1
+    thresholds = [float(edges[i]) for i in changes]
+    cells = [int(cell_of[0]), *(int(cell_of[i]) for i in changes)]
     if activation.antisymmetric:
-        return MagnitudeCells(bits, tuple(thresholds), tuple(means + [1 - m for m in means]))
+        return MagnitudeCells(
+            bits, tuple(thresholds), tuple(means + [1 - m for m in means]), cells=tuple(cells)
+        )
     smallest = float(torch.tensor([1], dtype=torch.int16).view(torch.bfloat16))
-    return MagnitudeCells(bits, (smallest, *thresholds), (0.0, *means), signed=False)
+    return MagnitudeCells(
+        bits, (smallest, *thresholds), (0.0, *means), signed=False, cells=(0, *(cell + 1 for cell in cells))
+    )
 
 
 def _bf16_range(low: float, high: float) -> Tensor:

@@ -20,14 +20,16 @@ _TILE = 4096
 def _encode_kernel(
     x_ptr,
     thresholds_ptr,
+    cells_ptr,
     inverse_ptr,
     codes_ptr,
     high_ptr,
     numel,
     stored_bytes,
     high_bytes,
-    CELL_BITS: tl.constexpr,
-    SIGNED: tl.constexpr,
+    STEPS: tl.constexpr,
+    SHARED_CELLS: tl.constexpr,
+    SIGN: tl.constexpr,
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -40,16 +42,18 @@ def _encode_kernel(
         x = x * tl.load(inverse_ptr)
     pattern = x.to(tl.int32, bitcast=True)
     magnitude = (pattern & 0x7FFFFFFF) >> 16
-    # Binary search for the number of thresholds reached: one bit of the code per comparison.
+    # Binary search for the number of thresholds reached: one bit of it per comparison.
     code = tl.zeros([1, TILE], tl.int32)
-    if CELL_BITS > 0:
-        middle = tl.load(thresholds_ptr + ((1 << (CELL_BITS - 1)) - 1))
-        code = tl.where(magnitude >= middle, 1 << (CELL_BITS - 1), 0)
-    for k in tl.static_range(1, CELL_BITS):
-        threshold = tl.load(thresholds_ptr + code + ((1 << (CELL_BITS - 1 - k)) - 1))
-        code += tl.where(magnitude >= threshold, 1 << (CELL_BITS - 1 - k), 0)
-    if SIGNED:
-        code += tl.where(pattern < 0, 1 << CELL_BITS, 0)
+    if STEPS > 0:
+        middle = tl.load(thresholds_ptr + ((1 << (STEPS - 1)) - 1))
+        code = tl.where(magnitude >= middle, 1 << (STEPS - 1), 0)
+    for k in tl.static_range(1, STEPS):
+        threshold = tl.load(thresholds_ptr + code + ((1 << (STEPS - 1 - k)) - 1))
+        code += tl.where(magnitude >= threshold, 1 << (STEPS - 1 - k), 0)
+    if SHARED_CELLS:
+        code = tl.load(cells_ptr + code)
+    if SIGN > 0:
+        code += tl.where(pattern < 0, SIGN, 0)
     else:
         code = tl.where(pattern < 0, 0, code)
     store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE)
@@ -84,14 +88,22 @@ def _decode_kernel(
 
 
 def encode_table(
-    flat: Tensor, packed: Tensor, thresholds: Tensor, inverse: Tensor | None, *, bits: int, signed: bool
+    flat: Tensor,
+    packed: Tensor,
+    thresholds: Tensor,
+    cells: Tensor | None,
+    inverse: Tensor | None,
+    *,
+    bits: int,
+    signed: bool,
 ) -> None:
     """Fill `packed` from `flat`.
 
     Args:
         flat: fp32, bf16 or fp16 [numel].
         packed: uint8, as `packing.packed_bytes` counts them.
-        thresholds: bf16 patterns of the thresholds, int32 [cells - 1].
+        thresholds: bf16 patterns of the thresholds in ascending order, int32 [2^k - 1].
+        cells: code of each interval, int32 [2^k], or None where that is its number.
         inverse: fp32 [1], multiplied into the data first, or None.
         bits: width of a code: 1, 2, 4 or 5.
         signed: the sign bit selects the upper half of the codes; otherwise negative values get code 0.
@@ -101,14 +113,16 @@ def encode_table(
         _encode_kernel[(triton.cdiv(flat.numel(), _TILE),)](
             flat,
             thresholds,
+            thresholds if cells is None else cells,
             thresholds if inverse is None else inverse,
             low,
             high,
             flat.numel(),
             low.numel(),
             high.numel(),
-            CELL_BITS=thresholds.numel().bit_length(),
-            SIGNED=signed,
+            STEPS=thresholds.numel().bit_length(),
+            SHARED_CELLS=cells is not None,
+            SIGN=1 << (bits - 1) if signed else 0,
             SCALED=inverse is not None,
             BITS=width,
             HIGH_BITS=high_width,

@@ -29,6 +29,13 @@ def test_cells_are_exact_for_fp32(values: list[float]) -> None:
     assert torch.equal(unsigned.decode(unsigned.encode(x)), torch.tensor(UNSIGNED.levels)[code])
 
 
+def test_intervals_may_share_a_cell() -> None:
+    cells = MagnitudeCells(2, (0.25, 1.0, 3.0), (0.5, 2.0, -0.5, -2.0), cells=(0, 1, 0, 1))
+    codec = MagnitudeTableCodec("shared", cells)
+    x = torch.tensor([0.1, 0.5, 2.0, 5.0, -0.1, -0.5, -2.0, -5.0])
+    assert codec.decode(codec.encode(x)).tolist() == [0.5, 2.0, 0.5, 2.0, -0.5, -2.0, -0.5, -2.0]
+
+
 def test_every_bf16_number_falls_into_its_cell() -> None:
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = x[~x.isnan()]

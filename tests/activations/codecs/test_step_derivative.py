@@ -55,65 +55,55 @@ def test_the_symmetry_that_the_cells_use(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 4, 5])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_levels_are_the_means_of_their_cells(name: str, bits: int, scale: float) -> None:
     cells = fit_cells(find_activation(name), bits, scale)
     edges = [0.0, *cells.thresholds, 12 * scale]
     density = stats.norm(scale=scale).pdf
-    for (a, b), level in zip(itertools.pairwise(edges), cells.levels, strict=False):
-        mass = integrate.quad(density, a, b)[0]
-        mean = integrate.quad(lambda x: density(x) * _slope(name, torch.tensor(x)).item(), a, b, epsabs=1e-9)[
-            0
-        ]
-        assert level == pytest.approx(mean / mass, abs=2e-6)
+    mass, moment = [0.0] * (1 << (bits - 1)), [0.0] * (1 << (bits - 1))
+    for (a, b), cell in zip(itertools.pairwise(edges), cells.cells, strict=True):
+        mass[cell] += integrate.quad(density, a, b)[0]
+        moment[cell] += integrate.quad(
+            lambda x: density(x) * _slope(name, torch.tensor(x)).item(), a, b, epsabs=1e-10
+        )[0]
+    means = [m / w for m, w in zip(moment, mass, strict=True)]
+    assert cells.levels == pytest.approx([*means, *(1 - m for m in means)], abs=5e-6)
 
 
-def _search(name: str, cells: int, scale: float, starts: int) -> float:
-    """The least squared error found by coordinate descent over cell bounds, from random starts."""
-    x = _normal(6000, scale)
-    x = x[x > 0]
-    slope = _slope(name, x).numpy()
-    first = np.concatenate([[0], slope.cumsum()])
-    second = np.concatenate([[0], (slope**2).cumsum()])
-
-    def error(bounds: list[int]) -> float:
-        return sum(
-            second[b] - second[a] - (first[b] - first[a]) ** 2 / (b - a)
-            for a, b in itertools.pairwise(bounds)
-        )
-
+def _k_means(values: np.ndarray, count: int, starts: int) -> float:
+    """The least mean squared error of `count` levels for `values`, by Lloyd's iteration from random starts."""
+    values = np.sort(values)
+    sums = np.concatenate([[0], values.cumsum()])
+    squares = np.concatenate([[0], (values**2).cumsum()])
     random = np.random.default_rng(0)
     best = math.inf
     for _ in range(starts):
-        bounds = [0, *sorted(random.choice(np.arange(1, len(x)), cells - 1, replace=False)), len(x)]
-        span = 256
-        while span:
-            improved = False
-            for i in range(1, cells):
-                for move in (-span, span):
-                    trial = bounds.copy()
-                    trial[i] += move
-                    if trial[i - 1] < trial[i] < trial[i + 1] and error(trial) < error(bounds) - 1e-12:
-                        bounds, improved = trial, True
-            if not improved:
-                span //= 2
-        best = min(best, error(bounds))
-    return best / len(x)
+        levels = np.sort(random.choice(values, count, replace=False))
+        for _ in range(300):
+            bounds = np.concatenate(
+                [[0], np.searchsorted(values, (levels[1:] + levels[:-1]) / 2), [len(values)]]
+            )
+            sizes = np.diff(bounds)
+            levels = np.where(sizes > 0, np.diff(sums[bounds]) / np.maximum(sizes, 1), levels)
+        error = (np.diff(squares[bounds]) - np.diff(sums[bounds]) ** 2 / np.maximum(sizes, 1)).sum()
+        best = min(best, error / len(values))
+    return best
 
 
-@pytest.mark.parametrize(("name", "bits"), [("gelu", 4), ("gelu", 2), ("silu", 2), ("quick_gelu", 4)])
-def test_cells_are_as_good_as_a_search_from_many_starts(name: str, bits: int) -> None:
-    found = _search(name, 1 << (bits - 1), scale=1.0, starts=8)
-    fitted = _mse(StepDerivative(name, bits), name, _normal(60_000))
-    assert fitted <= found * 1.01
+@pytest.mark.parametrize(
+    ("name", "bits"), [("gelu", 2), ("gelu", 4), ("gelu", 5), ("silu", 4), ("quick_gelu", 4)]
+)
+def test_cells_are_as_good_as_lloyds_iteration_from_many_starts(name: str, bits: int) -> None:
+    found = _k_means(_slope(name, _normal(30_000)).numpy(), 1 << bits, starts=10)
+    assert _mse(StepDerivative(name, bits), name, _normal(60_000)) <= found * 1.02
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_error_falls_with_the_bits_and_beats_the_paper(name: str) -> None:
     x = _normal(60_000)
-    errors = [_mse(StepDerivative(name, bits), name, x) for bits in (1, 2, 4)]
-    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    errors = [_mse(StepDerivative(name, bits), name, x) for bits in (1, 2, 4, 5)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] > 27 * errors[3]
     fixed = get_codec("fixed4")
     paper = (_slope(name, fixed.decode(fixed.encode(x))) - _slope(name, x)).square().mean().item()
     assert errors[2] < 0.25 * paper
@@ -122,7 +112,7 @@ def test_error_falls_with_the_bits_and_beats_the_paper(name: str) -> None:
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_fitting_to_the_data_helps(scale: float) -> None:
     x = _normal(60_000, scale)
-    assert _mse(StepDerivative("gelu", 4, scale=scale), "gelu", x) < 0.8 * _mse(
+    assert _mse(StepDerivative("gelu", 4, scale=scale), "gelu", x) < 0.95 * _mse(
         StepDerivative("gelu", 4), "gelu", x
     )
 
@@ -162,7 +152,7 @@ def test_gelu_saturates() -> None:
     x = torch.tensor([math.inf, -math.inf, 1e6, -1e6])
     y = codec.decode(codec.encode(x))
     assert torch.equal(y[:2], y[2:])
-    torch.testing.assert_close(y, torch.tensor([1.0, 0.0, 1.0, 0.0]), atol=0.06, rtol=0)
+    torch.testing.assert_close(y, torch.tensor([1.0, 0.0, 1.0, 0.0]), atol=0.03, rtol=0)
 
 
 def test_aliases() -> None:

@@ -38,6 +38,7 @@ POINTERS = {
     "out_ptr": "*bf16",
     "high_ptr": "*u8",
     "thresholds_ptr": "*i32",
+    "cells_ptr": "*i32",
     "inverse_ptr": "*fp32",
     "levels_ptr": "*bf16",
     "rms_ptr": "*fp32",
@@ -101,7 +102,6 @@ def test_tables_compile_for_hopper_in_wide_loads(bits: int, high_bits: int) -> N
     from slimfit_ds.activations.codecs import triton_table
 
     shape = {"SCALED": True, "BITS": bits, "HIGH_BITS": high_bits, "TILE": 4096}
-    assert "ld.global.v4" in _ptx(
-        triton_table._encode_kernel, {**shape, "CELL_BITS": bits + high_bits - 1, "SIGNED": True}
-    )
+    search = {"STEPS": bits + high_bits - 1, "SHARED_CELLS": True, "SIGN": 1}
+    assert "ld.global.v4" in _ptx(triton_table._encode_kernel, {**shape, **search})
     assert "st.global.v4" in _ptx(triton_table._decode_kernel, shape)
