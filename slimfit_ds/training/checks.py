@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimfit_ds.activations.config import ActivationsConfig
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.training.deepspeed_config import deepspeed_config, load_base
 from slimfit_ds.training.distributed import Ranks
@@ -139,7 +140,7 @@ def deepspeed_values(found: Inspection) -> None:
     found.deepspeed = deepspeed_config(found.recipe, found.base, found.ranks.world_size)
 
 
-@needs("slimfit", "deepspeed", after=("deepspeed_file",))
+@needs("slimfit", "deepspeed", "gradient_checkpointing", "lora", after=("deepspeed_file",))
 def slimfit_values(found: Inspection) -> None:
     from slimfit_ds.engine.compatibility import config_problems
     from slimfit_ds.freezing.policies import POLICIES
@@ -165,6 +166,11 @@ def slimfit_values(found: Inspection) -> None:
             problem if problem.startswith("slimfit.") else f"deepspeed.{problem}"
             for problem in config_problems(found.deepspeed, slimfit, None)
         ]
+    if found.recipe.gradient_checkpointing and slimfit.activations != ActivationsConfig():
+        problems.append(
+            "gradient_checkpointing and slimfit.activations both decide what is kept for the backward pass; "
+            "set gradient_checkpointing=false, or slimfit.activations=exact"
+        )
     if found.recipe.lora is not None:
         problems.append("lora: adapters and per-step freezing are rivals; set lora=null or slimfit=null")
     if problems:

@@ -108,6 +108,7 @@ def test_the_sound_recipe_passes_and_knows_its_data(good):
         ("lora.r=4", ["lora", "slimfit=null"]),
         ("seed=-1", ["seed", "-1"]),
         ("sede=1", ["sede", "'seed'"]),
+        ("slimfit.activations=tiny", ["slimfit.activations", "'tiny'", "minimal"]),
     ],
 )
 def test_each_mistake_is_named_once_with_its_value(good, override, parts):
@@ -132,6 +133,12 @@ def test_mistakes_of_all_kinds_come_together(good):
     )
     for part in ("sede", "int8", "/no/where", "/no/model", "2 ranks", "max_steps", "nowhere.json"):
         assert sum(part in line for line in problems) == 1, (part, problems)
+
+
+def test_two_ways_of_keeping_less_do_not_mix(good):
+    lines = problems_of(good, "gradient_checkpointing=true", "slimfit.activations=minimal")
+    assert len(lines) == 1
+    assert lines[0].startswith("gradient_checkpointing and slimfit.activations")
 
 
 def test_a_batch_must_divide_by_ranks_and_micro_batch(good):
