@@ -51,6 +51,10 @@ ROWS: list[tuple[str, Strategy]] = [
     ("95 % frozen, lean", ours("lean")),
     ("95 % frozen, minimal", ours("minimal")),
     ("95 % frozen, minimal, chunks of 4096 tokens", ours("minimal", chunk_tokens=4096, chunk_forward=True)),
+    (
+        "95 % frozen, minimal, chunks of 4096 tokens, norms outside blocks exact",
+        ours("minimal", chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}),
+    ),
     ("95 % frozen, ultra", ours("ultra")),
 ]
 

@@ -1,7 +1,8 @@
 """What a CUDA device would keep, on tensors that pretend to be on a CPU.
 
-Two things differ in what is saved for backward: CUDA has fused attention for dropout and for every mask, where the
-CPU falls back to kept probabilities; and CUDA's autocast runs norms and softmax in fp32.
+Three things differ in what is saved for backward: CUDA has fused attention for dropout and for every mask, where the
+CPU falls back to kept probabilities; dropout keeps a mask of bytes; and CUDA's autocast runs norms and softmax in
+fp32.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _FusedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         q, k, v = ctx.saved_tensors[:3]
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
@@ -61,6 +62,7 @@ class CudaSemantics:
 
     def __enter__(self) -> CudaSemantics:
         self._replace(F, "scaled_dot_product_attention", self._attention)
+        self._replace(F, "dropout", _dropout)
         if self._autocast:
             for owner, name in _FP32_UNDER_AUTOCAST:
                 self._replace(owner, name, _in_fp32(getattr(owner, name)))
@@ -84,6 +86,13 @@ class CudaSemantics:
     ) -> torch.Tensor:
         dtype = torch.bfloat16 if self._autocast else query.dtype
         return _FusedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask)
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """CUDA keeps a mask of one byte per element; the CPU keeps one in the dtype of the input."""
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
 def _in_fp32(function: Any) -> Any:

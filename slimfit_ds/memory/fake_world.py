@@ -95,7 +95,7 @@ class FakeWorld:
             # Never destroyed: DeepSpeed keeps the groups of its first engine for the life of the process.
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.world_size)
         apply = nn.Module._apply
-        nn.Module._apply = lambda module, fn, recurse=True: module  # type: ignore[method-assign, assignment]
+        nn.Module._apply = lambda module, fn, recurse=True: module  # type: ignore[method-assign]
         self._stack.callback(setattr, nn.Module, "_apply", apply)
         # Rotary tables and the like are made of real tensors at construction.
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

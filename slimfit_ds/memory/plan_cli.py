@@ -269,8 +269,7 @@ def _write(
     config = load_config(workload.model)
     task = workload.resolved_task(config)
     folder.mkdir(parents=True, exist_ok=True)
-    zero = {key: value for key, value in strategy.zero_block().items()}
-    deepspeed: dict[str, Any] = {"zero_optimization": zero, "slimfit": choice.setting.block}
+    deepspeed: dict[str, Any] = {"zero_optimization": strategy.zero_block(), "slimfit": choice.setting.block}
     values: dict[str, Any] = {
         "task": {"name": task, **({} if task == "image_classification" else {"max_length": workload.seq})},
         "model": _recipe_model(arguments.model),

@@ -123,7 +123,6 @@ def choose_settings(
     world_size: int = 1,
     stage: int = 1,
     accumulation: int = 1,
-    embeddings: tuple[str, ...] = (),
     strategy: Strategy | None = None,
     target: str = "cuda",
 ) -> tuple[dict[str, Any], str]:
@@ -138,7 +137,6 @@ def choose_settings(
         world_size: ranks.
         stage: ZeRO stage.
         accumulation: micro-batches per step.
-        embeddings: names of the model's embedding layers.
         strategy: carries further settings, such as the buckets.
         target: `cuda` or `cpu`.
 
@@ -149,6 +147,10 @@ def choose_settings(
         ConfigError: nothing fits; names the smallest budget that would do.
     """
     with Simulator(world_size) as simulator:
+        try:
+            embeddings = tuple(simulator.inspect(workload)["embeddings"])
+        except ValueError as error:
+            raise ConfigError([f"slimfit.memory_budget: {error}"]) from None
 
         def run(work: Workload, how: Strategy) -> Estimate:
             return simulator.run(work, how, "worst", target)

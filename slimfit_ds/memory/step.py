@@ -86,7 +86,7 @@ def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
     finally:
         torch.set_default_dtype(default)
 

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,13 @@ def _columns(outcomes: Sequence[Outcome]) -> list[Column]:
         ("time per step", lambda o: "" if o.seconds_per_step is None else human_seconds(o.seconds_per_step)),
         ("sent per step", lambda o: "" if o.bytes_per_step is None else human_bytes(o.bytes_per_step)),
     ]
-    for label in next((o.gpus for o in outcomes if o.gpus), {}):
-        columns.append(
-            (f"GPUs of {label}", lambda o, label=label: str(o.gpus.get(label) or "more than 1024"))
-        )  # type: ignore[misc]
+    labels = next((list(o.gpus) for o in outcomes if o.gpus), [])
+    columns += [(f"GPUs of {label}", partial(_gpus, label)) for label in labels]
     return columns
+
+
+def _gpus(label: str, outcome: Outcome) -> str:
+    return str(outcome.gpus.get(label) or "more than 1024")
 
 
 def _cells(outcome: Outcome, columns: Sequence[Column]) -> list[str]:

@@ -1,0 +1,130 @@
+"""The plan command: what it writes, and what it says to wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.memory.plan_cli import main
+from slimfit_ds.training.recipe import read_recipe
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "model_type": "bert",
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 2000,
+    "architectures": ["BertForSequenceClassification"],
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def test_all_problems_at_once(capsys, monkeypatch):
+    arguments = [
+        "--model",
+        "./no/such/place",
+        "--gpu-memory",
+        "lots",
+        "--batch",
+        "0",
+        "--gpus",
+        "0",
+        "--task",
+        "x",
+    ]
+    assert main([*arguments, "--dtype", "int8", "--seq", "-3", "--stage", "5"]) == 2
+    text = capsys.readouterr().err
+    for word in (
+        "'./no/such/place' does not exist",
+        "gpu-memory",
+        "batch must be at least 1, got 0",
+        "gpus",
+        "task",
+        "int8",
+        "seq",
+        "stage",
+    ):
+        assert word in text, word
+
+
+def test_misspelt_model(capsys, monkeypatch):
+    import transformers
+
+    def offline(name, **_):
+        raise OSError("offline")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    assert main(["--model", "meta-llama/Meta-Lama-3-8B", "--gpu-memory", "24GB"]) == 2
+    assert "did you mean 'meta-llama/Meta-Llama-3-8B'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_plan_writes_a_recipe_that_reads(config, tmp_path, capsys):
+    out = tmp_path / "plan"
+    arguments = [
+        "--model",
+        config,
+        "--gpu-memory",
+        "24GB",
+        "--batch",
+        "4",
+        "--seq",
+        "32",
+        "--output",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "LoRA" in text
+    assert "->" in text
+    assert "expected gradient error" in text
+    draft = read_recipe(out / "recipe.yaml", ["data_dir=x"])
+    assert draft.problems == ()
+    assert draft.recipe.train_batch_size == 4
+    block = json.loads((out / "ds_config.json").read_text())["slimfit"]
+    SlimFitConfig.parse(block)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["deepspeed"] == "ds_config.json"
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_too_small(config, capsys):
+    arguments = [
+        "--model",
+        config,
+        "--gpu-memory",
+        "601MB",
+        "--batch",
+        "256",
+        "--seq",
+        "512",
+        "--slimfit-only",
+    ]
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert "nothing fits" in text
+    assert "missing" in text
+    assert "it fits a GPU of" in text
+    assert "with batch 1 and 128 tokens" in text
+
+
+def test_script_shows_help():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "plan.py"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert "--gpu-memory" in done.stdout

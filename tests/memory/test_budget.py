@@ -1,0 +1,78 @@
+"""From a live model to settings within a budget."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.memory.budget import settings_for_budget, workload_of
+from slimfit_ds.memory.estimator import estimate
+from slimfit_ds.memory.strategy import Strategy
+
+CONFIG = BertConfig(
+    num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128, vocab_size=500
+)
+BATCH = {
+    "input_ids": torch.zeros(2, 24, dtype=torch.long),
+    "attention_mask": torch.ones(2, 24, dtype=torch.long),
+}
+
+
+def test_workload_of_a_live_model():
+    CONFIG.num_labels = 5
+    workload = workload_of(BertForSequenceClassification(CONFIG), BATCH, 4, "bf16", 2)
+    assert (workload.batch, workload.seq, workload.task, workload.labels) == (
+        8,
+        24,
+        "sequence_classification",
+        5,
+    )
+    assert workload.config().hidden_size == 64
+    assert workload_of(BertForQuestionAnswering(CONFIG), BATCH, 4, "fp32").task == "question_answering"
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100))
+    assert workload_of(gpt2, BATCH, 1, "fp32").task == "causal_lm"
+    masked = {**BATCH, "attention_mask": torch.tensor([[1, 0], [1, 1]])}
+    assert workload_of(gpt2, masked, 1, "fp32").padding
+
+
+def test_a_model_without_configuration_is_refused():
+    with pytest.raises(ConfigError, match=r"memory_budget: Linear cannot be simulated"):
+        workload_of(torch.nn.Linear(2, 2), BATCH, 1, "fp32")
+
+
+@pytest.mark.slow
+def test_budget_decides_and_the_choice_fits():
+    model = BertForSequenceClassification(CONFIG)
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": 64,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 100_000},
+    }
+    fixed = {"freeze": {"rate": 0.9}}
+
+    def choose(budget):
+        return settings_for_budget(budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"))
+
+    rich, _ = choose(10**12)
+    assert rich["activations"]["preset"] == "exact"
+    workload = workload_of(model, BATCH, 64, "fp32")
+    at_most = Strategy("x", stage=1, bucket=100_000)
+    (exact,) = estimate(workload, [at_most.with_(slimfit=rich)], active="worst", target="cpu")
+    tight, reason = choose(exact.peak // 2)
+    assert tight["activations"]["preset"] != "exact"
+    assert tight["freeze"]["rate"] == 0.9
+    assert "next faster" in reason
+    SlimFitConfig.parse(tight)
+    (chosen,) = estimate(workload, [at_most.with_(slimfit=tight)], active="worst", target="cpu")
+    assert chosen.peak <= exact.peak // 2
+    with pytest.raises(ConfigError, match="smallest feasible budget") as error:
+        choose(1000)
+    smallest = int(str(error.value).split("fixed is ")[1].split()[0])
+    assert choose(smallest)[0]
+    with pytest.raises(ConfigError, match="auto needs a CUDA device"):
+        choose("auto")

@@ -1,0 +1,39 @@
+"""The ladder keeps what the user fixed."""
+
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.memory.ladder import ERROR_CLASSES, ladder, merged
+
+
+def test_every_rung_is_a_valid_block():
+    for rung in ladder():
+        block = merged(None, rung, ("embed.weight",))
+        config = SlimFitConfig.parse(block)
+        assert config.activations.preset == rung.preset
+        assert rung.preset in ERROR_CLASSES
+
+
+def test_fixed_values_survive_and_rungs_stay_distinct():
+    fixed = {"freeze": {"rate": 0.5, "policy": "random"}, "activations": "lean", "memory_budget": "1GB"}
+    rungs = ladder(fixed)
+    assert 1 <= len(rungs) < len(ladder())
+    seen = []
+    for rung in rungs:
+        block = merged(fixed, rung, ("embed.weight",))
+        config = SlimFitConfig.parse(block)
+        assert config.freeze.rate == 0.5
+        assert config.freeze.policy == "random"
+        assert config.activations.preset == "lean"
+        assert config.memory_budget is None
+        assert block not in seen
+        seen.append(block)
+
+
+def test_stage_3_has_no_8_bit_states():
+    for rung in ladder(stage=3):
+        assert "precision" not in merged(None, rung)["optimizer_states"]
+
+
+def test_embeddings_are_named_or_left_out():
+    blocks = [merged(None, rung, ("a.weight", "b.weight")) for rung in ladder()]
+    assert any(block["freeze"].get("never_active") == ["a.weight", "b.weight"] for block in blocks)
+    assert all("never_active" not in merged(None, rung)["freeze"] for rung in ladder())
