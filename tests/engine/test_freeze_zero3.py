@@ -274,6 +274,27 @@ class TestOneRank:
             engine.backward(loss)
             engine.step()
 
+    def test_autocast_trains_as_in_plain_torch(self):
+        torch.manual_seed(0)
+        plain = Net()
+        engine = engine_of(
+            copy.deepcopy(plain),
+            slimfit={"freeze": {"policy": "none"}},
+            torch_autocast={"enabled": True, "dtype": "bfloat16"},
+        )
+        reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(4):
+            x = torch.randn(2, 6)
+            engine.backward(engine(x))
+            engine.step()
+            reference.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = plain(x)
+            loss.backward()
+            reference.step()
+        for name, weight in full_weights(engine).items():
+            torch.testing.assert_close(weight, plain.get_parameter(name).detach(), rtol=0, atol=1e-5)
+
     def test_evaluation_between_steps_changes_nothing(self):
         weights = []
         for evaluates in (False, True):
