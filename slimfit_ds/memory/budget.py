@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimfit_ds.config import ConfigError
+from slimfit_ds.memory.estimator import Simulator
 from slimfit_ds.memory.planner import choose_settings
 from slimfit_ds.memory.strategy import Strategy
 from slimfit_ds.memory.workload import TASKS, Workload
@@ -80,6 +81,7 @@ def settings_for_budget(
     fixed: Mapping[str, Any],
     world_size: int,
     device: torch.device,
+    simulator: Simulator | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The `"slimfit"` block that keeps a rank within its budget; only rank 0 needs to ask.
 
@@ -91,6 +93,7 @@ def settings_for_budget(
         fixed: the `"slimfit"` block as the user wrote it (not completed by defaults): what stands there is kept.
         world_size: ranks.
         device: this rank's device.
+        simulator: of `world_size` ranks, left open; None: one of its own.
 
     Returns:
         The block, and why it was chosen, for the log.
@@ -119,6 +122,7 @@ def settings_for_budget(
             accumulation=accumulation,
         ),
         target="cuda" if device.type == "cuda" else "cpu",
+        simulator=simulator,
     )
 
 

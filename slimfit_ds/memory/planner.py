@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,7 @@ def choose_settings(
     accumulation: int = 1,
     strategy: Strategy | None = None,
     target: str = "cuda",
+    simulator: Simulator | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The `"slimfit"` block for a memory budget; what `slimfit_ds.initialize` asks when `memory_budget` is set.
 
@@ -139,6 +141,7 @@ def choose_settings(
         accumulation: micro-batches per step.
         strategy: carries further settings, such as the buckets.
         target: `cuda` or `cpu`.
+        simulator: of `world_size` ranks, left open; None: one of its own.
 
     Returns:
         The block, and why it was chosen, for the log.
@@ -146,7 +149,7 @@ def choose_settings(
     Raises:
         ConfigError: nothing fits; names the smallest budget that would do.
     """
-    with Simulator(world_size) as simulator:
+    with nullcontext(simulator) if simulator is not None else Simulator(world_size) as simulator:
         try:
             embeddings = tuple(simulator.inspect(workload)["embeddings"])
         except ValueError as error:

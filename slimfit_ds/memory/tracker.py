@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -66,6 +67,7 @@ class MemoryTracker(TorchDispatchMode):
         roots: Roots | None = None,
         device: torch.device | str | None = None,
         timeline: bool = False,
+        snapshot: str | Path | None = None,
     ):
         """
         Args:
@@ -73,6 +75,10 @@ class MemoryTracker(TorchDispatchMode):
             roots: further kinds, `optimizer`, `optimizer_host` or `communication`, asked for at phase changes.
             device: the training device; tensors elsewhere count as host memory. Default: that of the parameters.
             timeline: keep `(phase, module, bytes by kind)` at every change, for the picture.
+            snapshot: file for torch's own memory snapshot of the tracked time (CUDA only), for pytorch.org/memory_viz.
+
+        Raises:
+            ValueError: an unknown kind of root, or a snapshot without a CUDA device.
         """
         super().__init__()
         self._model = model
@@ -81,6 +87,11 @@ class MemoryTracker(TorchDispatchMode):
         if unknown:
             raise ValueError(f"roots must be of the kinds {[*KINDS, HOST]}, got {unknown}")
         self._device = torch.device(device or next(model.parameters()).device).type
+        if snapshot is not None and self._device != "cuda":
+            raise ValueError(
+                f"snapshot: torch's allocator records them on CUDA only, the model is on {self._device}"
+            )
+        self._snapshot = snapshot
         self._ledger = StorageLedger(self._note)
         self._path = ModulePath(model)
         self._saved = SavedActivations(model, on_save=self._on_save)
@@ -101,6 +112,8 @@ class MemoryTracker(TorchDispatchMode):
         self.sync()
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        if self._snapshot is not None:
+            torch.cuda.memory._record_memory_history()
         self._path.__enter__()
         self._saved.__enter__()
         super().__enter__()
@@ -108,6 +121,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        if self._snapshot is not None:
+            torch.cuda.memory._dump_snapshot(str(self._snapshot))
+            torch.cuda.memory._record_memory_history(enabled=None)
         self._saved.__exit__(*error)
         self._path.__exit__(*error)
         for handle in self._grad_handles:

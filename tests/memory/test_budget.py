@@ -12,7 +12,7 @@ from transformers import (
 
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.memory.budget import settings_for_budget, workload_of
-from slimfit_ds.memory.estimator import estimate
+from slimfit_ds.memory.estimator import Simulator
 from slimfit_ds.memory.strategy import Strategy
 
 CONFIG = BertConfig(
@@ -53,26 +53,37 @@ def test_budget_decides_and_the_choice_fits():
         "train_micro_batch_size_per_gpu": 64,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 100_000},
     }
-    fixed = {"freeze": {"rate": 0.9}}
-
-    def choose(budget):
-        return settings_for_budget(budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"))
-
-    rich, _ = choose(10**12)
-    assert rich["activations"]["preset"] == "exact"
     workload = workload_of(model, BATCH, 64, "fp32")
-    at_most = Strategy("x", stage=1, bucket=100_000)
-    (exact,) = estimate(workload, [at_most.with_(slimfit=rich)], active="worst", target="cpu")
-    tight, reason = choose(exact.peak // 2)
-    assert tight["activations"]["preset"] != "exact"
-    assert tight["freeze"]["rate"] == 0.9
-    assert "next faster" in reason
-    SlimFitConfig.parse(tight)
-    (chosen,) = estimate(workload, [at_most.with_(slimfit=tight)], active="worst", target="cpu")
-    assert chosen.peak <= exact.peak // 2
-    with pytest.raises(ConfigError, match="smallest feasible budget") as error:
-        choose(1000)
-    smallest = int(str(error.value).split("fixed is ")[1].split()[0])
-    assert choose(smallest)[0]
+    strategy = Strategy("x", stage=1, bucket=100_000)
+    with Simulator() as simulator:
+
+        def choose(budget):
+            fixed = {"freeze": {"rate": 0.9}}
+            return settings_for_budget(
+                budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"), simulator
+            )
+
+        def peak(block):
+            return simulator.run(workload, strategy.with_(slimfit=block), "worst", "cpu").peak
+
+        rich, _ = choose(10**12)
+        assert rich["activations"]["preset"] == "exact"
+        limit = peak(rich) // 2
+        tight, reason = choose(limit)
+        assert tight["activations"]["preset"] != "exact"
+        assert tight["freeze"]["rate"] == 0.9
+        assert "next faster" in reason
+        SlimFitConfig.parse(tight)
+        assert peak(tight) <= limit
+        with pytest.raises(ConfigError, match="smallest feasible budget") as error:
+            choose(1000)
+        smallest = int(str(error.value).split("fixed is ")[1].split()[0])
+        assert choose(smallest)[0]
+
+
+def test_auto_needs_a_gpu():
+    model = BertForSequenceClassification(CONFIG)
     with pytest.raises(ConfigError, match="auto needs a CUDA device"):
-        choose("auto")
+        settings_for_budget(
+            "auto", model, BATCH, {"train_micro_batch_size_per_gpu": 1}, {}, 1, torch.device("cpu")
+        )

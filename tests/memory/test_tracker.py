@@ -167,3 +167,64 @@ def test_host_roots_do_not_count_as_device_memory():
 def test_unknown_root_is_refused():
     with pytest.raises(ValueError, match="optimiser"):
         MemoryTracker(nn.Linear(2, 2), {"optimiser": list})
+
+
+def test_snapshot_needs_cuda(tmp_path):
+    with pytest.raises(ValueError, match="CUDA"):
+        MemoryTracker(nn.Linear(2, 2), snapshot=tmp_path / "s.pickle")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_on_a_gpu_is_near_the_allocators(tmp_path):
+    model = build().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    data = {name: values.cuda() for name, values in batch().items()}
+    roots = {"optimizer": lambda: optimizer_tensors(optimizer)}
+    with MemoryTracker(model, roots, snapshot=tmp_path / "snapshot.pickle") as tracker:
+        for _ in range(2):
+            model(**data).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    report = tracker.report()
+    # The allocator rounds to 512 bytes and counts the batch and cuBLAS' workspace; the model is small.
+    assert report.cuda_peak_allocated == pytest.approx(report.peak, rel=0.07, abs=2**25)
+    assert (tmp_path / "snapshot.pickle").stat().st_size > 0
+
+
+def test_what_is_saved_while_recomputing_is_working_memory():
+    """A checkpoint's own saves live within backward; the kept input is all that counts as saved."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+
+        def forward(self, x):
+            return checkpoint(self.layers, x * 1.0, use_reentrant=False).sum()
+
+    model = Block()
+    with MemoryTracker(model) as tracker:
+        model(torch.randn(128, 64)).backward()
+    report = tracker.report()
+    one = 128 * 64 * 4
+    assert report.saved_activations <= one + 4096 + 8
+    assert report.working >= 3 * one
+
+
+def test_gradients_in_a_bucket_are_communication():
+    model = nn.Linear(16, 16, bias=False)
+    bucket = torch.zeros(10_000)
+
+    def into_bucket(parameter):
+        view = bucket[:256].view(16, 16)
+        view.copy_(parameter.grad)
+        parameter.grad = view
+
+    model.weight.register_post_accumulate_grad_hook(into_bucket)
+    with MemoryTracker(model, {"communication": lambda: [bucket]}) as tracker:
+        model(torch.randn(4, 16)).sum().backward()
+    report = tracker.report()
+    assert report.communication == 40_000
+    assert report.gradients <= 1024
