@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from slimfit_ds.engine import zero3_linear
 PLAIN = torch._C._nn.linear
 
 
-def cut(tensor: torch.Tensor) -> nn.Parameter:
+def cut(tensor: torch.Tensor) -> Any:
     """A parameter that looks like one that ZeRO 3 has cut, and is gathered now."""
-    parameter = nn.Parameter(tensor)
+    parameter: Any = nn.Parameter(tensor)
     parameter.ds_id = 0
     return parameter
 
@@ -30,7 +31,7 @@ def test_values_and_gradients_are_those_of_torch(shape, with_bias, dtype):
     x = torch.randn(shape, dtype=dtype, generator=generator).requires_grad_()
     weight = cut(torch.randn(4, 5, dtype=dtype, generator=generator))
     bias = cut(torch.randn(4, dtype=dtype, generator=generator)) if with_bias else None
-    inputs = [x, weight, *([bias] if with_bias else [])]
+    inputs: list[Any] = [x, weight, *([bias] if with_bias else [])]
     mine, theirs = zero3_linear.linear(x, weight, bias), PLAIN(x, weight, bias)
     assert torch.equal(mine, theirs)
     gradient = torch.randn(theirs.shape, dtype=dtype, generator=generator)
@@ -51,7 +52,12 @@ def test_only_what_backward_uses_is_saved(input_trains, weight_trains, bias_trai
     weight.requires_grad_(weight_trains)
     bias.requires_grad_(bias_trains)
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = zero3_linear.linear(x, weight, bias)
     # The parameter itself, never a view: its gathered data must not be kept alive.
     expected = [weight] if input_trains else []
