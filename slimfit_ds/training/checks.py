@@ -217,10 +217,19 @@ def task(found: Inspection) -> None:
 
 @needs("model")
 def model_place(found: Inspection) -> None:
-    from slimfit_ds.training.models import resolve_source
+    from slimfit_ds.training.models import read_model_config, resolve_source
 
     model = found.recipe.model
     found.source = None if isinstance(model, ModelFromConfig) else resolve_source(model)
+    found.model_config = read_model_config(found.recipe, found.source)
+
+
+@needs(after=("model_place", "task"))
+def model_head(found: Inspection) -> None:
+    from slimfit_ds.training.models import head_problems
+
+    if problems := head_problems(found.model_config, found.task):
+        raise ConfigError(problems)
 
 
 @needs(
@@ -258,11 +267,11 @@ def best_metric(found: Inspection) -> None:
         )
 
 
-@needs("model", after=("columns", "model_place"))
+@needs(after=("columns", "model_head"))
 def model(found: Inspection) -> None:
-    from slimfit_ds.training.models import load_model_config
+    from slimfit_ds.training.models import fit_model_config
 
-    found.model_config = load_model_config(found.recipe, found.source, found.task)
+    fit_model_config(found.model_config, found.recipe, found.task)
 
 
 @needs("gradient_checkpointing", after=("model",))

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_main:
             print(describe(error.problems, arguments.config), file=sys.stderr)
         return 2
+    _leave()
     if ranks.is_main:
         print(summary(result))
     return 0
@@ -70,6 +71,14 @@ def _ranks() -> Ranks:
         return read_ranks()
     except ValueError as error:
         raise ConfigError([str(error)]) from None
+
+
+def _leave() -> None:
+    """Leave the process group, where one was made: torch complains of processes that just end."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 __all__ = [
     "add_adapters",
     "build_model",
+    "fit_model_config",
     "head_problems",
-    "load_model_config",
     "parameter_groups",
+    "read_model_config",
     "resolve_source",
 ]
 
@@ -63,52 +64,56 @@ def resolve_source(name: str, key: str = "model") -> str:
     return name
 
 
-def load_model_config(recipe: Recipe, source: str | None, task: Task[Any]) -> PretrainedConfig:
-    """The transformers configuration with the values that the data decide.
+def read_model_config(recipe: Recipe, source: str | None) -> PretrainedConfig:
+    """The transformers configuration of the recipe's model.
 
     Args:
         recipe: names the model.
         source: the resolved place of the model; None for a model that is initialised.
-        task: after `study`.
 
     Raises:
-        ConfigError: there is no such model, or it does not fit the task and the data.
+        ConfigError: there is no such model, or its configuration is malformed.
     """
     from transformers import AutoConfig
 
-    values = task.model_values()
     if source is None:
         assert isinstance(recipe.model, ModelFromConfig)
-        config = _config_from_values(recipe.model.config, values)
-        stated = recipe.model.config.get("num_labels")
-        has_head = stated is not None
+        return _config_from_values(recipe.model.config)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # network, authorisation, malformed files
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise ConfigError([f"model: cannot load {str(recipe.model)!r} ({reason})"]) from None
+
+
+def fit_model_config(config: PretrainedConfig, recipe: Recipe, task: Task[Any]) -> None:
+    """Give the configuration the values that the data decide.
+
+    Args:
+        config: changed in place.
+        recipe: names the model.
+        task: after `study`.
+
+    Raises:
+        ConfigError: the model does not fit the data.
+    """
+    values = task.model_values()
+    head = task.model_class.removeprefix("AutoModel")
+    if isinstance(recipe.model, ModelFromConfig):
+        has_head = "num_labels" in recipe.model.config
     else:
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except Exception as error:  # network, authorisation, malformed files
-            raise ConfigError(
-                [
-                    f"model: cannot load {str(recipe.model)!r} ({type(error).__name__}: {' '.join(str(error).split()):.200})"
-                ]
-            ) from None
-        stated = config.num_labels
-        has_head = any(
-            name.endswith(task.model_class.removeprefix("AutoModel")) for name in config.architectures or ()
-        )
-    problems = head_problems(config, task)
+        has_head = any(name.endswith(head) for name in config.architectures or ())
     wanted = values.get("num_labels", len(values["id2label"]) if "id2label" in values else None)
-    if not problems and has_head and wanted is not None and stated != wanted and not task.options.new_head:
+    problems = task.model_problems(config)
+    if has_head and wanted not in (None, config.num_labels) and not task.options.new_head:
         problems.append(
-            f"model: its head has {stated} outputs, the data need {wanted}; "
+            f"model: its head has {config.num_labels} outputs, the data need {wanted}; "
             "choose another model or data set, or set task.new_head=true"
         )
-    if not problems:
-        problems += task.model_problems(config)
     if problems:
         raise ConfigError(problems)
     for name, value in values.items():
         setattr(config, name, value)
-    return config
 
 
 def head_problems(config: PretrainedConfig, task: Task[Any]) -> list[str]:
@@ -125,7 +130,7 @@ def head_problems(config: PretrainedConfig, task: Task[Any]) -> list[str]:
     ]
 
 
-def _config_from_values(values: dict[str, Any], from_data: dict[str, Any]) -> PretrainedConfig:
+def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -144,7 +149,7 @@ def _config_from_values(values: dict[str, Any], from_data: dict[str, Any]) -> Pr
             raise ConfigError(
                 [f"model.config.{key} is not a value of a {kind} configuration" for key in unknown]
             )
-        return AutoConfig.for_model(kind, **{**rest, **from_data})
+        return AutoConfig.for_model(kind, **rest)
     except ConfigError:
         raise
     except Exception as error:  # transformers checks values by dataclass validators of its own

@@ -95,7 +95,6 @@ def test_the_sound_recipe_passes_and_knows_its_data(good):
         ("task.columns=[question]", ["task.columns", "'question'", "sentence"]),
         ("task.label_column=target", ["task.label_column", "'target'", "label"]),
         ("task.name=parsing", ["task.name", "'parsing'"]),
-        ("task={name: image_classification}", ["task.image_column", "sentence"]),
         ("task.max_length=100", ["task.max_length", "64", "100"]),
         ("model={config: {model_type: vit}}", ["model", "'vit'", "sequence_classification"]),
         ("model.config.num_labels=7", ["model", "7", "2"]),
@@ -133,6 +132,19 @@ def test_mistakes_of_all_kinds_come_together(good):
     )
     for part in ("sede", "int8", "/no/where", "/no/model", "2 ranks", "max_steps", "nowhere.json"):
         assert sum(part in line for line in problems) == 1, (part, problems)
+
+
+def test_data_and_model_that_are_both_away_are_both_named(good):
+    lines = problems_of(good, "data_dir=null", "data=nobody/nothing", "model=nobody/nothing")
+    assert [line.partition(":")[0] for line in lines] == ["model", "data"]
+
+
+def test_a_task_that_neither_model_nor_data_serve(good):
+    lines = problems_of(good, "task={name: image_classification}")
+    assert len(lines) == 2
+    assert "'bert' has no head" in lines[0]
+    assert "no column img" in lines[1]
+    assert "sentence" in lines[1]
 
 
 def test_two_ways_of_keeping_less_do_not_mix(good):

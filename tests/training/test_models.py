@@ -10,7 +10,14 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from slimfit_ds.config import ConfigError
-from slimfit_ds.training.models import build_model, load_model_config, parameter_groups, resolve_source
+from slimfit_ds.training.models import (
+    build_model,
+    fit_model_config,
+    head_problems,
+    parameter_groups,
+    read_model_config,
+    resolve_source,
+)
 from slimfit_ds.training.recipe import read_recipe
 from slimfit_ds.training.tasks import Splits, make_task
 
@@ -26,6 +33,15 @@ def recipe_for(model, *overrides):
     return read_recipe(
         None, ["task=sequence_classification", f"model={json.dumps(model)}", *overrides]
     ).recipe
+
+
+def load_model_config(recipe, source, task):
+    """The configuration as the checks make it."""
+    config = read_model_config(recipe, source)
+    if problems := head_problems(config, task):
+        raise ConfigError(problems)
+    fit_model_config(config, recipe, task)
+    return config
 
 
 @pytest.fixture
