@@ -103,7 +103,7 @@ class AbsmaxCodec(FloatCodec):
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         codes, steps = kept
         group = self.group
-        if self._has_kernel(flat):
+        if runs_in_triton(flat):
             self._encode_in_triton(flat, codes, steps, generator)
             return
         planes = split_planes(codes, flat.numel(), self.grid.bits)
@@ -141,7 +141,7 @@ class AbsmaxCodec(FloatCodec):
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         codes, steps = kept
         group = self.group
-        if self._has_kernel(out):
+        if runs_in_triton(out):
             from slimfit_ds.activations.codecs.triton_absmax import decode_absmax
 
             decode_absmax(codes, steps, out, group=group, bits=self.grid.bits, zero=self.grid.zero)
@@ -174,9 +174,6 @@ class AbsmaxCodec(FloatCodec):
         values = torch.empty(rows, self.group, dtype=work, device=plane.device)
         gather_bytes(block, self._table(plane.device, work), values.view(-1))
         return values
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        return runs_in_triton(x) and self.group & (self.group - 1) == 0
 
     def _encode_in_triton(
         self, flat: Tensor, codes: Tensor, steps: Tensor, generator: torch.Generator | None

@@ -33,6 +33,7 @@ def _encode_kernel(
     reciprocal,
     tiny_peak,
     GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -43,8 +44,12 @@ def _encode_kernel(
     STOCHASTIC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK)[None, :]
+    offset = row[:, None] * GROUP + column
+    inside = offset < numel
+    if GROUP < BLOCK:
+        inside = inside & (column < GROUP)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
 
     # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
     pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -61,18 +66,18 @@ def _encode_kernel(
     if FRACTION != 0.0:
         y = y + FRACTION
     if STOCHASTIC:
-        noise = tl.load(noise_ptr + offset, mask=offset < numel, other=0).to(tl.float32)
+        noise = tl.load(noise_ptr + offset, mask=inside, other=0).to(tl.float32)
         y = y + noise * (1.0 / 65536.0)
         y = tl.minimum(tl.maximum(y, LOW - WHOLE), HIGH - WHOLE)
     # Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest, ties to even.
     y = (y + 12582912.0) - 12582912.0
     code = y.to(tl.int32) + WHOLE
     if BITS == 8:
-        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=offset < numel)
+        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
     else:
-        store_plane(codes_ptr, code, row, stored_bytes, BITS, ROWS, GROUP)
+        store_plane(codes_ptr, code, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
         if HIGH_BITS > 0:
-            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, ROWS, GROUP)
+            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, ROWS, GROUP, BLOCK)
 
 
 @triton.jit
@@ -87,18 +92,23 @@ def _decode_kernel(
     groups,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP)
+    code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
     if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, ROWS, GROUP) << BITS
+        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, ROWS, GROUP, BLOCK) << BITS
     step = tl.load(steps_ptr + row, mask=row < groups, other=0.0).to(tl.float32)
     value = (code.to(tl.float32) - ZERO) * step[:, None]
-    offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=offset < numel)
+    column = tl.arange(0, BLOCK)[None, :]
+    offset = row[:, None] * GROUP + column
+    inside = offset < numel
+    if GROUP < BLOCK:
+        inside = inside & (column < GROUP)
+    tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=inside)
 
 
 def encode_absmax(
@@ -120,13 +130,14 @@ def encode_absmax(
         codes: int8 or uint8, as `packing.packed_bytes` counts them.
         steps: bf16 [ceil(numel / group)].
         noise: odd int16 [numel or more] for stochastic rounding, None for nearest.
-        group: elements per step, a power of two.
+        group: elements per step, a multiple of 8.
         bits, zero, half_width: the integer grid.
         tiny_peak: groups whose absmax is below get step 0.
     """
     whole, fraction = divmod(zero, 1)
     (width, low), (high_width, high) = low_and_high(codes, flat.numel(), bits)
-    rows = max(_TILE // group, 1)
+    block = triton.next_power_of_2(group)
+    rows = max(_TILE // block, 1)
     with torch.cuda.device_of(flat):
         _encode_kernel[(triton.cdiv(steps.numel(), rows),)](
             flat,
@@ -141,6 +152,7 @@ def encode_absmax(
             1.0 / half_width,
             tiny_peak,
             GROUP=group,
+            BLOCK=block,
             ROWS=rows,
             BITS=width,
             HIGH_BITS=high_width,
@@ -155,7 +167,8 @@ def encode_absmax(
 
 def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits: int, zero: float) -> None:
     """Fill `out` [numel] from what `encode_absmax` stored."""
-    rows = max(_TILE // group, 1)
+    block = triton.next_power_of_2(group)
+    rows = max(_TILE // block, 1)
     (width, low), (high_width, high) = low_and_high(codes, out.numel(), bits)
     with torch.cuda.device_of(out):
         _decode_kernel[(triton.cdiv(steps.numel(), rows),)](
@@ -169,6 +182,7 @@ def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits
             steps.numel(),
             ZERO=zero,
             GROUP=group,
+            BLOCK=block,
             ROWS=rows,
             BITS=width,
             HIGH_BITS=high_width,

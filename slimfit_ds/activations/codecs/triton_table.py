@@ -56,9 +56,9 @@ def _encode_kernel(
         code += tl.where(pattern < 0, SIGN, 0)
     else:
         code = tl.where(pattern < 0, 0, code)
-    store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE)
+    store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE, TILE)
     if HIGH_BITS > 0:
-        store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE)
+        store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE, TILE)
 
 
 @triton.jit
@@ -77,9 +77,9 @@ def _decode_kernel(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, 1, TILE)
+    code = load_plane(codes_ptr, row, stored_bytes, BITS, 1, TILE, TILE)
     if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, 1, TILE) << BITS
+        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, 1, TILE, TILE) << BITS
     value = tl.load(levels_ptr + code)
     if SCALED:
         value = round_to(value.to(tl.float32) * tl.load(rms_ptr), out_ptr.dtype.element_ty)

@@ -77,6 +77,7 @@ def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits:
 
     encode = {
         "GROUP": 32,
+        "BLOCK": 32,
         "ROWS": 128,
         "BITS": bits,
         "HIGH_BITS": high_bits,
@@ -90,7 +91,7 @@ def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits:
     assert "fma." not in ptx
     ptx = _ptx(
         triton_absmax._decode_kernel,
-        {"ZERO": 1.5, "GROUP": 32, "ROWS": 128, "BITS": bits, "HIGH_BITS": high_bits},
+        {"ZERO": 1.5, "GROUP": 32, "BLOCK": 32, "ROWS": 128, "BITS": bits, "HIGH_BITS": high_bits},
     )
     assert "st.global.v4" in ptx
     assert "fma." not in ptx
