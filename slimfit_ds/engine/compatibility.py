@@ -68,6 +68,8 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
     for path, remedy in (
         (("zero_optimization", "zenflow"), "remove it: ZenFlow chooses what to update itself"),
         (("zero_optimization", "zero_quantized_gradients"), "set it to false"),
+        (("zero_optimization", "zero_quantized_weights"), "set it to false"),
+        (("zero_optimization", "zero_quantized_nontrainable_weights"), "set it to false"),
         (
             ("zero_optimization", "elastic_checkpoint"),
             "remove it: SlimFit checkpoints reload on any world size",
@@ -90,6 +92,11 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         _on(config, "torch_autocast") and _get(config, "torch_autocast", "dtype") in ("float16", "fp16"),
         f"torch_autocast.dtype is {_get(config, 'torch_autocast', 'dtype')!r}, which would train without loss "
         "scaling: use 'bfloat16', or fp16.enabled",
+    )
+    hpz = _get(config, "zero_optimization", "zero_hpz_partition_size") or 1
+    refuse(
+        hpz > 1,
+        f"zero_optimization.zero_hpz_partition_size is {hpz}: a second cut of the weights is untested, use 1",
     )
     tensor_parallel = _get(config, "tensor_parallel", "autotp_size") or 0
     refuse(

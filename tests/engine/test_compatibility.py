@@ -49,6 +49,16 @@ def test_accepted(config):
             "set it to false",
         ),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint", "remove it"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "quantized_weights",
+            "to false",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
+            "hpz_partition_size is 8",
+            "use 1",
+        ),
         ({"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled", "set it to false"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile", "set it to false"),
         ({"sparse_gradients": True}, "sparse_gradients", "set it to false"),
