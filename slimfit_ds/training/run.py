@@ -125,6 +125,7 @@ class Run:
         self.best = Best(metric, lower=metric in self.task.lower_is_better)
         self.engine = self._make_engine(found)
         self.first_step, self.seconds = self._resume()
+        self._tokens_per_second: list[float] = []
 
     def _make_engine(self, found: Inspection) -> Any:
         from slimfit_ds.engine.initialize import initialize
@@ -208,22 +209,25 @@ class Run:
         self._seed_dropout(step)
         active = sorted_active(self.engine)
         rate = self.engine.get_lr()[0]
-        loss = torch.zeros((), device=self.device)
+        totals = torch.zeros(2, device=self.device)  # loss and tokens
         start = time.perf_counter()
         for weight in self.batches.loss_weights(step):
-            micro_loss = self.engine(**self._to_device(next(loader))).loss * weight
-            loss += micro_loss.detach().float() / self.batches.accumulation
-            self.engine.backward(micro_loss)
+            batch = self._to_device(next(loader))
+            loss = self.engine(**batch).loss * weight
+            totals[0] += loss.detach() / self.batches.accumulation
+            totals[1] += batch["attention_mask"].sum() if "attention_mask" in batch else 0
+            self.engine.backward(loss)
             self.engine.step()
-        torch.distributed.all_reduce(loss)
-        value = loss.item() / self.ranks.world_size
+        torch.distributed.all_reduce(totals)
+        mean_loss, tokens = totals[0].item() / self.ranks.world_size, int(totals[1].item())
         self.seconds.append(time.perf_counter() - start)
+        self._tokens_per_second.append(tokens / self.seconds[-1])
         statistics = getattr(self.engine, "update_statistics", {})
         norm = self.engine.get_global_grad_norm()
         return {
             "step": step,
             "epoch": step / self.batches.steps_per_epoch,
-            "loss": value,
+            "loss": mean_loss,
             "lr": rate,
             "gradient_norm": None if norm is None else float(norm),
             "active_layers": active,
@@ -262,7 +266,8 @@ class Run:
         return metrics
 
     def _save(self, done: int) -> None:
-        state = {"best_value": self.best.value, "best_step": self.best.step, "seconds": self.seconds}
+        # The latest steps are enough for a median.
+        state = {"best_value": self.best.value, "best_step": self.best.step, "seconds": self.seconds[-1000:]}
         save_checkpoint(self.engine, self.folder, done, state, self.recipe.keep_last, self.ranks)
 
     def _status(self, line: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
@@ -289,6 +294,7 @@ class Run:
             "layers": len(getattr(self.engine, "layer_names", ())) or None,
             "seconds_per_step": typical,
             "samples_per_second": self.recipe.train_batch_size / typical if typical else None,
+            "tokens_per_second": median(self._tokens_per_second or [0.0]) or None,
             "peak_bytes": int(peak.item()),
             "peak_bytes_are": "allocated on the GPU"
             if self.device.type == "cuda"

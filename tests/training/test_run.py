@@ -223,4 +223,5 @@ def test_every_task_runs_to_its_metric(
     result = train(read_recipe(tmp_path / "r.yaml"))
     assert metrics <= set(result["metrics"])
     assert all(np.isfinite(loss) for loss in losses(tmp_path / "out"))
+    assert result["tokens_per_second"] > result["samples_per_second"]
     assert (tmp_path / "out" / "model" / "tokenizer.json").exists()
