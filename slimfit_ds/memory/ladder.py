@@ -48,7 +48,8 @@ def _rung(
         "optimizer_states": {"inactive": residency},
     }
     if chunk is not None:
-        changes["activations"]["chunk_tokens"] = chunk
+        # A compressed norm outside the blocks works on the whole batch in fp32, which is more than it saves.
+        changes["activations"] |= {"chunk_tokens": chunk, "chunk_forward": True, "operations": {"norm": "exact"}}
         label.append(f"chunks of {chunk} tokens")
     if frozen_embeddings:
         changes["freeze"]["never_active"] = "embeddings"
