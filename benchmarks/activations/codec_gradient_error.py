@@ -1,202 +1,101 @@
-"""What each codec and preset does to the gradients of the active layers of a trained model.
+"""What each codec, in one operation at a time, does to the gradients of the active layers of a trained model.
 
-    python benchmarks/activations/codec_gradient_error.py recipes/minilm_sst2.yaml data_dir=../shared/data/sst2
-    python benchmarks/activations/codec_gradient_error.py recipes/digits_vit.yaml
+    python benchmarks/activations/codec_gradient_error.py [--models vit minilm] [--cache FOLDER]
 
-The model of the recipe is trained in full for `--steps` steps first: random weights flatter codecs. Then, for several
-batches, each with a random active set of 5 % of the layers, the gradient of the active weights is compared with the
-exact one of the same batch, dropout included:
-
-    relative error = |g - g_exact| / |g_exact|   over all active weights together; its mean over the batches.
-
-For unbiased codecs the error of the mean of several draws is shown too: it falls as one over the root of their number.
-Adds a section to `codec_gradient_error.json` and rewrites `.md`.
+Models and measure are those of `gradient_error.py`, which compares whole presets: for several random active sets of
+5 % of the weights, |g - g_exact| / |g_exact| over the active weights together, dropout on. Here all operations but
+one are exact. For codecs that round stochastically the error of the mean gradient of several draws is shown too: that
+of an unbiased codec falls as one over the root of their number, that of nearest rounding does not fall.
+Writes `codec_gradient_error.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import shlex
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from gradient_error import MODELS, batch_noise, freeze, gradients
+from trained_models import Trained
 
 from slimfit_ds.activations.apply import compress
-from slimfit_ds.activations.config import PRESETS, ActivationsConfig
-from slimfit_ds.freezing.layers import discover
-from slimfit_ds.freezing.schedule import active_count
-from slimfit_ds.training.batches import BatchPlan, training_loader
-from slimfit_ds.training.checks import inspect
-from slimfit_ds.training.distributed import read_ranks
-from slimfit_ds.training.models import build_model
-from slimfit_ds.training.recipe import read_recipe
+from slimfit_ds.activations.config import ActivationsConfig
 from slimfit_ds.training.surroundings import hardware, versions
 
-Batch = dict[str, Tensor]
-Gradients = dict[str, Tensor]
+Spec = dict[str, Any]
 
-# One operation compressed, the others exact.
-SINGLE = {
-    "norm": ("topk10", "lm1", "lm2", "lm4", "int4", "int8"),
-    "activation": ("fixed4", "step1", "step2", "step4", "int8"),
-    "attention": ("fixed8", "int4", "int8"),
-    "linear": ("fixed8", "int4", "int8"),
-    "block": ("int4", "int8"),
+
+def codec(name: str, **options: Any) -> Spec:
+    """How a configuration names a codec."""
+    return {"name": name, **options}
+
+
+CASES: dict[str, list[Spec]] = {
+    "norm": [codec(n) for n in ("topk10", "lm1", "lm2", "lm4")]
+    + [codec("int4", group=g) for g in (64, 32, 16)]
+    + [codec("int6"), codec("int8")],
+    "activation": [codec(n) for n in ("fixed4", "step1", "step2", "step4", "step5", "int8")],
+    "attention": [codec(n) for n in ("fixed8", "int4", "int6", "int8")],
+    "linear": [codec(n) for n in ("fixed8", "int4", "int6", "int8")],
+    "block": [codec("int4"), codec("int6"), *(codec("int8", group=g) for g in (64, 32, 16))],
 }
-UNBIASED = {"linear": ({"name": "int2", "rounding": "nearest"}, {"name": "int2", "rounding": "stochastic"})}
+DRAWN: dict[str, list[Spec]] = {
+    "linear": [codec("int2", rounding=r) for r in ("nearest", "stochastic")]
+    + [codec("int4", rounding=r) for r in ("nearest", "stochastic")]
+}
 
 
-def trained_model(
-    recipe_path: str, overrides: list[str], steps: int, batches: int
-) -> tuple[nn.Module, list[Batch]]:
-    """The recipe's model after `steps` steps of full fine-tuning, and `batches` batches it has not seen."""
-    draft = read_recipe(recipe_path, overrides)
-    found = inspect(draft, read_ranks())
-    recipe = found.recipe
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe, found.source, found.model_config, found.task)
-    prepared = found.task.prepare(found.splits.train, training=True)
-    size = recipe.train_batch_size
-    plan = BatchPlan(len(prepared), size, size, seed=recipe.seed)
-    loader = iter(
-        training_loader(
-            prepared, found.task, plan, start=0, stop=steps + batches, seed=recipe.seed, workers=0
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    model.train()
-    for step, batch in enumerate(islice(loader, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.4f}", file=sys.stderr)
-    return model, list(loader)
+def errors(
+    trained: Trained, operation: str, spec: Spec, rate: float, sets: int, draws: int
+) -> dict[str, float]:
+    """Mean and largest relative error over the active sets, and the mean error of the mean of `draws` gradients."""
+    single, averaged = [], []
+    for seed in range(sets):
+        active = freeze(trained.model, rate, seed)
+        batch = trained.batches[seed % len(trained.batches)]
+        exact = gradients(trained.model, active, batch, seed)
+        handle = compress(trained.model, ActivationsConfig(operations={operation: spec}))
+        found = [gradients(trained.model, active, batch, seed) for _ in range(draws)]
+        handle.remove()
+        single.append(float((found[0] - exact).norm() / exact.norm()))
+        averaged.append(float((torch.stack(found).mean(0) - exact).norm() / exact.norm()))
+    return {"mean": sum(single) / sets, "max": max(single), "of_mean": sum(averaged) / sets}
 
 
-def gradients(model: nn.Module, batch: Batch, seed: int) -> tuple[Gradients, float]:
-    """Gradients of the weights that require one, and the loss; dropout is drawn from `seed`."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)
-    loss = model(**batch).loss
-    loss.backward()
-    found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-    return found, loss.item()
-
-
-def relative_error(approximate: Gradients, exact: Gradients, names: frozenset[str]) -> float:
-    """|g - g_exact| / |g_exact| over the named weights."""
-    difference = sum((approximate[n] - exact[n]).double().square().sum() for n in names)
-    norm = sum(exact[n].double().square().sum() for n in names)
-    return float(difference / norm) ** 0.5
-
-
-class Measurement:
-    """Batches with their active sets and exact gradients."""
-
-    def __init__(self, model: nn.Module, batches: list[Batch], rate: float, seed: int):
-        self.model = model
-        roles = discover(model)
-        self.layers = roles.names
-        chance = random.Random(seed)
-        count = active_count(len(roles.names), rate)
-        self.cases = []
-        for number, batch in enumerate(batches):
-            active = frozenset(chance.sample(roles.names, count))
-            self._activate(active)
-            self.cases.append((number, batch, active, *gradients(model, batch, number)))
-
-    def _activate(self, active: frozenset[str]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name not in self.layers or name in active)
-
-    def errors(self, draws: int = 1, **config: Any) -> dict[str, float]:
-        """Mean and largest relative error over the batches; with `draws`, also of the mean gradient of that many."""
-        single, averaged, shift = [], [], []
-        for number, batch, active, exact, exact_loss in self.cases:
-            self._activate(active)
-            handle = compress(self.model, ActivationsConfig(**config))
-            try:
-                total: Gradients = {}
-                for draw in range(draws):
-                    found, loss = gradients(self.model, batch, number)
-                    if draw == 0:
-                        single.append(relative_error(found, exact, active))
-                    for name in active:
-                        total[name] = total.get(name, torch.zeros(())) + found[name] / draws
-                averaged.append(relative_error(total, exact, active))
-                shift.append(abs(loss - exact_loss))
-            finally:
-                handle.remove()
-        result = {"mean": sum(single) / len(single), "max": max(single), "loss_shift": max(shift)}
-        if draws > 1:
-            result["of_mean"] = sum(averaged) / len(averaged)
-        return result
-
-
-def noise_floor(measurement: Measurement) -> float:
-    """Relative distance between the exact gradients of two batches for the same active set."""
-    (number, _, active, exact, _), (_, other, *_) = measurement.cases[:2]
-    measurement._activate(active)
-    found, _ = gradients(measurement.model, other, number)
-    return relative_error(found, exact, active)
-
-
-def measure(measurement: Measurement, draws: int) -> list[dict[str, Any]]:
-    """One row for each preset, each single codec, and each unbiased codec."""
+def measure(trained: Trained, rate: float, sets: int, draws: int) -> list[dict[str, Any]]:
+    """One row for each operation and codec."""
     rows: list[dict[str, Any]] = []
-
-    def add(what: str, codec: str, **arguments: Any) -> None:
-        try:
-            row = {"what": what, "codec": codec, **measurement.errors(**arguments)}
-        except Exception as error:  # one broken preset must not hide the others
-            row = {"what": what, "codec": codec, "failed": f"{type(error).__name__}: {error}"[:300]}
-        print(row, file=sys.stderr)
-        rows.append(row)
-
-    for preset in PRESETS:
-        add("preset", preset, preset=preset)
-    for operation, names in SINGLE.items():
-        for name in names:
-            add(operation, name, operations={operation: name})
-    for operation, specs in UNBIASED.items():
-        for spec in specs:
-            add(operation, f"{spec['name']} {spec['rounding']}", operations={operation: spec}, draws=draws)
+    for cases, repeats in ((CASES, 1), (DRAWN, draws)):
+        for operation, specs in cases.items():
+            for spec in specs:
+                row = {"operation": operation, "codec": spec, "draws": repeats}
+                rows.append(row | errors(trained, operation, spec, rate, sets, repeats))
+                print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
-def markdown(sections: dict[str, dict[str, Any]]) -> str:
-    """All sections as tables."""
-    lines = []
-    for title, section in sections.items():
+def markdown(report: dict[str, Any]) -> str:
+    """The report as one table for each model."""
+    lines = [
+        f"fp32, dropout on, {report['rate']:.0%} of the weights frozen, {report['sets']} active sets, seed 0, "
+        f"{report['hardware']['cpu']}. `{report['command']}`",
+        "",
+    ]
+    for name, model in report["models"].items():
         lines += [
-            f"## {title}",
+            f"## {name}, accuracy {model['accuracy']:.3f}; gradients of two batches differ by {model['noise']:.2f}",
             "",
-            f"{section['steps']} steps of full fine-tuning (last loss {section['loss']:.3f}), then {section['batches']} "
-            f"batches of {section['batch_size']}, {section['active']} of {section['layers']} layers active, fp32, seed "
-            f"{section['seed']}, {section['hardware']['cpu']}. Distance between the exact gradients of two batches: "
-            f"{section['noise_floor']:.2f}. `{section['command']}`",
-            "",
-            "| what | codec | relative error, mean | largest | of the mean of draws | loss shift |",
-            "|---|---|---:|---:|---:|---:|",
+            "| operation | codec | relative error, mean | largest | of the mean of draws |",
+            "|---|---|---:|---:|---:|",
         ]
-        for r in section["rows"]:
-            if "failed" in r:
-                lines.append(f"| {r['what']} | {r['codec']} | failed: {r['failed']} | | | |")
-                continue
-            of_mean = f"{r['of_mean']:.4f} ({section['draws']})" if "of_mean" in r else ""
-            lines.append(
-                f"| {r['what']} | {r['codec']} | {r['mean']:.4f} | {r['max']:.4f} | {of_mean} | {r['loss_shift']:.1e} |"
-            )
+        for r in model["rows"]:
+            what = ", ".join(str(value) for value in r["codec"].values())
+            of_mean = f"{r['of_mean']:.4f} ({r['draws']})" if r["draws"] > 1 else ""
+            lines.append(f"| {r['operation']} | {what} | {r['mean']:.4f} | {r['max']:.4f} | {of_mean} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -205,39 +104,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", help="key=value over the recipe")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batches", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=0.95, help="share of frozen layers")
-    parser.add_argument("--draws", type=int, default=16, help="draws of unbiased codecs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rate", type=float, default=0.95)
+    parser.add_argument("--sets", type=int, default=4, help="random active sets, each with its own batch")
+    parser.add_argument("--draws", type=int, default=16, help="gradients that are averaged")
+    parser.add_argument("--cache", type=Path, help="keep the trained models in this folder")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    model, batches = trained_model(args.recipe, args.overrides, args.steps, args.batches)
-    measurement = Measurement(model, batches, args.rate, args.seed)
-    section = {
+    report: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
-        "steps": args.steps,
-        "batches": len(batches),
-        "batch_size": len(next(iter(batches[0].values()))),
-        "layers": len(measurement.layers),
-        "active": len(measurement.cases[0][2]),
-        "draws": args.draws,
-        "seed": args.seed,
-        "loss": measurement.cases[0][4],
-        "noise_floor": noise_floor(measurement),
+        "rate": args.rate,
+        "sets": args.sets,
         "hardware": hardware(torch.device("cpu")),
         "versions": versions(),
-        "rows": measure(measurement, args.draws),
+        "models": {},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    target = args.output / "codec_gradient_error.json"
-    sections = json.loads(target.read_text()) if target.exists() else {}
-    sections[Path(args.recipe).stem] = section
-    target.write_text(json.dumps(sections, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(sections))
-    print(markdown({Path(args.recipe).stem: section}))
+    for name in args.models:
+        cached = args.cache / f"{name}.pt" if args.cache else None
+        if cached is not None and cached.exists():
+            trained = torch.load(cached, weights_only=False)
+        else:
+            trained = MODELS[name]()
+            if cached is not None:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(trained, cached)
+        report["models"][name] = {
+            "accuracy": trained.accuracy,
+            "noise": batch_noise(trained, args.rate, args.sets),
+            "rows": measure(trained, args.rate, args.sets, args.draws),
+        }
+        # After each model: a long run that is stopped keeps what it has.
+        args.output.mkdir(parents=True, exist_ok=True)
+        target = args.output / "codec_gradient_error.json"
+        target.write_text(json.dumps(report, indent=1) + "\n")
+        target.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
 
 
 if __name__ == "__main__":

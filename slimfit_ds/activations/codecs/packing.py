@@ -30,6 +30,8 @@ _GATHER: dict[int, tuple[torch.dtype, int]] = {
     2: (torch.int32, sum(1 << (24 - 6 * k) for k in range(4))),
     1: (torch.int64, sum(1 << (56 - 7 * k) for k in range(8))),
 }
+# By device, width and shift: the codes that a packed byte of a plane stands for.
+_PLANE_TABLES: dict[tuple[torch.device, int, int], Tensor] = {}
 # Widest first: gathering few wide items costs less than many narrow ones.
 _WIDE = (torch.complex128, torch.int64, torch.int32, torch.int16)
 
@@ -76,9 +78,12 @@ def unpack_planes(planes: tuple[tuple[int, Tensor], ...], start: int, stop: int)
     shift = 0
     for width, plane in planes:
         part = plane[start * width // 8 : -(-stop * width // 8)]
-        values = torch.arange(1 << width, dtype=torch.uint8, device=plane.device) << shift
+        key = plane.device, width, shift
+        if key not in _PLANE_TABLES:
+            values = torch.arange(1 << width, dtype=torch.uint8, device=plane.device) << shift
+            _PLANE_TABLES[key] = byte_table(values, width)
         own = codes.new_empty(len(part) * 8 // width)
-        gather_bytes(part, byte_table(values, width), own)
+        gather_bytes(part, _PLANE_TABLES[key], own)
         codes[: len(own)].bitwise_or_(own)
         shift += width
     return codes
