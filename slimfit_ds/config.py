@@ -165,10 +165,13 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel], pr
     """One line for each problem: `slimfit.freeze.rate must be in [0, 1), got 1.5`."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        path = [str(part) for part in item["loc"] if not _is_union_tag(part)]
+        unknown = item["type"] == "extra_forbidden"
+        # The last part of an unknown key's place was written by the user, even if it reads like a branch.
+        inner, last = (item["loc"][:-1], item["loc"][-1:]) if unknown else (item["loc"], ())
+        path = [str(part) for part in inner if not _is_union_tag(part)] + [str(part) for part in last]
         key = ".".join([prefix, *path] if prefix else path)
         value = item.get("input")
-        if item["type"] == "extra_forbidden":
+        if unknown:
             text = f"{key} is not a known key{_suggestion(model, path)}"
         elif path and path[-1] == "rate" and not isinstance(value, Mapping):
             text = f"{key} must be in [0, 1), got {value!r}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimfit_ds.activations.config import ActivationsConfig
@@ -302,10 +301,3 @@ def _has_fp16() -> bool:
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
-def describe(problems: list[str], place: str | Path | None) -> str:
-    """The problems as the command line prints them."""
-    count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-    where = f" in {place}" if place else ""
-    return "\n".join([f"{count}{where}:", *(f"  - {problem}" for problem in problems)])

@@ -44,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     from slimfit_ds.config import ConfigError
-    from slimfit_ds.training.checks import describe
     from slimfit_ds.training.distributed import Ranks
     from slimfit_ds.training.recipe import read_recipe
     from slimfit_ds.training.run import train
@@ -79,6 +78,13 @@ def _leave() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def describe(problems: list[str], place: str | None) -> str:
+    """The problems as the command line prints them."""
+    count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+    where = f" in {place}" if place else ""
+    return "\n".join([f"{count}{where}:", *(f"  - {problem}" for problem in problems)])
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from slimfit_ds.config import ConfigError
 from slimfit_ds.training.batches import BatchPlan, training_loader
+from slimfit_ds.training.best import Best
 from slimfit_ds.training.checkpoints import load_checkpoint, save_checkpoint, save_model
 from slimfit_ds.training.checks import Inspection, inspect
 from slimfit_ds.training.deepspeed_config import replaced_values
@@ -64,24 +64,6 @@ def train(draft: Draft, ranks: Ranks | None = None) -> dict[str, Any]:
     export(ranks)
     device = start_processes()
     return Run(found, device).go()
-
-
-@dataclass
-class Best:
-    """The best evaluation so far."""
-
-    metric: str
-    lower: bool
-    value: float | None = None
-    step: int = 0
-
-    def offer(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take note of an evaluation; whether it is the best so far."""
-        value = metrics[self.metric]
-        better = self.value is None or (value < self.value if self.lower else value > self.value)
-        if better:
-            self.value, self.step = value, step
-        return better
 
 
 class Run:

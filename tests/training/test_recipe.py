@@ -103,3 +103,10 @@ def test_paper_settings_of_the_recipes():
     assert (imagenet.lr, imagenet.train_batch_size) == (5e-5, 128)
     squad = read_recipe(ROOT / "recipes/bert_squad2.yaml").recipe
     assert (squad.train_batch_size, squad.task["max_length"]) == (128, 384)
+
+
+@pytest.mark.parametrize("key", ["str", "float", "function-x"])
+def test_unknown_keys_that_read_like_types_are_named(tmp_path, key):
+    path = write(tmp_path / "r.yaml", f"task: causal_lm\nmodel: gpt2\n{key}: 1\n")
+    (line,) = read_recipe(path).problems
+    assert line.startswith(f"{key} is not a known key")

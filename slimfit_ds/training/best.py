@@ -1,0 +1,26 @@
+"""Which evaluation of a run was the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Best"]
+
+
+@dataclass
+class Best:
+    """The best evaluation so far."""
+
+    metric: str
+    lower: bool
+    value: float | None = None
+    step: int = 0
+
+    def offer(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take note of an evaluation; whether it is the best so far."""
+        value = metrics[self.metric]
+        better = self.value is None or (value < self.value if self.lower else value > self.value)
+        if better:
+            self.value, self.step = value, step
+        return better
