@@ -61,7 +61,12 @@ def _llama_like(model: type, config: type, **sizes: Any) -> Callable[[int], nn.M
     return lambda blocks: model(config(num_hidden_layers=blocks, use_cache=False, **sizes))
 
 
-_LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+_LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 
 SHAPES = {
     "BERT-base": Shape(
@@ -155,18 +160,24 @@ def per_block(shape: Shape, preset: str, rate: float, seed: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rate", type=float, default=0.95, help="share of the weights that is frozen")
     parser.add_argument("--seed", type=int, default=0, help="which weights train")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     options = parser.parse_args()
-    table = Table(title=f"bytes kept per token and block, in h (bf16, {options.rate:.0%} frozen, seed {options.seed})")
+    table = Table(
+        title=f"bytes kept per token and block, in h (bf16, {options.rate:.0%} frozen, seed {options.seed})"
+    )
     for column in ("model", *PRESET_ORDER):
         table.add_column(column, justify="left" if column == "model" else "right")
     numbers: dict[str, dict[str, float]] = {}
     for name in options.models:
-        numbers[name] = {p: per_block(SHAPES[name], p, options.rate, options.seed) for p in PRESET_ORDER if p in PRESETS}
+        numbers[name] = {
+            p: per_block(SHAPES[name], p, options.rate, options.seed) for p in PRESET_ORDER if p in PRESETS
+        }
         table.add_row(name, *(f"{numbers[name][p]:.2f}" for p in PRESET_ORDER))
     Console().print(table)
     if options.json:

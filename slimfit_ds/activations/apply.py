@@ -61,7 +61,7 @@ def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
 def _codec_problem(spec: CodecSpec) -> list[str]:
     name = spec if isinstance(spec, str) else spec["name"]
     options = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
-    if name in {"recompute", "replay"}:
+    if name in {"recompute", "attention", "replay"}:
         return []
     if name.startswith("step"):
         options = {"activation": "gelu", **options}

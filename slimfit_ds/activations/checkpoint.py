@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from slimfit_ds.activations import channels as _registers_codecs  # noqa: F401
 from slimfit_ds.activations import graph, rng
 from slimfit_ds.activations.autocast import AutocastState
 from slimfit_ds.activations.batching import Chunks, plan_chunks
@@ -113,7 +115,10 @@ def checkpoint(
         call.tensors = []
         if remember_output:
             SHARED.remember(
-                outcome.values[0].detach(), RECIPE, _REPEATED, _Repetition(tuple(record.kept), record)
+                outcome.values[0].detach(),
+                RECIPE,
+                _REPEATED,
+                _Repetition(tuple(record.kept), weakref.ref(record)),
             )
         record.kept = []
     return outcome.take()
@@ -315,10 +320,13 @@ class _CheckpointFunction(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Repetition:
-    """How a checkpointed function's first result follows from what the checkpoint saved."""
+    """How a checkpointed function's first result follows from what the checkpoint saved.
+
+    The record belongs to the checkpoint's node of the graph; the memory of payloads must not keep the model alive.
+    """
 
     tensors: tuple[Tensor, ...]
-    record: _Record
+    record: weakref.ref[_Record]
 
 
 class _Repeated:
@@ -326,7 +334,12 @@ class _Repeated:
 
     @staticmethod
     def decode(recipe: _Repetition) -> Tensor:
-        return recipe.record.repeat(recipe.tensors)
+        record = recipe.record()
+        if record is None:
+            raise RuntimeError(
+                "the graph of a checkpointed part was freed before the layer that reads its result"
+            )
+        return record.repeat(recipe.tensors)
 
 
 _REPEATED = _Repeated()

@@ -42,7 +42,8 @@ class OperationTable(BaseModel):
         None, description="the same while the norm's weight trains; null: as `norm`"
     )
     consumers: CodecSpec = Field(
-        "exact", description="recompute: modules fed by a norm are recomputed from its normalised input"
+        "exact",
+        description="modules fed by a norm are recomputed from what it stores: recompute (all) or attention (these)",
     )
     activation: CodecSpec = Field(
         "exact",
@@ -77,10 +78,9 @@ PRESETS = MappingProxyType(
             wide_linear="fixed8",
         ),
         "balanced": OperationTable(
-            norm="lm4",
-            # The gradient of a norm's own weight is a sum of x_hat, so it shows the full error of four bits.
-            active_norm="int8",
-            activation="step4",
+            norm="int8_channel",
+            consumers="attention",
+            activation={"name": "step4", "scale": 2.0},
             attention="int8",
             dropout="replay",
             linear="int8",
@@ -88,16 +88,16 @@ PRESETS = MappingProxyType(
             product="int4",
         ),
         "lean": OperationTable(
-            norm="int8",
+            norm="int8_channel",
             consumers="recompute",
-            activation="step4",
+            activation={"name": "step4", "scale": 2.0},
             attention="int8",
             dropout="replay",
             linear="int8",
             wide_linear="int8",
             product="int8",
         ),
-        "minimal": OperationTable(block="int8", norm="int8", activation="step4", dropout="replay"),
+        "minimal": OperationTable(block="int8_channel", norm="int8", activation="step4", dropout="replay"),
         "ultra": OperationTable(block="int4", norm="int8", activation="step4", dropout="replay"),
     }
 )

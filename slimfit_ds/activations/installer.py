@@ -70,8 +70,8 @@ class Installer:
             m: kind for _, m in self._model.named_modules() if (kind := recognise.norm_kind(m)) is not None
         }
         for name, block in self._blocks.items():
-            if name not in self._recomputed and tables[name].consumers == "recompute":
-                self._consumers(name, block)
+            if name not in self._recomputed and tables[name].consumers != "exact":
+                self._consumers(name, block, tables[name].consumers == "attention")
         for name, module in self._model.named_modules():
             if not inside(name, self._recomputed):
                 self._module(name, module, tables[name])
@@ -104,9 +104,11 @@ class Installer:
         self._recomputed[name] = block
         self.rows.append(Row(name, "block", describe(table.block), reason))
 
-    def _consumers(self, name: str, block: nn.Module) -> None:
+    def _consumers(self, name: str, block: nn.Module, only_attention: bool) -> None:
         widths = {m: width for m in self._norms if (width := recognise.norm_width(m)) is not None}
         for part, module in find_consumers(block, widths).items():
+            if only_attention and not _is_attention(module):
+                continue
             full = f"{name}.{part}"
             codec = resolve_codec(self._config.table(full).norm)
             width = max(widths[m] for m in block.modules() if m in widths)
@@ -134,7 +136,7 @@ class Installer:
     def _norm(self, name: str, module: nn.Module, table: OperationTable) -> None:
         kind = self._norms[module]
         active = table.norm if table.active_norm is None else table.active_norm
-        recipe = table.consumers == "recompute"
+        recipe = table.consumers != "exact"
         setting = NormSetting(kind, resolve_codec(table.norm), resolve_codec(active), recipe)
         if setting.frozen is None and setting.active is None:
             return
@@ -170,7 +172,7 @@ class Installer:
             spec = tables[name].attention
             if spec == "exact" or not inside(name, self._blocks) or inside(name, self._recomputed):
                 continue
-            if "Attention" not in type(module).__name__ or not hasattr(module, "config"):
+            if not _is_attention(module) or not hasattr(module, "config"):
                 continue
             codec = resolve_codec(spec)
             assert codec is not None
@@ -194,6 +196,10 @@ def _activation_codec(spec: CodecSpec, function: str) -> Codec:
     codec = resolve_codec(spec)
     assert codec is not None
     return codec
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -260,8 +262,8 @@ def test_the_report_names_what_was_left_alone():
     rows = {(r.module, r.kind): r for r in compress(model, ActivationsConfig(preset="balanced")).report()}
     assert rows["layers.1.norm", "norm"].codec == "exact"
     assert "OddNorm agrees with no known norm" in rows["layers.1.norm", "norm"].reason
-    assert rows["layers.0.norm", "norm"].codec == "lm4"
-    assert rows["layers.0.feed_forward.2", "activation"].codec == "step4"
+    assert rows["layers.0.norm", "norm"].codec == "int8_channel"
+    assert rows["layers.0.feed_forward.2", "activation"].codec == "step4(scale=2.0)"
     assert rows["layers.0.feed_forward.3", "wide_linear"].codec == "int8"
 
 
@@ -282,3 +284,40 @@ def test_a_checkpointed_model_saved_by_transformers_loads_without_this_package(t
     compress(model, ActivationsConfig(preset="balanced"))
     model.save_pretrained(tmp_path)
     assert "slimfit" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("preset", ["paper", "balanced", "lean", "minimal"])
+def test_a_model_and_its_graph_are_freed(preset):
+    model = build("bert")
+    compress(model, ActivationsConfig(preset=preset))
+    gradients(model, batch_for("bert"))
+    weight = weakref.ref(model.bert.encoder.layer[0].output.dense.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_lean_recomputes_the_inputs_of_active_layers():
+    """BERT's output projections train: their inputs are results of recomputed parts and cost no bytes."""
+    model = without_dropout(build("bert"))
+    batch = batch_for("bert", rows=8)
+    counts = []
+    for train in (False, True):
+        model.requires_grad_(False)
+        model.bert.embeddings.LayerNorm.bias.requires_grad_()
+        for layer in model.bert.encoder.layer:
+            layer.output.dense.weight.requires_grad_(train)
+            layer.attention.output.dense.weight.requires_grad_(train)
+        expected = gradients(model, batch)[1]
+        handle = compress(model, ActivationsConfig(preset="lean", chunk_tokens=20))
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t
+        ):
+            loss = model(**batch).loss
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        counts.append(sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters))
+        loss.backward()
+        assert relative_error(gradients(model, batch)[1], expected) < 0.02
+        handle.remove()
+    assert counts[1] == counts[0]

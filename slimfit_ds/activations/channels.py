@@ -1,0 +1,70 @@
+"""Codecs behind a standardisation of each channel.
+
+Trained transformers have a few channels far from the rest, by mean and by size, in every token: in a norm's x_hat,
+in the residual stream, in keys. A codec that was made for N(0, 1), or a scale that such a channel shares with its
+neighbours, loses the others. Mean and deviation of each channel over the tokens cost eight bytes per channel and
+tensor, and leave the codec something close to N(0, 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from slimfit_ds.activations.codecs import Codec, Encoded, get_codec, register_codec
+
+__all__ = ["StandardisedChannels"]
+
+
+class StandardisedChannels(Codec):
+    """Encodes (x - mean) / deviation, both per channel.
+
+    A channel is an index of the last dimension, and, for `[batch, heads, tokens, width]`, of a head.
+
+    Args:
+        inner: codec of the standardised values.
+    """
+
+    def __init__(self, inner: Codec):
+        self.inner = inner
+        self.name = f"{inner.name}_channel"
+        self.unbiased = inner.unbiased
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
+        # In the dtype of x: decoding undoes exactly these rounded statistics, and no wider copy of x is made.
+        deviation, mean = torch.std_mean(x, dim=_token_dims(x.dim()), correction=0, keepdim=True)
+        deviation = torch.where(deviation > 0, deviation, 1.0)
+        inverse = deviation.float().reciprocal()
+        values = torch.addcmul(-mean.float() * inverse, x, inverse, out=torch.empty_like(x))
+        encoded = self.inner.encode(values, generator=generator)
+        return dataclasses.replace(encoded, tensors=(*encoded.tensors, mean, deviation))
+
+    @torch.no_grad()
+    def decode(self, e: Encoded) -> Tensor:
+        *inner, mean, deviation = e.tensors
+        values = self.inner.decode(dataclasses.replace(e, tensors=tuple(inner)))
+        return torch.addcmul(mean.float(), values, deviation.float(), out=values)
+
+    def storage(self, numel: int, dtype: torch.dtype) -> tuple[tuple[torch.dtype, int], ...]:
+        """Without the two numbers per channel, which `numel` does not tell."""
+        return self.inner.storage(numel, dtype)
+
+
+def _token_dims(dims: int) -> tuple[int, ...]:
+    """The dimensions that statistics are taken over."""
+    return (0, 2) if dims == 4 else tuple(range(dims - 1))
+
+
+def _factory(name: str):
+    def build(**options: Hashable) -> Codec:
+        return StandardisedChannels(get_codec(name, **options))
+
+    return build
+
+
+for _name in ("int8", "int4", "lm4", "lm2"):
+    register_codec(f"{_name}_channel", _factory(_name))
