@@ -15,6 +15,7 @@ COMMANDS = {
         "run one recipe by several methods and tabulate memory and speed",
     ),
     "plan": ("slimfit_ds.memory.plan_cli:main", "what a setting would need, without running it"),
+    "export": ("slimfit_ds.engine.export_cli:main", "the weights of a checkpoint as one safetensors file"),
 }
 """Where each sub-command stands and what it does; imported when it is called."""
 

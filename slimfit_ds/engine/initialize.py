@@ -98,6 +98,8 @@ def initialize(
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if slim.memory_budget is not None:
+        slim = _within_budget(loaded, model, training_data, collate_fn, distributed_port, dist_init_required)
     # DeepSpeed prints its configuration as JSON.
     loaded["slimfit"] = slim.model_dump(mode="json")
     from slimfit_ds.engine.engine import SlimFitEngine
@@ -109,6 +111,38 @@ def initialize(
         return deepspeed.initialize(args=_without_config(args), config=loaded, **arguments)
     finally:
         deepspeed.DeepSpeedEngine = stock
+
+
+def _within_budget(
+    config: dict[str, Any],
+    model: nn.Module,
+    training_data: Any,
+    collate_fn: Any,
+    port: int,
+    init: bool | None,
+) -> SlimFitConfig:
+    """The block that keeps `memory_budget`; the shape of a batch is read from the training data."""
+    import deepspeed
+    from torch.utils.data import default_collate
+
+    from slimfit_ds.engine.budget import resolve_budget
+
+    problems = []
+    if training_data is None:
+        problems.append(
+            "slimfit.memory_budget needs training_data, to see the shape of a batch; pass it, or take the "
+            "settings that `slimfit-ds plan` writes"
+        )
+    size = config.get("train_micro_batch_size_per_gpu")
+    if not isinstance(size, int):
+        problems.append(
+            f"slimfit.memory_budget needs train_micro_batch_size_per_gpu as a number, got {size!r}"
+        )
+    if problems or not isinstance(size, int):
+        raise ConfigError(problems)
+    deepspeed.init_distributed(distributed_port=port, dist_init_required=init)
+    batch = (collate_fn or default_collate)([training_data[index] for index in range(size)])
+    return SlimFitConfig.parse(resolve_budget(config, model, batch)["slimfit"])
 
 
 def _without_config(args: Any) -> Any:

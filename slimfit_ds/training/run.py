@@ -110,6 +110,7 @@ class Run:
         self._tokens_per_second: list[float] = []
 
     def _make_engine(self, found: Inspection) -> Any:
+        from slimfit_ds.engine.budget import resolve_budget
         from slimfit_ds.engine.initialize import initialize
 
         recipe = self.recipe
@@ -121,14 +122,36 @@ class Run:
             else round(recipe.warmup_ratio * self.steps)
         )
         factor = rate_factor(recipe.scheduler, self.steps, warmup)
+        config = found.deepspeed
+        if "slimfit" in config:
+            config = resolve_budget(config, model, self._example_batch())
         engine, *_ = initialize(
             model=model,
             model_parameters=parameter_groups(model, recipe.weight_decay),
             lr_scheduler=partial(LambdaLR, lr_lambda=factor),
-            config=found.deepspeed,
+            config=config,
         )
         engine.train()
         return engine
+
+    def _example_batch(self) -> dict[str, Tensor]:
+        """A batch of the largest shape that training will see."""
+        batch = dict(next(iter(self._loader(0, 1))))
+        longest = getattr(self.task.options, "max_length", None)
+        if longest is not None and "input_ids" in batch:
+            batch["input_ids"] = batch["input_ids"].new_zeros(self.micro_batch, longest)
+        return batch
+
+    def _loader(self, start: int, stop: int) -> Any:
+        return training_loader(
+            self.training,
+            self.task,
+            self.batches,
+            start=start,
+            stop=stop,
+            seed=self.recipe.seed,
+            workers=self.recipe.num_workers,
+        )
 
     def _resume(self) -> tuple[int, list[float]]:
         """The next step and the seconds of the steps done."""
@@ -151,17 +174,7 @@ class Run:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
         reset_peak_memory(self.device)
-        loader = iter(
-            training_loader(
-                self.training,
-                self.task,
-                self.batches,
-                start=self.first_step,
-                stop=self.steps,
-                seed=self.recipe.seed,
-                workers=self.recipe.num_workers,
-            )
-        )
+        loader = iter(self._loader(self.first_step, self.steps))
         metrics: dict[str, float] = {}
         for step in range(self.first_step, self.steps):
             line = self._step(step, loader)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 import slimfit_ds
+from slimfit_ds.cli import main
 from slimfit_ds.config import ConfigError
 from slimfit_ds.engine import checkpoint
 from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag, load_states_of
@@ -176,6 +177,17 @@ class TestOneRank:
         # Three updates of 1e-5 are below bf16's resolution but not below the master's.
         assert not torch.equal(trained, engine.module[0].weight.float())
         assert torch.equal(trained.bfloat16(), engine.module[0].weight)
+
+    def test_export_command(self, tmp_path, capsys):
+        engine = engine_of()
+        engine.save_checkpoint(tmp_path / "run")
+        target = tmp_path / "out.safetensors"
+        assert main(["export", str(tmp_path / "run"), str(target)]) == 0
+        assert torch.equal(load_file(target)["0.weight"], engine.module[0].weight)
+        assert main(["export", str(tmp_path / "run"), str(target)]) == 2
+        assert "exists; choose another name" in capsys.readouterr().err
+        assert main(["export", str(tmp_path), str(tmp_path / "new.safetensors")]) == 2
+        assert "is no SlimFit checkpoint" in capsys.readouterr().err
 
     def test_save_pretrained_loads_with_plain_transformers(self, tmp_path):
         config = BertConfig(

@@ -1,0 +1,58 @@
+"""`memory_budget` at `initialize`: what is chosen, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification
+
+import slimfit_ds
+from slimfit_ds.config import ConfigError
+
+pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.slow]
+
+
+class Sentences(Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.full((32,), index % 60), "labels": torch.tensor(index % 2)}
+
+
+def make(budget, data=None, **freeze):
+    config = BertConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": 32,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 100000, "allgather_bucket_size": 100000},
+        "slimfit": {"memory_budget": budget, "freeze": freeze},
+    }
+    return slimfit_ds.initialize(
+        model=BertForSequenceClassification(config), config=settings, training_data=data
+    )
+
+
+def test_a_rich_budget_leaves_activations_exact_and_a_tight_one_does_not():
+    rich, *_ = make("100GB", Sentences())
+    assert rich.slimfit_config.activations.preset == "exact"
+    tight, *_ = make("9MB", Sentences(), rate=0.9)
+    assert tight.slimfit_config.activations.preset != "exact"
+    assert tight.slimfit_config.freeze.rate == 0.9
+    batch = next(iter(tight.training_dataloader))
+    tight.backward(tight(**batch).loss)
+    tight.step()
+    assert tight.update_statistics
+
+
+def test_an_impossible_budget_names_the_smallest_feasible_one():
+    with pytest.raises(ConfigError, match=r"1\.0 kB is too small; the smallest feasible budget|too small"):
+        make("1kB", Sentences())
+
+
+def test_without_data_a_batch_cannot_be_known():
+    with pytest.raises(ConfigError, match="memory_budget needs training_data"):
+        make("1GB")
