@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
@@ -138,12 +138,18 @@ def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
     ]
 
 
+# Functions and modules that drew random numbers when they last ran: they start out in chunks the next time.
+_DRAWING: weakref.WeakSet = weakref.WeakSet()
+
+
 class _Call:
     """A function with its arguments taken apart into tensors and the rest."""
 
     def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
         leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_opaque)
         self._function, self._again = function, recompute or function
+        holders = (getattr(function, "__self__", None), *leaves)
+        self.owner = next((x for x in holders if isinstance(x, nn.Module)), function)
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -237,9 +243,14 @@ class _Record:
 
 def _forward(call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool) -> _Outcome:
     """Run the function on exact values, in chunks where it must be, keeping nothing for backward."""
-    pieces = plan if chunk_forward else plan.undivided()
+    divide = chunk_forward or (preserve_rng_state and call.owner in _DRAWING)
+    pieces = plan if divide else plan.undivided()
     before = rng.capture(call.tensors) if preserve_rng_state else None
     outcome = _run(call, pieces, preserve_rng_state)
+    if any(state is not None for state in outcome.states):
+        _DRAWING.add(call.owner)
+    else:
+        _DRAWING.discard(call.owner)
     if len(pieces) < len(plan) and outcome.states[0] is not None:
         # A chunk cannot repeat its part of a dropout mask drawn for the whole batch.
         rng.restore(before)

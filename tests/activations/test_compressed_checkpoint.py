@@ -279,3 +279,18 @@ def test_chunk_tokens_must_be_positive():
     module, x = model_and_input()
     with pytest.raises(ValueError, match="chunk_tokens must be a positive"):
         checkpoint(module, x, chunk_tokens=0)
+
+
+def test_a_function_known_to_draw_runs_once_in_the_forward_pass():
+    module, x = model_and_input(dropout=0.2)
+    rows = []
+    module.norm.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[0]))
+    for _ in range(2):
+        rows.clear()
+        checkpoint(module, x, codec="exact", chunk_tokens=2 * S)
+    assert rows == [2, 2, 2]
+    module.dropout.p = 0.0
+    checkpoint(module, x, codec="exact", chunk_tokens=2 * S)
+    rows.clear()
+    checkpoint(module, x, codec="exact", chunk_tokens=2 * S)
+    assert rows == [B]
