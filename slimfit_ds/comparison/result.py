@@ -65,7 +65,7 @@ def gpus_needed(at_peak: Mapping[str, int], ranks: int, stage: int, memory: int)
         memory: bytes of a GPU.
 
     Returns:
-        The number, a power of two; None if even 1024 do not do.
+        The number; None if even 1024 do not do.
     """
     divided = {"saved_activations_dynamic", "saved_activations_static", "working"}
     divided |= {
@@ -73,9 +73,6 @@ def gpus_needed(at_peak: Mapping[str, int], ranks: int, stage: int, memory: int)
     }
     fixed = sum(size for kind, size in at_peak.items() if kind not in divided)
     moving = sum(size for kind, size in at_peak.items() if kind in divided)
-    count = 1
-    while count <= _MAX_GPUS:
-        if fixed + moving * ranks / count <= memory:
-            return count
-        count *= 2
-    return None
+    if fixed + moving * ranks / _MAX_GPUS > memory:
+        return None
+    return next(count for count in range(1, _MAX_GPUS + 1) if fixed + moving * ranks / count <= memory)

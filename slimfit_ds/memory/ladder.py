@@ -49,7 +49,11 @@ def _rung(
     }
     if chunk is not None:
         # A compressed norm outside the blocks works on the whole batch in fp32, which is more than it saves.
-        changes["activations"] |= {"chunk_tokens": chunk, "chunk_forward": True, "operations": {"norm": "exact"}}
+        changes["activations"] |= {
+            "chunk_tokens": chunk,
+            "chunk_forward": True,
+            "operations": {"norm": "exact"},
+        }
         label.append(f"chunks of {chunk} tokens")
     if frozen_embeddings:
         changes["freeze"]["never_active"] = "embeddings"

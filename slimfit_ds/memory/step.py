@@ -70,6 +70,10 @@ def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
 
     from torch.utils.checkpoint import checkpoint
 
+    if strategy.loss_chunk is not None:
+        from slimfit_ds.activations.language_head import chunk_language_model_loss
+
+        chunk_language_model_loss(model, strategy.loss_chunk)
     if strategy.gradient_checkpointing:
         model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))  # type: ignore[operator]
     if strategy.lora is None:

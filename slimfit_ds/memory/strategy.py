@@ -28,6 +28,7 @@ class Strategy:
         accumulation: micro-batches per optimizer step.
         slimfit: the `"slimfit"` block; None: no freezing.
         fused: a fused optimizer step without temporaries, as on CUDA.
+        loss_chunk: tokens whose logits exist at a time (causal language models); None: all.
         dtype: overrides the workload's dtype.
         attention: overrides the workload's attention implementation.
         note: what this is, for tables.
@@ -42,6 +43,7 @@ class Strategy:
     accumulation: int = 1
     slimfit: Mapping[str, Any] | None = None
     fused: bool = True
+    loss_chunk: int | None = None
     dtype: str | None = None
     attention: str | None = None
     note: str = ""
