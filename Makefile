@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/python -m slimfit_ds.cli compare --config recipes/digits_vit.yaml --ranks 2 --strategies full,slimfit
+	$(BIN)/python -m slimfit_ds.cli compare --config recipes/digits_vit.yaml --ranks 2 --strategies full,slimfit,minimal_host
 
 test: setup
 	$(BIN)/python -m pytest -q
