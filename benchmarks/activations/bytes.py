@@ -91,7 +91,7 @@ SHAPES = {
     "GPT-2": Shape(
         lambda n: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=n, attn_pdrop=0.0, use_cache=False)), 768, 12, 8, 512
     ),
-    "Llama-3-8B": Shape(_llama_like(hf.LlamaForCausalLM, hf.LlamaConfig, **_LLAMA), 4096, 8, 1, 2048),
+    "Llama-3-8B": Shape(_llama_like(hf.LlamaForCausalLM, hf.LlamaConfig, **_LLAMA), 4096, 32, 1, 2048),
     "Qwen3-0.6B": Shape(
         _llama_like(
             hf.Qwen3ForCausalLM, hf.Qwen3Config, hidden_size=1024, intermediate_size=3072,
@@ -100,7 +100,7 @@ SHAPES = {
         1024, 28, 1, 2048,
     ),
     "Mistral-7B": Shape(
-        _llama_like(hf.MistralForCausalLM, hf.MistralConfig, **_LLAMA, sliding_window=None), 4096, 8, 1, 2048
+        _llama_like(hf.MistralForCausalLM, hf.MistralConfig, **_LLAMA, sliding_window=None), 4096, 32, 1, 2048
     ),
     # Encoder and decoder see the same number of tokens; a "block" is one encoder and one decoder layer.
     "T5-base": Shape(
