@@ -186,9 +186,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def _put(self, tensor: torch.Tensor, kind: str, only_from: frozenset[str] | None = None) -> None:
         for plain in plain_tensors(tensor):
-            if plain.device.type != self._device:
+            if plain.device.type not in (self._device, "meta"):
                 self._ledger.put(plain, HOST)
-            elif plain.untyped_storage().nbytes():
+            elif plain.device.type == self._device and plain.untyped_storage().nbytes():
                 self._ledger.put(plain, kind, only_from)
 
     def _on_save(self, tensor: torch.Tensor, kind: str) -> None:

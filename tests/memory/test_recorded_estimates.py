@@ -9,7 +9,9 @@ STRATEGIES = {"zero0", "zero2", "gradient_checkpointing", "lora", "exact", "bala
 
 
 def test_every_model_and_strategy_is_within_5_percent():
-    rows = [line.split("|")[1:-1] for line in RESULTS.read_text().splitlines() if re.match(r"\| (\w|-)", line)]
+    rows = [
+        line.split("|")[1:-1] for line in RESULTS.read_text().splitlines() if re.match(r"\| (\w|-)", line)
+    ]
     found = {}
     for model, strategy, estimated, measured, difference, _ in (map(str.strip, row) for row in rows[1:]):
         assert estimated.split()[1] in ("MiB", "GiB")
