@@ -47,10 +47,10 @@ def gradients(model: nn.Module, active: list[Tensor], batch: dict[str, Tensor], 
     return torch.cat([w.grad.flatten() if w.grad is not None else torch.zeros(w.numel()) for w in active])
 
 
-def errors(trained: Trained, preset: str, rate: float, sets: int, overrides: dict[str, str]) -> list[float]:
+def errors(trained: Trained, preset: str, rate: float, sets: range, overrides: dict[str, str]) -> list[float]:
     """The relative error for each random active set."""
     found = []
-    for seed in range(sets):
+    for seed in sets:
         active = freeze(trained.model, rate, seed)
         batch = trained.batches[seed % len(trained.batches)]
         exact = gradients(trained.model, active, batch, seed)
@@ -63,10 +63,10 @@ def errors(trained: Trained, preset: str, rate: float, sets: int, overrides: dic
     return found
 
 
-def batch_noise(trained: Trained, rate: float, sets: int) -> float:
+def batch_noise(trained: Trained, rate: float, sets: range) -> float:
     """The mean relative difference between the gradients of two batches."""
     found = []
-    for seed in range(sets):
+    for seed in sets:
         active = freeze(trained.model, rate, seed)
         first, second = (
             gradients(trained.model, active, trained.batches[(seed + i) % len(trained.batches)], seed)
@@ -85,9 +85,11 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], metavar="OPERATION=CODEC")
     parser.add_argument("--rate", type=float, default=0.95)
     parser.add_argument("--sets", type=int, default=10, help="random active sets, each with its own batch")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first set")
     parser.add_argument("--cache", type=Path, help="keep the trained models in this folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    sets = range(options.seed, options.seed + options.sets)
     overrides = dict(item.split("=", 1) for item in options.override)
     numbers: dict[str, dict[str, list[float]]] = {}
     table = Table(
@@ -103,11 +105,9 @@ def main() -> None:
             trained = MODELS[name]()
             if cached is not None:
                 torch.save(trained, cached)
-        numbers[name] = {
-            p: errors(trained, p, options.rate, options.sets, overrides) for p in options.presets
-        }
+        numbers[name] = {p: errors(trained, p, options.rate, sets, overrides) for p in options.presets}
         cells = [f"{sum(e) / len(e):.4f} ({max(e):.4f})" for e in numbers[name].values()]
-        noise = f"{batch_noise(trained, options.rate, options.sets):.2f}"
+        noise = f"{batch_noise(trained, options.rate, sets):.2f}"
         table.add_row(name, f"{trained.accuracy:.3f}", *cells, noise)
     Console(width=160).print(table)
     if options.json:

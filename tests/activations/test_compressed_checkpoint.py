@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from slimfit_ds.activations.checkpoint import checkpoint
@@ -294,3 +295,28 @@ def test_a_function_known_to_draw_runs_once_in_the_forward_pass():
     rows.clear()
     checkpoint(module, x, codec="exact", chunk_tokens=2 * S)
     assert rows == [B]
+
+
+def test_chunks_bound_the_working_set():
+    """No tensor of the recomputation is larger than a chunk's widest, except inputs and gradients of the whole."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(value, torch.Tensor):
+                    self.elements = max(self.elements, value.numel())
+            return out
+
+    module, _ = model_and_input()
+    x = torch.randn(64, S, H, dtype=torch.float64, requires_grad=True)
+    sizes = []
+    for chunk_tokens in (None, 4 * S):
+        loss = checkpoint(module, x, codec="int8", chunk_tokens=chunk_tokens).sum()
+        with Largest() as mode:
+            loss.backward()
+        sizes.append(mode.elements)
+    assert sizes[0] == 64 * S * 4 * H
+    assert sizes[1] == 64 * S * H
