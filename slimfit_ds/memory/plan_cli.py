@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slimfit_ds.config import ConfigError, parse_bytes
 from slimfit_ds.memory.estimator import Estimate, Simulator
+from slimfit_ds.memory.plan_files import write_plan
 from slimfit_ds.memory.planner import Choice, find_setting
 from slimfit_ds.memory.strategy import STRATEGIES, Strategy
 from slimfit_ds.memory.workload import DTYPES, TASKS, ModelNotFound, Workload, load_config
@@ -153,7 +153,7 @@ def _plan(arguments: argparse.Namespace, memory: int, reserve: int, workload: Wo
         console.print(plan_table(rows, title, caption))
         if choice is None or choice.setting is None:
             return _nothing_fits(simulator, workload, choice, budget, reserve, strategy)
-    for path in _write(arguments, workload, strategy, choice, folder):
+    for path in write_plan(arguments, workload, strategy, choice, folder):
         console.print(f"written: {path}", highlight=False)
     console.print(
         f"{choice.reason(budget)}\nexpected gradient error: {choice.setting.error_class}", highlight=False
@@ -255,49 +255,6 @@ def _nothing_fits(
                 )
     print("\n".join(lines), file=sys.stderr)
     return 2
-
-
-def _write(
-    arguments: argparse.Namespace, workload: Workload, strategy: Strategy, choice: Choice, folder: Path
-) -> list[Path]:
-    """Recipe and DeepSpeed JSON of the chosen setting."""
-    import json
-
-    import yaml
-
-    assert choice.setting is not None
-    config = load_config(workload.model)
-    task = workload.resolved_task(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    deepspeed: dict[str, Any] = {"zero_optimization": strategy.zero_block(), "slimfit": choice.setting.block}
-    values: dict[str, Any] = {
-        "task": {"name": task, **({} if task == "image_classification" else {"max_length": workload.seq})},
-        "model": _recipe_model(arguments.model),
-        "data_dir": None,
-        "max_steps": 1000,
-        "train_batch_size": arguments.batch * arguments.gpus,
-        "micro_batch_size": arguments.batch,
-        "lr": 5e-5,
-        "dtype": arguments.dtype,
-        "deepspeed": "ds_config.json",
-    }
-    header = (
-        f"# Written by slimfit-ds plan for {arguments.gpus} GPU(s) of {arguments.gpu_memory}.\n"
-        f"# {choice.reason(parse_bytes(arguments.gpu_memory))}\n"
-        "# Set data_dir (or data) and what else your task needs.\n"
-    )
-    paths = [folder / "ds_config.json", folder / "recipe.yaml"]
-    paths[0].write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
-    paths[1].write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return paths
-
-
-def _recipe_model(name: str) -> Any:
-    """A hub id or folder as it is; a single file becomes a model to initialise."""
-    import json
-
-    path = Path(name).expanduser()
-    return {"config": json.loads(path.read_text())} if path.is_file() else name
 
 
 if __name__ == "__main__":
