@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
@@ -26,7 +26,7 @@ from slimfit_ds.activations import graph, rng
 from slimfit_ds.activations.autocast import AutocastState
 from slimfit_ds.activations.batching import Chunks, plan_chunks
 from slimfit_ds.activations.codecs import Codec, get_codec
-from slimfit_ds.activations.scope import recomputed_part
+from slimfit_ds.activations.forward_pass import Call, Outcome, as_leaves, run_forward
 from slimfit_ds.activations.storing import RECIPE, SHARED, SavedTensors, Stored
 
 __all__ = ["checkpoint", "make_checkpoint", "resolve_codec"]
@@ -99,9 +99,9 @@ def checkpoint(
     while isinstance(function, functools.partial):
         args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
         function = function.func
-    call = _Call(function, args, kwargs, recompute)
+    call = Call(function, args, kwargs, recompute)
     plan = plan_chunks(call.tensors, chunk_tokens)
-    outcome = _forward(call, plan, chunk_forward, preserve_rng_state)
+    outcome = run_forward(call, plan, chunk_forward, preserve_rng_state)
     if any(outcome.differentiable):
         mask = (select or _hidden_states)(call.tensors)
         chosen = resolve_codec(codec)
@@ -138,80 +138,12 @@ def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
     ]
 
 
-# Functions and modules that drew random numbers when they last ran: they start out in chunks the next time.
-_DRAWING: weakref.WeakSet = weakref.WeakSet()
-
-
-class _Call:
-    """A function with its arguments taken apart into tensors and the rest."""
-
-    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
-        leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_opaque)
-        self._function, self._again = function, recompute or function
-        holders = (getattr(function, "__self__", None), *leaves)
-        self.owner = next((x for x in holders if isinstance(x, nn.Module)), function)
-        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def run(self, tensors: Sequence[Tensor]) -> Any:
-        """The function's results for these tensors."""
-        return self._call(self._function, tensors)
-
-    def run_again(self, tensors: Sequence[Tensor]) -> Any:
-        """The same in the backward pass."""
-        return self._call(self._again, tensors)
-
-    def _call(self, function: Callable, tensors: Sequence[Tensor]) -> Any:
-        leaves = list(self._leaves)
-        for position, tensor in zip(self._positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        with recomputed_part():
-            return function(*args, **kwargs)
-
-
-def _is_opaque(value: Any) -> bool:
-    """Caches and other objects are passed on as they are, even if they are registered as trees."""
-    return not isinstance(value, (tuple, list, dict))
-
-
-class _Outcome:
-    """What a forward pass gave.
-
-    Attributes:
-        values: the tensors among the results, detached.
-        differentiable: which of them carry gradients.
-        parameters: the leaves that were used and are no arguments.
-        states: for each chunk that was run, the random state before it, or `None` where nothing was drawn.
-    """
-
-    def __init__(
-        self, plan: Chunks, results: list[list[Any]], structure: Any, parameters: list[Tensor], states: list
-    ):
-        merged = results[0] if len(results) == 1 else plan.merge(results)
-        self._positions = [i for i, value in enumerate(merged) if isinstance(value, Tensor)]
-        self.differentiable = [any(result[i].requires_grad for result in results) for i in self._positions]
-        self.values: Sequence[Tensor] = [merged[i].detach() for i in self._positions]
-        self.parameters, self.states = parameters, states
-        self._rest = [None if isinstance(value, Tensor) else value for value in merged]
-        self._structure = structure
-
-    def take(self) -> Any:
-        """The results as the function would return them."""
-        leaves = list(self._rest)
-        for position, value in zip(self._positions, self.values, strict=True):
-            leaves[position] = value
-        self.values, self.parameters = [], []
-        return pytree.tree_unflatten(leaves, self._structure)
-
-
 class _Record:
     """What the backward pass needs besides tensors."""
 
-    def __init__(self, call: _Call, plan: Chunks, outcome: _Outcome, partitioned: list[Tensor] | None):
+    def __init__(self, call: Call, plan: Chunks, outcome: Outcome, partitioned: list[Tensor] | None):
         self.call, self.partitioned = call, partitioned
-        self.outcome: _Outcome | None = outcome
+        self.outcome: Outcome | None = outcome
         self.plan = plan
         self.states = outcome.states
         self.autocast = AutocastState.capture(call.tensors)
@@ -241,48 +173,6 @@ class _Record:
         return plan, [None] * len(plan)
 
 
-def _forward(call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool) -> _Outcome:
-    """Run the function on exact values, in chunks where it must be, keeping nothing for backward."""
-    divide = chunk_forward or (preserve_rng_state and call.owner in _DRAWING)
-    pieces = plan if divide else plan.undivided()
-    before = rng.capture(call.tensors) if preserve_rng_state else None
-    outcome = _run(call, pieces, preserve_rng_state)
-    if any(state is not None for state in outcome.states):
-        _DRAWING.add(call.owner)
-    else:
-        _DRAWING.discard(call.owner)
-    if len(pieces) < len(plan) and outcome.states[0] is not None:
-        # A chunk cannot repeat its part of a dropout mask drawn for the whole batch.
-        rng.restore(before)
-        outcome = _run(call, plan, preserve_rng_state)
-    return outcome
-
-
-def _run(call: _Call, plan: Chunks, preserve_rng_state: bool) -> _Outcome:
-    results, states = [], []
-    parameters: dict[int, Tensor] = {}
-    autocast = AutocastState.capture(call.tensors)
-    for index in range(len(plan)):
-        inputs = _as_leaves(plan.slice(call.tensors, index), [t.requires_grad for t in call.tensors])
-        before = rng.capture(inputs) if preserve_rng_state else None
-        start = graph.position()
-        with autocast.entered(), graph.nothing_saved():
-            leaves, structure = pytree.tree_flatten(call.run(inputs))
-        states.append(before if rng.consumed_since(before, inputs) else None)
-        for leaf in graph.leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
-            if not any(leaf is tensor for tensor in inputs):
-                parameters.setdefault(id(leaf), leaf)
-        results.append(
-            [v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
-        )
-    with torch.no_grad():
-        return _Outcome(plan, results, structure, list(parameters.values()), states)
-
-
-def _as_leaves(tensors: Sequence[Tensor], needs_gradient: Sequence[bool]) -> list[Tensor]:
-    return [t.detach().requires_grad_(needs) for t, needs in zip(tensors, needs_gradient, strict=True)]
-
-
 class _CheckpointFunction(torch.autograd.Function):
     """Saves the inputs of a function that has run, and repeats it for the gradients."""
 
@@ -309,7 +199,7 @@ class _CheckpointFunction(torch.autograd.Function):
         plan, states = record.chunks_for(gradients)
         total = _Totals(inputs, record, plan)
         for index in range(len(plan)):
-            chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient)
+            chunk = as_leaves(plan.slice(inputs, index), record.needs_gradient)
             with torch.enable_grad(), record.autocast.entered(), rng.replay(states[index]):
                 results = pytree.tree_leaves(record.call.run_again(chunk))
             results = [value for value in results if isinstance(value, Tensor)]
