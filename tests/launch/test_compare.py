@@ -83,7 +83,7 @@ def test_two_ranks_of_two_methods_and_one_that_fails(tmp_path, monkeypatch):
     # Full fine-tuning reduces and gathers every weight: 8 bytes for each.
     assert full.bytes_per_step == pytest.approx(8 * full.parameters, rel=0.05)
     assert minimal.bytes_per_step < 0.4 * full.bytes_per_step
-    assert full.gpus["1MB"] is None
+    assert full.gpus["1MB"] > 2  # two ranks with megabytes each were measured
     assert full.steps == 4
     run = tmp_path / "out" / "full" / "run"
     assert json.loads((run / "measures.json").read_text())["timed_steps"] == 2
