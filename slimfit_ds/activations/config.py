@@ -47,7 +47,7 @@ class OperationTable(BaseModel):
     )
     activation: CodecSpec = Field(
         "exact",
-        description="GELU, SiLU and the like: step4, step2 or step1 store the derivative, others the input",
+        description="GELU, SiLU and the like: step5, step4, step2 or step1 store the derivative, others the input",
     )
     attention: CodecSpec = Field("exact", description="queries, keys and values")
     probabilities: CodecSpec = Field(
@@ -80,7 +80,7 @@ PRESETS = MappingProxyType(
         "balanced": OperationTable(
             norm="int8_channel",
             consumers="attention",
-            activation={"name": "step4", "scale": 2.0},
+            activation={"name": "step5", "scale": 2.0},
             attention="int8",
             dropout="replay",
             linear="int8",

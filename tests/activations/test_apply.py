@@ -263,7 +263,7 @@ def test_the_report_names_what_was_left_alone():
     assert rows["layers.1.norm", "norm"].codec == "exact"
     assert "OddNorm agrees with no known norm" in rows["layers.1.norm", "norm"].reason
     assert rows["layers.0.norm", "norm"].codec == "int8_channel"
-    assert rows["layers.0.feed_forward.2", "activation"].codec == "step4(scale=2.0)"
+    assert rows["layers.0.feed_forward.2", "activation"].codec == "step5(scale=2.0)"
     assert rows["layers.0.feed_forward.3", "wide_linear"].codec == "int8"
 
 
