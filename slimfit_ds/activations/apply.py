@@ -9,10 +9,12 @@ from torch import nn
 from slimfit_ds.activations.checkpoint import resolve_codec
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec
 from slimfit_ds.activations.installer import Installer
+from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.report import Row, describe
+from slimfit_ds.config import ConfigError
 
-__all__ = ["CompressionHandle", "Row", "compress"]
+__all__ = ["CompressionHandle", "Row", "activation_problems", "compress"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class CompressionHandle:
 
     patches: Patches
     rows: tuple[Row, ...]
+    loss: ChunkedLoss | None = None
 
     def report(self) -> list[Row]:
         """One row for each module that was recognised, changed or left as it is."""
@@ -28,6 +31,8 @@ class CompressionHandle:
 
     def remove(self) -> None:
         """Restore the model exactly: forwards, checkpoint flags, attention implementation. Twice is harmless."""
+        if self.loss is not None:
+            self.loss.remove()
         self.patches.undo()
 
 
@@ -45,17 +50,30 @@ def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
         A handle with `report()` and `remove()`.
 
     Raises:
-        ValueError: a codec is unknown, or a layer glob matches no module; every problem is listed.
+        ConfigError: a codec is unknown, a layer glob matches no module, or the loss cannot be computed in
+            chunks; every problem is listed.
     """
+    if problems := activation_problems(model, config):
+        raise ConfigError(problems)
+    installer = Installer(model, config)
+    installer.run()
+    rows, loss = tuple(installer.rows), None
+    if config.chunk_loss_tokens is not None:
+        try:
+            loss = chunk_language_model_loss(model, config.chunk_loss_tokens)
+        except ValueError as error:
+            installer.patches.undo()
+            raise ConfigError([f"activations.chunk_loss_tokens: {error}; set it to null"]) from None
+    return CompressionHandle(installer.patches, rows, loss)
+
+
+def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str]:
+    """What is wrong with a configuration for this model, before anything is changed; a line each."""
     problems = config.unmatched_layers(name for name, _ in model.named_modules())
     tables = [config.table(), *(config.table(name) for name, _ in model.named_modules())]
     for spec in {describe(spec): spec for table in tables for _, spec in table if spec is not None}.values():
         problems += _codec_problem(spec)
-    if problems:
-        raise ValueError("\n".join(problems))
-    installer = Installer(model, config)
-    installer.run()
-    return CompressionHandle(installer.patches, tuple(installer.rows))
+    return problems
 
 
 def _codec_problem(spec: CodecSpec) -> list[str]:

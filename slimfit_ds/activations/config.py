@@ -123,6 +123,11 @@ class ActivationsConfig(BaseModel):
     chunk_tokens: int | None = Field(
         8192, ge=1, description="recompute about this many tokens at a time; null: the whole batch"
     )
+    chunk_loss_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="a language model's head and loss for this many tokens at a time; null: at once",
+    )
     chunk_forward: bool = Field(
         False, description="run the forward pass of recomputed parts in the same chunks"
     )

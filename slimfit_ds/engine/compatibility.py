@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from slimfit_ds.activations.blocks import find_blocks
 from slimfit_ds.config import SlimFitConfig
 
 __all__ = ["config_problems"]
@@ -109,7 +110,23 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
     )
     if model is not None:
         problems += _model_problems(model)
+        if zero3 and slim.activations.table().block != "exact":
+            problems += _shared_block_weights(model)
     return problems
+
+
+def _shared_block_weights(model: nn.Module) -> list[str]:
+    """Under ZeRO 3 the gradients that two recomputed blocks give one weight are not added up."""
+    owner: dict[int, str] = {}
+    for block, module in find_blocks(model).items():
+        for parameter in module.parameters():
+            first = owner.setdefault(id(parameter), block)
+            if first != block:
+                return [
+                    f"blocks {first!r} and {block!r} share weights, which recomputation under ZeRO stage 3 does "
+                    "not support: use another stage, or an activations preset that recomputes no blocks"
+                ]
+    return []
 
 
 def _model_problems(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from slimfit_ds.activations.apply import compress
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.active_set_check import check_active_set
@@ -57,10 +58,7 @@ class SlimFitEngine(DeepSpeedEngine):
         super().__init__(*args, **kwargs)
         if self.optimizer is None:
             raise ConfigError(["optimizer: freezing needs one; add it to the DeepSpeed config or pass it"])
-        if self.slimfit_config.activations.preset != "exact":
-            from slimfit_ds.activations.apply import compress
-
-            self.compression = compress(self.module, self.slimfit_config.activations)
+        self.compression = compress(self.module, self.slimfit_config.activations)
         self._apply_active_set()
 
     def _configure_optimizer(self, client_optimizer, model_parameters):

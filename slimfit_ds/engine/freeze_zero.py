@@ -230,12 +230,16 @@ class FreezeZeroOptimizer(ZeROOptimizer):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer states and gradients that this rank holds now."""
         gradients = [p.grad for unit in self._active for p in unit.parameters if p.grad is not None]
-        held = [*gradients, *self._reduced.values(), *self._accumulated.values()]
+        held = [*gradients, *self.held_gradients()]
         return {
             "optimizer": self.updater.states.device_bytes(),
             "optimizer_host": self.updater.states.host_bytes(),
             "gradients": sum(t.numel() * t.element_size() for t in held),
         }
+
+    def held_gradients(self) -> list[Tensor]:
+        """Reduced and accumulated gradients; those of parameters not among them."""
+        return [*self._reduced.values(), *self._accumulated.values()]
 
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""

@@ -255,6 +255,10 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             "gradients": sum(t.numel() * t.element_size() for t in held),
         }
 
+    def held_gradients(self) -> list[Tensor]:
+        """Own stretches of reduced gradients; those of parameters not among them."""
+        return list(self._gradients.values())
+
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
         return self.updater.shards()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.freezing import FreezeSchedule, discover
@@ -92,6 +93,7 @@ def initialize(
         raise ConfigError(["model: slimfit_ds.initialize needs a model, got None"])
     slim = SlimFitConfig.parse(loaded["slimfit"])
     problems = config_problems(loaded, slim, model)
+    problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
     try:
         FreezeSchedule(discover(model).layers, slim.freeze)
     except ConfigError as error:

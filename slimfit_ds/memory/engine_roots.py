@@ -39,8 +39,7 @@ def is_offloaded(optimizer: Any) -> bool:
 
 def shard_updater(optimizer: Any) -> Any:
     """The `ShardUpdater` of SlimFit's optimizers, which holds their states; None for others."""
-    owners = (getattr(optimizer, "updater", None), getattr(optimizer, "_updater", None))
-    return next((owner for owner in owners if hasattr(owner, "states")), None)
+    return getattr(optimizer, "updater", None)
 
 
 def engine_roots(engine: Any) -> Roots:
@@ -52,7 +51,7 @@ def engine_roots(engine: Any) -> Roots:
 
     def owned() -> Iterator[torch.Tensor]:
         if store is not None:
-            yield from _stored(store, "_on_device")
+            yield from store.device_tensors()
         inner = getattr(optimizer, "optimizer", optimizer)
         if isinstance(getattr(inner, "state", None), dict):
             yield from optimizer_tensors(inner)
@@ -60,7 +59,7 @@ def engine_roots(engine: Any) -> Roots:
 
     def host() -> Iterator[torch.Tensor]:
         if store is not None:
-            yield from _stored(store, "_on_host")
+            yield from store.host_tensors()
         if states == HOST:
             yield from owned()
             yield from _attributes(optimizer, _HOST_BUFFERS)
@@ -72,16 +71,11 @@ def engine_roots(engine: Any) -> Roots:
 
     def gradients() -> Iterator[torch.Tensor]:
         yield from _attributes(optimizer, _GRADIENTS)
-        for name in ("_reduced", "_accumulated"):
-            yield from _tensors(list((getattr(optimizer, name, None) or {}).values()))
+        if store is not None:
+            yield from optimizer.held_gradients()
 
     roots = {"gradients": gradients, HOST: host, "communication": buckets}
     return roots if states == HOST else {"optimizer": owned, **roots}
-
-
-def _stored(store: Any, name: str) -> Iterator[torch.Tensor]:
-    for state in getattr(store, name, {}).values():
-        yield from state.tensors.values()
 
 
 def _attributes(owner: Any, names: tuple[str, ...]) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ has fewer bits, the layer's own step count (for bias correction) and the step at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +68,14 @@ class StateStore:
 
     def host_bytes(self) -> int:
         return sum(state.nbytes for state in self._on_host.values())
+
+    def device_tensors(self) -> Iterator[Tensor]:
+        """Every state tensor that is on the device now."""
+        return (tensor for state in self._on_device.values() for tensor in state.tensors.values())
+
+    def host_tensors(self) -> Iterator[Tensor]:
+        """Every state tensor that is on the host now."""
+        return (tensor for state in self._on_host.values() for tensor in state.tensors.values())
 
     def prefetch(self, units: Iterable[int]) -> None:
         """Start to copy the states of these units to the device."""

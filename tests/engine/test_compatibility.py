@@ -101,3 +101,20 @@ class PipelineModule(nn.Module):
 def test_models_that_are_refused(model, text):
     (problem,) = problems({}, model)
     assert text in problem
+
+
+class SharedBlocks(nn.Module):
+    """Two blocks of a list that hold one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+        self.layers[1][0].weight = self.layers[0][0].weight
+
+
+def test_shared_blocks_are_not_recomputed_under_zero_3():
+    zero3 = {"zero_optimization": {"stage": 3}}
+    (problem,) = problems(zero3, SharedBlocks(), activations="minimal")
+    assert "blocks 'layers.0' and 'layers.1' share weights" in problem
+    assert problems(zero3, SharedBlocks(), activations="lean") == []
+    assert problems({"zero_optimization": {"stage": 1}}, SharedBlocks(), activations="minimal") == []

@@ -8,6 +8,7 @@ import deepspeed
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import slimfit_ds
 from slimfit_ds.config import ConfigError
@@ -317,6 +318,38 @@ def test_several_problems_are_named_together():
     assert len(caught.value.problems) == 3
 
 
+def test_activation_settings_are_checked_with_the_rest():
+    with pytest.raises(ConfigError) as caught:
+        make(
+            {
+                "freeze": {"rate": 0.5, "always_active": ["nothing"]},
+                "activations": {"layers": {"*.none": {"norm": "int8"}}},
+            }
+        )
+    assert any("'nothing' matches no layer" in line for line in caught.value.problems)
+    assert any(line.startswith("slimfit.activations.layers '*.none'") for line in caught.value.problems)
+
+
+def test_the_loss_of_a_language_model_in_chunks_by_configuration():
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    ids = torch.randint(0, 50, (2, 16))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = model(input_ids=ids, labels=ids).loss.item()
+    engine, *_ = make({"activations": {"chunk_loss_tokens": 4}}, model=model)
+    output = engine(input_ids=ids, labels=ids)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert output.logits.numel() == 0
+    with pytest.raises(
+        ConfigError, match=r"activations\.chunk_loss_tokens: Net has no linear language-model head"
+    ):
+        make({"activations": {"chunk_loss_tokens": 4}})
+
+
 def test_a_compiled_model_is_refused():
     with pytest.raises(ConfigError, match=r"compiled by torch\.compile"):
         make(model=torch.compile(Net()))
@@ -351,5 +384,5 @@ def test_small_state_options_learn(option):
     assert losses[-1] < 0.25 * losses[0]
     if "bf16_weights" in option:
         assert all(
-            "master" not in engine.optimizer.states.peek(i).tensors for i in engine.optimizer.states.units
+            "master" not in engine.optimizer.updater.states.peek(i).tensors for i in engine.optimizer.updater.states.units
         )
