@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from slimfit_ds.activations.codecs import Codec, Encoded, get_codec, register_codec
+from slimfit_ds.activations.codecs.base import flatten, is_dense, is_fake, unflatten
+from slimfit_ds.activations.codecs.channel_affine import ChannelAffine, FusesChannels
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["StandardisedChannels"]
 
@@ -35,23 +39,56 @@ class StandardisedChannels(Codec):
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
-        # In the dtype of x: decoding undoes exactly these rounded statistics, and no wider copy of x is made.
-        deviation, mean = torch.std_mean(x, dim=_token_dims(x.dim()), correction=0, keepdim=True)
-        deviation = torch.where(deviation > 0, deviation, 1.0)
+        mean, deviation = _statistics(x)
         inverse = deviation.float().reciprocal()
-        values = torch.addcmul(-mean.float() * inverse, x, inverse, out=torch.empty_like(x))
-        encoded = self.inner.encode(values, generator=generator)
+        offset = -mean.float() * inverse
+        if self._runs_in_one_pass(x) and is_dense(x):
+            encoded = self._encode_in_one_pass(x, ChannelAffine.of(x, inverse, offset), generator)
+        else:
+            values = torch.addcmul(offset, x, inverse, out=torch.empty_like(x))
+            encoded = self.inner.encode(values, generator=generator)
         return dataclasses.replace(encoded, tensors=(*encoded.tensors, mean, deviation))
 
     @torch.no_grad()
     def decode(self, e: Encoded) -> Tensor:
         *inner, mean, deviation = e.tensors
+        if self._runs_in_one_pass(mean):
+            flat = mean.new_empty(e.shape.numel())
+            x = unflatten(flat, e.shape, e.meta)
+            if flat.numel() and not is_fake(flat):
+                channels = ChannelAffine.of(x, deviation, mean)
+                cast(FusesChannels, self.inner).decode_in_triton(tuple(inner), flat, channels)
+            return x
         values = self.inner.decode(dataclasses.replace(e, tensors=tuple(inner)))
         return torch.addcmul(mean.float(), values, deviation.float(), out=values)
+
+    def _runs_in_one_pass(self, x: Tensor) -> bool:
+        """Whether the inner codec's kernels standardise too; x or its mean, which keeps its dimensions."""
+        fuses = isinstance(self.inner, FusesChannels) and self.inner.fuses_channels
+        return fuses and x.dim() > 1 and runs_in_triton(x)
+
+    def _encode_in_one_pass(
+        self, x: Tensor, channels: ChannelAffine, generator: torch.Generator | None
+    ) -> Encoded:
+        flat, order = flatten(x.detach())
+        layout = self.inner.storage(flat.numel(), x.dtype)
+        kept = tuple(flat.new_empty(n, dtype=dtype) for dtype, n in layout)
+        if flat.numel() and not is_fake(flat):
+            cast(FusesChannels, self.inner).encode_in_triton(flat, kept, generator, channels)
+        return Encoded(kept, x.shape, x.dtype, order)
 
     def storage(self, numel: int, dtype: torch.dtype) -> tuple[tuple[torch.dtype, int], ...]:
         """Without the two numbers per channel, which `numel` does not tell."""
         return self.inner.storage(numel, dtype)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, 1 where it is 0, of each channel, broadcasting against x.
+
+    In the dtype of x: decoding undoes exactly these rounded statistics, and no wider copy of x is made.
+    """
+    deviation, mean = torch.std_mean(x, dim=_token_dims(x.dim()), correction=0, keepdim=True)
+    return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
 def _token_dims(dims: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.packing import (
     byte_table,
     gather_bytes,
@@ -81,6 +82,8 @@ class AbsmaxCodec(FloatCodec):
         seed: seed of the codec's own random bits.
     """
 
+    fuses_channels = True
+
     def __init__(
         self, name: str, grid: IntegerGrid, group: int, rounding: Rounding = "nearest", seed: int = 0
     ):
@@ -101,11 +104,11 @@ class AbsmaxCodec(FloatCodec):
         return (self.grid.code_dtype, packed_bytes(numel, self.grid.bits)), (torch.bfloat16, groups)
 
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
+        if runs_in_triton(flat):
+            self.encode_in_triton(flat, kept, generator)
+            return
         codes, steps = kept
         group = self.group
-        if runs_in_triton(flat):
-            self._encode_in_triton(flat, codes, steps, generator)
-            return
         planes = split_planes(codes, flat.numel(), self.grid.bits)
         for start, stop in chunks(flat.numel(), flat.device, group):
             padding = -(stop - start) % group
@@ -139,13 +142,11 @@ class AbsmaxCodec(FloatCodec):
         return rounded.add_(int(whole)) if whole else rounded
 
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        if runs_in_triton(out):
+            self.decode_in_triton(kept, out)
+            return
         codes, steps = kept
         group = self.group
-        if runs_in_triton(out):
-            from slimfit_ds.activations.codecs.triton_absmax import decode_absmax
-
-            decode_absmax(codes, steps, out, group=group, bits=self.grid.bits, zero=self.grid.zero)
-            return
         # An integer of 8 bits and a bf16 step are exact in bf16, so their bf16 product is rounded once.
         work = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
         planes = split_planes(codes, out.numel(), self.grid.bits)
@@ -175,11 +176,16 @@ class AbsmaxCodec(FloatCodec):
         gather_bytes(block, self._table(plane.device, work), values.view(-1))
         return values
 
-    def _encode_in_triton(
-        self, flat: Tensor, codes: Tensor, steps: Tensor, generator: torch.Generator | None
+    def encode_in_triton(
+        self,
+        flat: Tensor,
+        kept: tuple[Tensor, ...],
+        generator: torch.Generator | None,
+        channels: ChannelAffine | None = None,
     ) -> None:
         from slimfit_ds.activations.codecs.triton_absmax import encode_absmax
 
+        codes, steps = kept
         noise = None
         if self.rounding == "stochastic":
             noise = self._random.draw(flat.numel(), flat.device, generator)
@@ -189,12 +195,22 @@ class AbsmaxCodec(FloatCodec):
             codes,
             steps,
             noise,
+            channels,
             group=self.group,
             bits=grid.bits,
             zero=grid.zero,
             half_width=grid.half_width,
             tiny_peak=TINY_PEAK,
         )
+
+    def decode_in_triton(
+        self, kept: tuple[Tensor, ...], out: Tensor, channels: ChannelAffine | None = None
+    ) -> None:
+        from slimfit_ds.activations.codecs.triton_absmax import decode_absmax
+
+        codes, steps = kept
+        grid = self.grid
+        decode_absmax(codes, steps, out, channels, group=self.group, bits=grid.bits, zero=grid.zero)
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = device, dtype

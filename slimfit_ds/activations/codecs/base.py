@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Codec", "Encoded", "FloatCodec", "StorageLayout", "chunks"]
+__all__ = [
+    "Codec",
+    "Encoded",
+    "FloatCodec",
+    "StorageLayout",
+    "chunks",
+    "flatten",
+    "is_dense",
+    "is_fake",
+    "unflatten",
+]
 
 StorageLayout = tuple[tuple[torch.dtype, int], ...]
 """dtype and number of elements of each stored tensor."""
@@ -106,18 +116,18 @@ class FloatCodec(Codec):
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
         if not x.is_floating_point():
             raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
-        flat, order = _flatten(x.detach())
+        flat, order = flatten(x.detach())
         kept = tuple(flat.new_empty(n, dtype=dtype) for dtype, n in self.storage(flat.numel(), x.dtype))
-        if flat.numel() and not _is_fake(flat):
+        if flat.numel() and not is_fake(flat):
             self._encode(flat, kept, generator)
         return Encoded(kept, x.shape, x.dtype, order)
 
     @torch.no_grad()
     def decode(self, e: Encoded) -> Tensor:
         flat = e.tensors[0].new_empty(e.shape.numel(), dtype=e.dtype)
-        if flat.numel() and not _is_fake(flat):
+        if flat.numel() and not is_fake(flat):
             self._decode(e.tensors, flat)
-        return _unflatten(flat, e.shape, e.meta)
+        return unflatten(flat, e.shape, e.meta)
 
     @abstractmethod
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
@@ -136,22 +146,33 @@ def chunks(numel: int, device: torch.device, multiple: int) -> Iterator[tuple[in
         yield start, min(start + size, numel)
 
 
-def _is_fake(x: Tensor) -> bool:
+def is_fake(x: Tensor) -> bool:
+    """True where there is no data: on `meta` and under FakeTensorMode."""
     return x.is_meta or isinstance(x, FakeTensor)
 
 
-def _flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def is_dense(x: Tensor) -> bool:
+    """True where the elements fill their memory, in whatever order of the dimensions."""
+    return x.permute(_memory_order(x)).is_contiguous()
+
+
+def _memory_order(x: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim)))
+
+
+def flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The elements of `x` in memory order [numel] without a copy when it is dense, and its dimension order."""
     if x.is_contiguous():
         return x.view(-1), ()
-    order = tuple(sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim)))
+    order = _memory_order(x)
     permuted = x.permute(order)
     if permuted.is_contiguous():
         return permuted.view(-1), order
     return x.contiguous().view(-1), ()
 
 
-def _unflatten(flat: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:
+def unflatten(flat: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:
+    """The view of `flat` [numel] that has this shape and, where there is one, dimension order in memory."""
     if not order:
         return flat.view(shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.base import Codec, Encoded, StorageLayout, chunks
+from slimfit_ds.activations.codecs.base import Codec, Encoded, StorageLayout, chunks, is_fake
 from slimfit_ds.activations.codecs.packing import pack, unpack_bits
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["BitMask", "Exact"]
 
@@ -41,17 +42,35 @@ class BitMask(Codec):
             raise TypeError(f"codec 'mask' takes boolean tensors, got {x.dtype}")
         flat = x.contiguous().view(-1)
         packed = flat.new_empty(-(-flat.numel() // 8), dtype=torch.uint8)
-        for start, stop in chunks(flat.numel(), x.device, 8):
-            pack(flat[start:stop].view(torch.uint8), 1, packed[start // 8 : -(-stop // 8)])
+        if flat.numel() and not is_fake(flat):
+            self._encode(flat, packed)
         return Encoded((packed,), x.shape, x.dtype)
 
     @torch.no_grad()
     def decode(self, e: Encoded) -> Tensor:
         (packed,) = e.tensors
         flat = packed.new_empty(e.shape.numel(), dtype=torch.bool)
-        for start, stop in chunks(flat.numel(), packed.device, 8):
-            flat[start:stop] = unpack_bits(packed[start // 8 : -(-stop // 8)])[: stop - start]
+        if flat.numel() and not is_fake(flat):
+            self._decode(packed, flat)
         return flat.view(e.shape)
+
+    def _encode(self, flat: Tensor, packed: Tensor) -> None:
+        if runs_in_triton(flat):
+            from slimfit_ds.activations.codecs.triton_mask import encode_mask
+
+            encode_mask(flat, packed)
+            return
+        for start, stop in chunks(flat.numel(), flat.device, 8):
+            pack(flat[start:stop].view(torch.uint8), 1, packed[start // 8 : -(-stop // 8)])
+
+    def _decode(self, packed: Tensor, out: Tensor) -> None:
+        if runs_in_triton(out):
+            from slimfit_ds.activations.codecs.triton_mask import decode_mask
+
+            decode_mask(packed, out)
+            return
+        for start, stop in chunks(out.numel(), out.device, 8):
+            out[start:stop] = unpack_bits(packed[start // 8 : -(-stop // 8)])[: stop - start]
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         return ((torch.uint8, -(-numel // 8)),)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.packing import byte_table, gather_bytes, pack, packed_bytes
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["FixedPoint"]
 
@@ -40,6 +41,13 @@ class FixedPoint(FloatCodec):
 
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         (packed,) = kept
+        if runs_in_triton(flat):
+            from slimfit_ds.activations.codecs.triton_fixed_point import encode_fixed_point
+
+            encode_fixed_point(
+                flat, packed, bits=self.bits, fraction_bits=self.fraction_bits, low=self.low, high=self.high
+            )
+            return
         for start, stop in chunks(flat.numel(), flat.device, 8):
             scaled = flat[start:stop].float() * 2.0**self.fraction_bits
             # nan_to_num would turn infinities into fp32's extremes: harmless, the clamp follows.
@@ -49,6 +57,11 @@ class FixedPoint(FloatCodec):
 
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         (packed,) = kept
+        if runs_in_triton(out):
+            from slimfit_ds.activations.codecs.triton_fixed_point import decode_fixed_point
+
+            decode_fixed_point(packed, out, bits=self.bits, fraction_bits=self.fraction_bits, low=self.low)
+            return
         for start, stop in chunks(out.numel(), out.device, 8):
             block = packed[start * self.bits // 8 : packed_bytes(stop, self.bits)]
             whole = len(block) * (8 // self.bits)

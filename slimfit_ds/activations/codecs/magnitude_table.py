@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.packing import (
     byte_table,
     gather_bytes,
@@ -90,6 +91,7 @@ class MagnitudeTableCodec(FloatCodec):
         self.name = name
         self.cells = cells
         self.rms_scaled = rms_scaled
+        self.fuses_channels = not rms_scaled
         self._tables: dict[Hashable, Tensor] = {}
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
@@ -97,19 +99,12 @@ class MagnitudeTableCodec(FloatCodec):
         return (codes, (torch.float32, 1)) if self.rms_scaled else (codes,)
 
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
+        if runs_in_triton(flat):
+            self.encode_in_triton(flat, kept, generator)
+            return
         packed = kept[0]
         bits = self.cells.bits
-        inverse = None
-        if self.rms_scaled:
-            norm = torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
-            kept[1].copy_(norm / math.sqrt(flat.numel()))
-            inverse = torch.where(kept[1] > 0, kept[1].reciprocal(), 0.0)
-        if runs_in_triton(flat):
-            from slimfit_ds.activations.codecs.triton_table import encode_table
-
-            search = self._search_tables(flat.device)
-            encode_table(flat, packed, *search, inverse, bits=bits, signed=self.cells.signed)
-            return
+        inverse = self._store_rms(flat, kept)
         table = self._code_table(flat.device)
         planes = split_planes(packed, flat.numel(), bits)
         for start, stop in chunks(flat.numel(), flat.device, 8):
@@ -119,15 +114,10 @@ class MagnitudeTableCodec(FloatCodec):
             pack_planes(F.pad(codes, (0, -len(codes) % 8)), start, stop, planes)
 
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
-        packed = kept[0]
-        bits = self.cells.bits
         if runs_in_triton(out):
-            from slimfit_ds.activations.codecs.triton_table import decode_table
-
-            levels = self._levels(out.device, out.dtype)
-            decode_table(packed, levels, kept[1] if self.rms_scaled else None, out, bits=bits)
+            self.decode_in_triton(kept, out)
             return
-        planes = split_planes(packed, out.numel(), bits)
+        planes = split_planes(kept[0], out.numel(), self.cells.bits)
         for start, stop in chunks(out.numel(), out.device, 8):
             whole = -(-(stop - start) // 8) * 8
             target = out[start:stop] if whole == stop - start else out.new_empty(whole)
@@ -146,6 +136,37 @@ class MagnitudeTableCodec(FloatCodec):
         width, plane = planes[0]
         block = plane[start * width // 8 : -(-stop * width // 8)]
         gather_bytes(block, self._byte_table(target.device, target.dtype), target[: len(block) * 8 // width])
+
+    def _store_rms(self, flat: Tensor, kept: tuple[Tensor, ...]) -> Tensor | None:
+        """Its inverse, fp32 [1], where the codec is scaled by it."""
+        if not self.rms_scaled:
+            return None
+        norm = torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+        kept[1].copy_(norm / math.sqrt(flat.numel()))
+        return torch.where(kept[1] > 0, kept[1].reciprocal(), 0.0)
+
+    def encode_in_triton(
+        self,
+        flat: Tensor,
+        kept: tuple[Tensor, ...],
+        generator: torch.Generator | None,
+        channels: ChannelAffine | None = None,
+    ) -> None:
+        from slimfit_ds.activations.codecs.triton_table import encode_table
+
+        inverse = self._store_rms(flat, kept)
+        search = self._search_tables(flat.device)
+        cells = self.cells
+        encode_table(flat, kept[0], *search, inverse, channels, bits=cells.bits, signed=cells.signed)
+
+    def decode_in_triton(
+        self, kept: tuple[Tensor, ...], out: Tensor, channels: ChannelAffine | None = None
+    ) -> None:
+        from slimfit_ds.activations.codecs.triton_table import decode_table
+
+        levels = self._levels(out.device, out.dtype)
+        rms = kept[1] if self.rms_scaled else None
+        decode_table(kept[0], levels, rms, out, channels, bits=self.cells.bits)
 
     def _search_tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """For a binary search of k steps: bf16 patterns of the thresholds, int32 [2^k - 1], filled up with what no

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.packing import low_and_high
+from slimfit_ds.activations.codecs.triton_channels import apply_channels, channel_arguments
 from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
@@ -32,6 +34,10 @@ def _encode_kernel(
     groups,
     reciprocal,
     tiny_peak,
+    scale_ptr,
+    offset_ptr,
+    head_stride,
+    width_stride,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -42,6 +48,8 @@ def _encode_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -50,6 +58,19 @@ def _encode_kernel(
     if GROUP < BLOCK:
         inside = inside & (column < GROUP)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if WIDTH > 0:
+        x = apply_channels(
+            x,
+            offset,
+            inside,
+            scale_ptr,
+            offset_ptr,
+            head_stride,
+            width_stride,
+            HEADS,
+            WIDTH,
+            x_ptr.dtype.element_ty,
+        )
 
     # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
     pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -90,12 +111,18 @@ def _decode_kernel(
     stored_bytes,
     high_bytes,
     groups,
+    scale_ptr,
+    offset_ptr,
+    head_stride,
+    width_stride,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
@@ -108,6 +135,20 @@ def _decode_kernel(
     inside = offset < numel
     if GROUP < BLOCK:
         inside = inside & (column < GROUP)
+    if WIDTH > 0:
+        value = round_to(value, out_ptr.dtype.element_ty).to(tl.float32)
+        value = apply_channels(
+            value,
+            offset,
+            inside,
+            scale_ptr,
+            offset_ptr,
+            head_stride,
+            width_stride,
+            HEADS,
+            WIDTH,
+            out_ptr.dtype.element_ty,
+        )
     tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -116,6 +157,7 @@ def encode_absmax(
     codes: Tensor,
     steps: Tensor,
     noise: Tensor | None,
+    channels: ChannelAffine | None,
     *,
     group: int,
     bits: int,
@@ -130,6 +172,7 @@ def encode_absmax(
         codes: int8 or uint8, as `packing.packed_bytes` counts them.
         steps: bf16 [ceil(numel / group)].
         noise: odd int16 [numel or more] for stochastic rounding, None for nearest.
+        channels: applied to `flat` first, or None.
         group: elements per step, a multiple of 8.
         bits, zero, half_width: the integer grid.
         tiny_peak: groups whose absmax is below get step 0.
@@ -161,12 +204,22 @@ def encode_absmax(
             LOW=round(zero - half_width),
             HIGH=round(zero + half_width),
             STOCHASTIC=noise is not None,
+            **channel_arguments(channels, steps),
             enable_fp_fusion=False,
         )
 
 
-def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits: int, zero: float) -> None:
-    """Fill `out` [numel] from what `encode_absmax` stored."""
+def decode_absmax(
+    codes: Tensor,
+    steps: Tensor,
+    out: Tensor,
+    channels: ChannelAffine | None,
+    *,
+    group: int,
+    bits: int,
+    zero: float,
+) -> None:
+    """Fill `out` [numel] from what `encode_absmax` stored; `channels` are applied to it last, if given."""
     block = triton.next_power_of_2(group)
     rows = max(_TILE // block, 1)
     (width, low), (high_width, high) = low_and_high(codes, out.numel(), bits)
@@ -186,5 +239,6 @@ def decode_absmax(codes: Tensor, steps: Tensor, out: Tensor, *, group: int, bits
             ROWS=rows,
             BITS=width,
             HIGH_BITS=high_width,
+            **channel_arguments(channels, steps),
             enable_fp_fusion=False,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["runs_in_triton"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)
 
 
 def runs_in_triton(x: Tensor) -> bool:

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.packing import low_and_high
+from slimfit_ds.activations.codecs.triton_channels import apply_channels, channel_arguments
 from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
@@ -27,6 +29,10 @@ def _encode_kernel(
     numel,
     stored_bytes,
     high_bytes,
+    scale_ptr,
+    offset_ptr,
+    head_stride,
+    width_stride,
     STEPS: tl.constexpr,
     SHARED_CELLS: tl.constexpr,
     SIGN: tl.constexpr,
@@ -34,10 +40,26 @@ def _encode_kernel(
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     offset = row[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
+    inside = offset < numel
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if WIDTH > 0:
+        x = apply_channels(
+            x,
+            offset,
+            inside,
+            scale_ptr,
+            offset_ptr,
+            head_stride,
+            width_stride,
+            HEADS,
+            WIDTH,
+            x_ptr.dtype.element_ty,
+        )
     if SCALED:
         x = x * tl.load(inverse_ptr)
     pattern = x.to(tl.int32, bitcast=True)
@@ -71,10 +93,16 @@ def _decode_kernel(
     numel,
     stored_bytes,
     high_bytes,
+    scale_ptr,
+    offset_ptr,
+    head_stride,
+    width_stride,
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     code = load_plane(codes_ptr, row, stored_bytes, BITS, 1, TILE, TILE)
@@ -84,7 +112,22 @@ def _decode_kernel(
     if SCALED:
         value = round_to(value.to(tl.float32) * tl.load(rms_ptr), out_ptr.dtype.element_ty)
     offset = row[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(out_ptr + offset, value, mask=offset < numel)
+    inside = offset < numel
+    if WIDTH > 0:
+        value = apply_channels(
+            value.to(tl.float32),
+            offset,
+            inside,
+            scale_ptr,
+            offset_ptr,
+            head_stride,
+            width_stride,
+            HEADS,
+            WIDTH,
+            out_ptr.dtype.element_ty,
+        )
+        value = value.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset, value, mask=inside)
 
 
 def encode_table(
@@ -93,6 +136,7 @@ def encode_table(
     thresholds: Tensor,
     cells: Tensor | None,
     inverse: Tensor | None,
+    channels: ChannelAffine | None,
     *,
     bits: int,
     signed: bool,
@@ -105,6 +149,7 @@ def encode_table(
         thresholds: bf16 patterns of the thresholds in ascending order, int32 [2^k - 1].
         cells: code of each interval, int32 [2^k], or None where that is its number.
         inverse: fp32 [1], multiplied into the data first, or None.
+        channels: applied to `flat` before that, or None.
         bits: width of a code: 1, 2, 4 or 5.
         signed: the sign bit selects the upper half of the codes; otherwise negative values get code 0.
     """
@@ -127,12 +172,30 @@ def encode_table(
             BITS=width,
             HIGH_BITS=high_width,
             TILE=_TILE,
+            **channel_arguments(channels, thresholds),
             enable_fp_fusion=False,
         )
 
 
-def decode_table(packed: Tensor, levels: Tensor, rms: Tensor | None, out: Tensor, *, bits: int) -> None:
-    """Fill `out` [numel] from `packed`; `levels` [2^bits] in the dtype of `out`, times fp32 `rms` [1] if given."""
+def decode_table(
+    packed: Tensor,
+    levels: Tensor,
+    rms: Tensor | None,
+    out: Tensor,
+    channels: ChannelAffine | None,
+    *,
+    bits: int,
+) -> None:
+    """Fill `out` from `packed`.
+
+    Args:
+        packed: uint8, as `packing.packed_bytes` counts them.
+        levels: what each code stands for, [2^bits] in the dtype of `out`.
+        rms: fp32 [1], multiplied into the levels, or None.
+        out: fp32, bf16 or fp16 [numel].
+        channels: applied to `out` last, or None.
+        bits: width of a code: 1, 2, 4 or 5.
+    """
     (width, low), (high_width, high) = low_and_high(packed, out.numel(), bits)
     with torch.cuda.device_of(out):
         _decode_kernel[(triton.cdiv(out.numel(), _TILE),)](
@@ -148,5 +211,6 @@ def decode_table(packed: Tensor, levels: Tensor, rms: Tensor | None, out: Tensor
             BITS=width,
             HIGH_BITS=high_width,
             TILE=_TILE,
+            **channel_arguments(channels, levels),
             enable_fp_fusion=False,
         )

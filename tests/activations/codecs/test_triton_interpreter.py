@@ -14,10 +14,13 @@ import pytest
 triton = pytest.importorskip("triton")
 
 
+INTERPRETED = ("test_triton_kernels.py", "test_triton_fixed_and_masks.py", "test_triton_channels.py")
+
+
 @pytest.mark.slow
 def test_kernels_equal_torch_in_the_interpreter() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_triton_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *INTERPRETED],
         cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -48,7 +51,14 @@ POINTERS = {
     "groups": "i32",
     "reciprocal": "fp32",
     "tiny_peak": "fp32",
+    "scale_ptr": "*fp32",
+    "offset_ptr": "*fp32",
+    "head_stride": "i32",
+    "bytes_ptr": "*u8",
 }
+# Launched with 1, a number becomes a constant.
+NO_CHANNELS = {"head_stride": 1, "width_stride": 1, "HEADS": 1, "WIDTH": 0}
+CHANNELS = {"width_stride": 1, "HEADS": 12, "WIDTH": 64}
 
 
 def _ptx(kernel: Any, constants: dict[str, Any]) -> str:
@@ -61,7 +71,7 @@ def _ptx(kernel: Any, constants: dict[str, Any]) -> str:
     ]
     source = ASTSource(
         fn=kernel,
-        signature={n: POINTERS.get(n, "constexpr") for n in names},
+        signature={n: "constexpr" if n in constants else POINTERS[n] for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
@@ -85,13 +95,22 @@ def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits:
         "FRACTION": 0.5,
         "LOW": 0,
         "HIGH": 3,
+        **NO_CHANNELS,
     }
     ptx = _ptx(triton_absmax._encode_kernel, {**encode, "STOCHASTIC": True})
     assert "ld.global.v4" in ptx
     assert "fma." not in ptx
     ptx = _ptx(
         triton_absmax._decode_kernel,
-        {"ZERO": 1.5, "GROUP": 32, "BLOCK": 32, "ROWS": 128, "BITS": bits, "HIGH_BITS": high_bits},
+        {
+            "ZERO": 1.5,
+            "GROUP": 32,
+            "BLOCK": 32,
+            "ROWS": 128,
+            "BITS": bits,
+            "HIGH_BITS": high_bits,
+            **NO_CHANNELS,
+        },
     )
     assert "st.global.v4" in ptx
     assert "fma." not in ptx
@@ -102,7 +121,51 @@ def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits:
 def test_tables_compile_for_hopper_in_wide_loads(bits: int, high_bits: int) -> None:
     from slimfit_ds.activations.codecs import triton_table
 
-    shape = {"SCALED": True, "BITS": bits, "HIGH_BITS": high_bits, "TILE": 4096}
+    shape = {"SCALED": True, "BITS": bits, "HIGH_BITS": high_bits, "TILE": 4096, **NO_CHANNELS}
     search = {"STEPS": bits + high_bits - 1, "SHARED_CELLS": True, "SIGN": 1}
     assert "ld.global.v4" in _ptx(triton_table._encode_kernel, {**shape, **search})
     assert "st.global.v4" in _ptx(triton_table._decode_kernel, shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fixed_point_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits: int) -> None:
+    from slimfit_ds.activations.codecs import triton_fixed_point
+
+    shape = {"BITS": bits, "TILE": 4096, "LOW": -8}
+    ptx = _ptx(triton_fixed_point._encode_kernel, {**shape, "SCALE": 2.0, "HIGH": 7})
+    assert "ld.global.v4" in ptx
+    assert "fma." not in ptx
+    assert "st.global.v4" in _ptx(triton_fixed_point._decode_kernel, {**shape, "STEP": 0.5})
+
+
+@pytest.mark.slow
+def test_masks_compile_for_hopper_in_wide_loads() -> None:
+    from slimfit_ds.activations.codecs import triton_mask
+
+    assert "ld.global.v4" in _ptx(triton_mask._encode_kernel, {"TILE": 8192})
+    assert "st.global.v4" in _ptx(triton_mask._decode_kernel, {"TILE": 8192})
+
+
+@pytest.mark.slow
+def test_channels_compile_for_hopper_in_wide_loads() -> None:
+    from slimfit_ds.activations.codecs import triton_absmax, triton_table
+
+    absmax = {"GROUP": 64, "BLOCK": 64, "ROWS": 64, "BITS": 8, "HIGH_BITS": 0, **CHANNELS}
+    integers = {"WHOLE": 0, "FRACTION": 0.0, "LOW": -127, "HIGH": 127, "STOCHASTIC": False}
+    table = {"SCALED": False, "BITS": 4, "HIGH_BITS": 0, "TILE": 4096, **CHANNELS}
+    search = {"STEPS": 3, "SHARED_CELLS": False, "SIGN": 8}
+    for kernel, constants in (
+        (triton_absmax._encode_kernel, {**absmax, **integers}),
+        (triton_table._encode_kernel, {**table, **search}),
+    ):
+        ptx = _ptx(kernel, constants)
+        assert "ld.global.v4" in ptx
+        assert "fma.rn.f32" in ptx
+    for kernel, constants in (
+        (triton_absmax._decode_kernel, {**absmax, "ZERO": 0.0}),
+        (triton_table._decode_kernel, table),
+    ):
+        ptx = _ptx(kernel, constants)
+        assert "st.global.v4" in ptx
+        assert "fma.rn.f32" in ptx
