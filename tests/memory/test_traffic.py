@@ -1,20 +1,12 @@
 """Traffic counted against the sizes of the tensors that were sent."""
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from slimfit_ds.memory.traffic import SWITCH, TrafficCounter, count_if_asked
 
 
-@pytest.fixture
-def group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_payload_of_each_collective(group):
+def test_payload_of_each_collective(one_rank):
     x, out = torch.zeros(100), torch.zeros(100)
     with TrafficCounter() as traffic:
         dist.all_reduce(x)
@@ -36,7 +28,7 @@ def test_payload_of_each_collective(group):
     assert traffic.total == 0
 
 
-def test_through_deepspeed_style_keywords(group):
+def test_through_deepspeed_style_keywords(one_rank):
     with TrafficCounter() as traffic:
         dist.all_reduce(tensor=torch.zeros(10))
         dist.reduce_scatter_tensor(output=torch.zeros(10), input=torch.zeros(10))
