@@ -1,6 +1,6 @@
 """Time of a training step with each preset, as a ratio to plain PyTorch in the same run.
 
-    OMP_NUM_THREADS=1 python benchmarks/activations/step_time.py [--models bert llama] [--steps 5] [--json out.json]
+    OMP_NUM_THREADS=1 python benchmarks/activations/step_time.py [--models bert llama bert-768] [--steps 5] [--json out.json]
 
 Forward and backward at fp32, 95 % of the weights frozen, on the CPU (or CUDA with --device). The methods take turns
 within each round, so that a busy machine slows all of them; the table shows the median over rounds of the ratio.
@@ -32,14 +32,14 @@ from slimfit_ds.activations.config import ActivationsConfig
 METHODS = ("exact", "full", "torch", "paper", "balanced", "lean", "minimal", "ultra")
 
 
-def bert() -> nn.Module:
-    """4 layers, h 256."""
+def bert(hidden: int = 256, layers: int = 4) -> nn.Module:
+    """Heads of 64, a feed-forward part of 4 h."""
     return hf.BertForSequenceClassification(
         hf.BertConfig(
-            hidden_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=1024,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
             vocab_size=1000,
         )
     )
@@ -55,7 +55,12 @@ def llama() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "llama": llama}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "bert": bert,
+    "llama": llama,
+    # The width of BERT-base: matrix products cost h^2, codecs h.
+    "bert-768": functools.partial(bert, 768, 3),
+}
 
 
 def freeze(model: nn.Module, rate: float, seed: int) -> None:

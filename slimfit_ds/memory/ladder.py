@@ -13,7 +13,7 @@ __all__ = ["ERROR_CLASSES", "Rung", "ladder", "merged"]
 ERROR_CLASSES = {
     "exact": "none",
     "paper": "large (0.28 / 0.33)",
-    "balanced": "small (0.02 / 0.01)",
+    "balanced": "small (0.05 / 0.03)",
     "lean": "small (0.010 / 0.006)",
     "minimal": "small (0.011 / 0.006)",
     "ultra": "moderate (0.15 / 0.08)",

@@ -89,6 +89,23 @@ def test_trains_the_right_parameters(name, preset):
     handle.remove()
 
 
+@pytest.mark.parametrize(("preset", "again"), [("balanced", False), ("lean", True), ("minimal", True)])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_only_some_presets_run_linear_layers_again(name, preset, again):
+    model = build(name)
+    compress(model, ActivationsConfig(preset=preset))
+    freeze_some(model)
+    calls: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    loss = model(**batch_for(name)).loss
+    assert calls
+    calls.clear()
+    loss.backward()
+    assert bool(calls) == again
+
+
 @pytest.mark.parametrize("preset", ["balanced", "lean", "minimal"])
 def test_a_copy_of_a_compressed_model_is_compressed_and_independent(preset):
     model = without_dropout(build("bert"))
@@ -262,9 +279,9 @@ def test_the_report_names_what_was_left_alone():
     rows = {(r.module, r.kind): r for r in compress(model, ActivationsConfig(preset="balanced")).report()}
     assert rows["layers.1.norm", "norm"].codec == "exact"
     assert "OddNorm agrees with no known norm" in rows["layers.1.norm", "norm"].reason
-    assert rows["layers.0.norm", "norm"].codec == "int8_channel"
+    assert rows["layers.0.norm", "norm"].codec == "int4"
     assert rows["layers.0.feed_forward.2", "activation"].codec == "step5(scale=2.0)"
-    assert rows["layers.0.feed_forward.3", "wide_linear"].codec == "int8"
+    assert rows["layers.0.feed_forward.3", "wide_linear"].codec == "int6"
 
 
 def test_tied_weights():

@@ -27,6 +27,10 @@ def test_bytes_per_token_and_block(benchmark, model, preset):
     assert benchmark.per_block(benchmark.SHAPES[model], preset, rate=0.95, seed=0) <= BOUNDS[preset]
 
 
+def test_balanced_at_llama_shape(benchmark):
+    assert benchmark.per_block(benchmark.SHAPES["Llama-3-8B"], "balanced", rate=0.95, seed=0) <= 7
+
+
 def test_the_count_itself(benchmark):
     """A checkpoint with the input as it is keeps 2 h in bf16 for each block, and the mask once."""
     shape = benchmark.SHAPES["BERT-base"]
