@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.functions.attention import recomputed_attention, stored_probabilities
 from slimfit_ds.activations.patching import Patches
+from slimfit_ds.activations.saved_hooks import saved_as_they_are
 from slimfit_ds.activations.scope import compresses
 
 __all__ = ["AttentionSetting", "install_attention", "wrapped_implementation"]
@@ -31,12 +32,12 @@ class AttentionSetting:
     """How one attention module stores its operands.
 
     Attributes:
-        codec: of queries, keys and values.
+        codec: of queries, keys and values; `None`: what the attention saves is left alone, also by `product`.
         probabilities: of the softmax output; `None`: recomputed.
         chunk_tokens: tokens recomputed at a time.
     """
 
-    codec: Codec
+    codec: Codec | None
     probabilities: Codec | None
     chunk_tokens: int | None
 
@@ -97,6 +98,10 @@ def _attention(
     needed = query.requires_grad or key.requires_grad or value.requires_grad
     if setting is None or not needed or not compresses(module):
         return function(query, key, value, mask, **kwargs)
+    if setting.codec is None:
+        # Exact softmax statistics beside lossy queries and keys can overflow.
+        with saved_as_they_are():
+            return function(query, key, value, mask, **kwargs)
     if setting.probabilities is not None and _is_plain(kwargs):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal

@@ -168,14 +168,18 @@ class Installer:
 
     def _attention(self, tables: dict[str, OperationTable]) -> None:
         settings: dict[nn.Module, AttentionSetting] = {}
+        hooked = any(table.product != "exact" for table in tables.values())
         for name, module in self._model.named_modules():
             spec = tables[name].attention
-            if spec == "exact" or not inside(name, self._blocks) or inside(name, self._recomputed):
+            if not inside(name, self._blocks) or inside(name, self._recomputed):
                 continue
             if not _is_attention(module) or not hasattr(module, "config"):
                 continue
             codec = resolve_codec(spec)
-            assert codec is not None
+            if codec is None:
+                if hooked:
+                    settings[module] = AttentionSetting(None, None, None)
+                continue
             stored = tables[name].probabilities
             probabilities = None if stored == "recompute" else resolve_codec(stored)
             settings[module] = AttentionSetting(codec, probabilities, self._config.chunk_tokens)

@@ -6,8 +6,10 @@ of tokens that belong to no parameter. Masks, statistics of softmax or norms and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +18,27 @@ from torch import Tensor
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.storing import Payload, encode_shared
 
-__all__ = ["call_compressed", "compress_saved"]
+__all__ = ["call_compressed", "compress_saved", "saved_as_they_are"]
 
 # Below it scales and bookkeeping outweigh the gain.
 _MIN_WIDTH = 8
+
+
+class _Paused(threading.local):
+    value = False
+
+
+_paused = _Paused()
+
+
+@contextlib.contextmanager
+def saved_as_they_are() -> Iterator[None]:
+    """Code within `compress_saved` whose saved tensors are left alone."""
+    before, _paused.value = _paused.value, True
+    try:
+        yield
+    finally:
+        _paused.value = before
 
 
 def compress_saved(
@@ -40,7 +59,7 @@ def compress_saved(
 
     def pack(tensor: Tensor) -> Any:
         cast = tuple(tensor.shape) in shapes and torch.is_autocast_enabled(tensor.device.type)
-        if cast or not _is_rows(tensor, rows) or tensor.untyped_storage()._cdata in storages:
+        if _paused.value or cast or not _is_rows(tensor, rows) or tensor.untyped_storage()._cdata in storages:
             return outer.pack(tensor)
         payload = encode_shared(tensor, codec)
         kept = [outer.pack(t) for t in payload.encoded.tensors]

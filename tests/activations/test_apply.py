@@ -89,6 +89,31 @@ def test_trains_the_right_parameters(name, preset):
     handle.remove()
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_exact_attention_beside_compressed_products(name):
+    """Scores of trained size: the saved softmax statistics must not meet queries and keys that a codec changed."""
+    model = without_dropout(build(name))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if any(
+                part in parameter_name
+                for part in ("query.weight", "key.weight", "q_proj.weight", "k_proj.weight")
+            ):
+                parameter.mul_(60)
+    batch = batch_for(name)
+    _, expected = gradients(model, batch)
+    exact = dict.fromkeys(("norm", "active_norm", "activation", "linear", "wide_linear"), "exact")
+    handle = compress(model, ActivationsConfig(preset="balanced", operations={**exact, "attention": "exact"}))
+    _, found = gradients(model, batch)
+    handle.remove()
+    projections = {n for n in found if any(part in n for part in ("query", "value", "q_proj", "v_proj"))}
+    assert projections
+    for parameter_name in projections:
+        assert relative_error({"": found[parameter_name]}, {"": expected[parameter_name]}) < 0.3, (
+            parameter_name
+        )
+
+
 @pytest.mark.parametrize(("preset", "again"), [("balanced", False), ("lean", True), ("minimal", True)])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_only_some_presets_run_linear_layers_again(name, preset, again):
