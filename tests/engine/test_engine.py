@@ -384,5 +384,6 @@ def test_small_state_options_learn(option):
     assert losses[-1] < 0.25 * losses[0]
     if "bf16_weights" in option:
         assert all(
-            "master" not in engine.optimizer.updater.states.peek(i).tensors for i in engine.optimizer.updater.states.units
+            "master" not in engine.optimizer.updater.states.peek(i).tensors
+            for i in engine.optimizer.updater.states.units
         )
