@@ -80,12 +80,24 @@ class RateSchedule(_Model):
         return self.start + (self.end - self.start) * progress
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class FreezeConfig(_Model):
     """Which layers train at each step."""
 
     policy: str = Field("ils", description="a registered policy: ils, random, none, ...")
     rate: Annotated[float, Field(ge=0, lt=1)] | RateSchedule = Field(
         0.9, description="share of the layers that is frozen at each step, in [0, 1), or a schedule"
+    )
+    budget: Annotated[
+        tuple[Literal["layers", "parameters", "activations"], ...], BeforeValidator(_listed)
+    ] = Field(
+        ("layers",),
+        min_length=1,
+        description="what the rate is a share of, for every active set: layers (the paper), parameters, "
+        "activations (inputs kept for active weights), or a list of which all must hold",
     )
     interval: int = Field(1, ge=1, description="choose a new set every this many optimizer steps")
     statistic: str = Field("relative_update", description="how the size of a layer's update is measured")
@@ -96,6 +108,11 @@ class FreezeConfig(_Model):
     check_interval: int = Field(
         1, ge=0, description="compare the active set across ranks every this many steps; 0: never"
     )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The extreme rates of a run."""
+        return (self.rate.start, self.rate.end) if isinstance(self.rate, RateSchedule) else (self.rate,)
 
     def rate_at(self, step: int) -> float:
         """The share of frozen layers at optimizer step `step`."""

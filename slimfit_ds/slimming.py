@@ -32,6 +32,7 @@ class SlimHandle:
             [] if config.freeze.train_biases else [model.get_parameter(name) for name in roles.small]
         )
         self.schedule = FreezeSchedule(roles.layers, config.freeze)
+        self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
         self._before: dict[int, Tensor] = {}
         self._hooks: list[Any] = []

@@ -64,6 +64,8 @@ class SlimFitEngine(DeepSpeedEngine):
     def _configure_optimizer(self, client_optimizer, model_parameters):
         self.roles = discover(self.module)
         self.schedule = FreezeSchedule(self.roles.layers, self.slimfit_config.freeze)
+        if self.global_rank == 0:
+            self.schedule.warn_of_oversized()
         super()._configure_optimizer(client_optimizer, model_parameters)
 
     def _configure_basic_optimizer(self, model_parameters):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,10 @@ class Layer:
     """Name of the weight as in `model.named_parameters()`."""
     kind: Kind
     numel: int
+    inputs: int = 0
+    """Elements per position (token, patch) of the input that only this weight's gradient needs: what an
+    active layer adds to the activations kept. 0 for norms (their input is kept in any case), embeddings (ids)
+    and parameters that are merely added."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ def discover(model: nn.Module) -> ParameterRoles:
         if not parameter.requires_grad:
             user_frozen.append(name)
         elif len(shape) >= 2:
-            layers.append(Layer(name, _kind(owner), shape.numel()))
+            kind = _kind(owner)
+            layers.append(Layer(name, kind, shape.numel(), _inputs(kind, owner, tuple(shape))))
         elif _is_norm(owner) and local_name in {"weight", "gamma", "scale"}:
             layers.append(Layer(name, "norm", shape.numel()))
         else:
@@ -85,6 +91,15 @@ def _kind(owner: nn.Module) -> Kind:
     if isinstance(owner, nn.Linear | nn.Bilinear) or type(owner).__name__ == "Conv1D":
         return "linear"
     return "parameter"
+
+
+def _inputs(kind: Kind, owner: nn.Module, shape: tuple[int, ...]) -> int:
+    if kind == "embedding" or (kind == "parameter" and (len(shape) == 2 or shape[0] == 1)):
+        return 0
+    if kind == "linear":
+        return shape[0] if type(owner).__name__ == "Conv1D" else math.prod(shape[1:])
+    # A convolution reads its receptive field; a bank of experts [experts, in, out] reads `in` or `out`.
+    return math.prod(shape[1:]) if kind == "convolution" else min(shape[1:])
 
 
 def _is_norm(owner: nn.Module) -> bool:

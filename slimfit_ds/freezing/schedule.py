@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.budget import Budget, room_at
 from slimfit_ds.freezing.layers import Layer, match_globs
 from slimfit_ds.freezing.policies import POLICIES, Selection
 from slimfit_ds.freezing.statistics import STATISTICS
 
-__all__ = ["FreezeSchedule", "active_count"]
-
-
-def active_count(n_layers: int, rate: float) -> int:
-    """Layers that train at a freezing rate: all but `floor(rate * n_layers)`, and at least one."""
-    # 0.29 * 100 is 28.999999999999996 in floating point; the user meant 29.
-    return max(n_layers - math.floor(rate * n_layers + 1e-9), 1)
+__all__ = ["FreezeSchedule"]
 
 
 class FreezeSchedule:
@@ -31,19 +26,41 @@ class FreezeSchedule:
 
     Raises:
         ConfigError: unknown policy or statistic, globs that match nothing or contradict each other,
-            more always-active layers than the rate leaves.
+            always-active layers that cost more than the rate leaves, a rate that leaves room for nothing.
     """
 
     def __init__(self, layers: Sequence[Layer], config: FreezeConfig):
         self.layers = tuple(layers)
         self.names = tuple(layer.name for layer in layers)
         self.config = config
-        self._always, self._never = _resolve(self.names, config)
+        self._always, self._never = _resolve(self.layers, config)
         self._policy = POLICIES[config.policy]
         self._state = self._policy.init(len(self.layers), config.seed)
         self.step = 0
         self.statistics: dict[int, float] = {}
         self.active = self._select()
+
+    @property
+    def oversized(self) -> tuple[str, ...]:
+        """Layers that never train because each costs more than a set may, at the least strict rate."""
+        if self.config.policy == "none":
+            return ()
+        budget = self._budget(min(self.config.rates))
+        free = (layer for layer in range(len(self.layers)) if layer not in self._always | self._never)
+        return tuple(self.names[layer] for layer in free if not budget.fits(self._always | {layer}))
+
+    def warn_of_oversized(self) -> None:
+        """Say once which layers the budget keeps from ever training."""
+        if self.oversized:
+            warnings.warn(
+                f"slimfit.freeze.budget {'+'.join(self.config.budget)}: never trains "
+                f"{', '.join(self.oversized)}, larger than a whole active set may be; lower the rate, or choose "
+                f"budget: layers, if it must train",
+                stacklevel=3,
+            )
+
+    def _budget(self, rate: float) -> Budget:
+        return room_at(self.layers, self.config.budget, rate)
 
     @property
     def active_names(self) -> frozenset[str]:
@@ -67,7 +84,7 @@ class FreezeSchedule:
         n_layers = len(self.layers)
         selection = Selection(
             step=self.step,
-            n_active=active_count(n_layers, self.config.rate_at(self.step)),
+            budget=self._budget(self.config.rate_at(self.step)),
             candidates=tuple(i for i in range(n_layers) if i not in self._always | self._never),
             always=self._always,
             seed=self.config.seed,
@@ -111,8 +128,9 @@ class FreezeSchedule:
             self.active = self._select()
 
 
-def _resolve(names: Sequence[str], config: FreezeConfig) -> tuple[frozenset[int], frozenset[int]]:
+def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[int], frozenset[int]]:
     """The positions of the always-active and of the never-active layers."""
+    names = [layer.name for layer in layers]
     problems: list[str] = []
     if not names:
         problems.append("the model has no trainable layer: every weight has requires_grad=False")
@@ -132,16 +150,36 @@ def _resolve(names: Sequence[str], config: FreezeConfig) -> tuple[frozenset[int]
     ]
     if names and len(never) == len(names):
         problems.append("slimfit.freeze.never_active matches every layer: nothing would train")
-    rates = [config.rate] if isinstance(config.rate, float) else [config.rate.start, config.rate.end]
-    room = active_count(len(names), max(rates)) if names else 0
-    if names and config.policy != "none" and len(always) > room:
-        problems.append(
-            f"slimfit.freeze.always_active matches {len(always)} layers, but rate {max(rates)} leaves {room} "
-            f"of {len(names)} active: lower the rate or match fewer layers"
-        )
+    if names and config.policy != "none":
+        problems += _room_problems(layers, config, always, never)
     if problems:
         raise ConfigError(problems)
     return always, never
+
+
+def _room_problems(
+    layers: Sequence[Layer], config: FreezeConfig, always: frozenset[int], never: frozenset[int]
+) -> list[str]:
+    """What does not fit at the strictest rate of a run."""
+    rate = max(config.rates)
+    budget = room_at(layers, config.budget, rate)
+    total = budget.spent(range(len(layers)))
+    problems = [
+        f"slimfit.freeze.always_active matches {spent:,} {name}, but rate {rate} leaves {room:,} of {all_:,} "
+        f"active: lower the rate or match fewer layers"
+        for name, spent, room, all_ in zip(
+            config.budget, budget.spent(always), budget.room, total, strict=True
+        )
+        if spent > room
+    ]
+    free = [layer for layer in range(len(layers)) if layer not in always | never]
+    if not problems and not always and free and not any(budget.fits([layer]) for layer in free):
+        limits = ", ".join(f"{room:,} {name}" for name, room in zip(config.budget, budget.room, strict=True))
+        problems.append(
+            f"slimfit.freeze.rate: {rate} leaves room for {limits}, less than the smallest layer takes: "
+            "lower the rate"
+        )
+    return problems
 
 
 def _difference(saved: Sequence[str], present: Sequence[str]) -> list[str]:

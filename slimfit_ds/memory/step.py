@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimfit_ds.freezing.schedule import active_count
+from slimfit_ds.freezing.budget import room_at
 from slimfit_ds.memory.active_sets import choose_active
 from slimfit_ds.memory.cuda_semantics import CudaSemantics
 from slimfit_ds.memory.engine_roots import engine_roots, is_offloaded, shard_updater
@@ -173,15 +173,13 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
         return block
     if isinstance(active, str):
         never = match_globs(freeze.never_active, [layer.name for layer in layers], "never_active", [])
-        free = [layer for position, layer in enumerate(layers) if position not in never]
-        names = choose_active(free, active_count(len(layers), freeze.rate_at(0)), active)
+        free = [position for position in range(len(layers)) if position not in never]
+        names = choose_active(layers, free, room_at(layers, freeze.budget, freeze.rate_at(0)), active)
     else:
         names = list(active)
     rate = (len(layers) - len(names)) / len(layers)
-    return {
-        **block,
-        "freeze": {**block.get("freeze", {}), "rate": rate, "policy": "ils", "always_active": names},
-    }
+    exactly = {"rate": rate, "budget": "layers", "policy": "ils", "always_active": names}
+    return {**block, "freeze": {**block.get("freeze", {}), **exactly}}
 
 
 def inspect_model(workload: Workload) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def test_kinds_and_model_order():
     ]
     assert roles.small == ("scale", "conv.bias", "norm.bias", "head.bias")
     assert roles.layers[2].numel == 4 * 3 * 2 * 2
+    # A vector added at each position, ids, a 2x2 patch of 3 channels, a norm, a linear input of 4.
+    assert [layer.inputs for layer in roles.layers] == [0, 0, 12, 0, 4]
 
 
 def test_frozen_by_the_user_is_no_layer():
@@ -59,7 +61,7 @@ def test_tied_weights_appear_once():
 
 
 @pytest.mark.parametrize(
-    ("model", "norms", "linears"),
+    ("model", "norms", "linears", "inputs"),
     [
         # Llama: q, k, v, o, gate, up, down and two RMSNorms for each block, a final norm and the head.
         (
@@ -75,15 +77,22 @@ def test_tied_weights_appear_once():
             ),
             5,
             15,
+            {8, 16},
         ),
         # GPT-2: c_attn, c_proj, c_fc, c_proj and two norms for each block, a final norm; the head is tied.
-        (GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2)), 5, 8),
+        (
+            GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2)),
+            5,
+            8,
+            {8, 32},
+        ),
     ],
 )
-def test_architectures_without_a_class_map(model, norms, linears):
+def test_architectures_without_a_class_map(model, norms, linears, inputs):
     layers = discover(model).layers
     assert sum(layer.kind == "norm" for layer in layers) == norms
     assert sum(layer.kind == "linear" for layer in layers) == linears
+    assert {layer.inputs for layer in layers if layer.kind == "linear"} == inputs
 
 
 def test_globs_match_parameter_and_module_names():

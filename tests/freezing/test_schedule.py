@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.budget import active_count
 from slimfit_ds.freezing.layers import Layer
-from slimfit_ds.freezing.schedule import FreezeSchedule, active_count
+from slimfit_ds.freezing.schedule import FreezeSchedule
 
 
 def layers(count: int) -> list[Layer]:
@@ -98,6 +99,75 @@ def test_always_and_never():
         assert len(schedule.active) == 3
         assert not schedule.active & {0, 1}
         schedule.advance({layer: 1 / (layer + 1) for layer in schedule.active})
+
+
+def mixed_layers(seed: int, count: int) -> list[Layer]:
+    generator = random.Random(seed)
+    return [
+        Layer(f"block.{i}.weight", "linear", generator.randint(1, 500), generator.choice([0, 8, 32]))
+        for i in range(count)
+    ]
+
+
+@given(
+    seed=st.integers(0, 50),
+    count=st.integers(3, 30),
+    rate=st.sampled_from([0.0, 0.5, 0.8]),
+    policy=st.sampled_from(["ils", "random"]),
+    budget=st.sampled_from(["parameters", "activations", ("parameters", "activations", "layers")]),
+)
+def test_every_active_set_keeps_within_its_budget_and_every_layer_that_fits_trains(
+    seed, count, rate, policy, budget
+):
+    all_layers = mixed_layers(seed, count)
+    config = FreezeConfig(rate=rate, policy=policy, budget=budget, seed=seed)
+    try:
+        schedule = FreezeSchedule(all_layers, config)
+    except ConfigError:
+        room = math.floor((1 - rate) * sum(layer.numel for layer in all_layers))
+        assert min(layer.numel for layer in all_layers) > room
+        return
+    seen: set[int] = set()
+    for _ in range(12 * count):
+        active = [all_layers[i] for i in schedule.active]
+        if "parameters" in config.budget:
+            total = sum(layer.numel for layer in all_layers)
+            assert sum(layer.numel for layer in active) <= (1 - rate) * total + 1e-6
+        if "activations" in config.budget:
+            total = sum(layer.inputs for layer in all_layers)
+            assert sum(layer.inputs for layer in active) <= (1 - rate) * total + 1e-6
+        seen |= schedule.active
+        schedule.advance({layer: 1 / (2 + layer) for layer in schedule.active})
+    assert {schedule.names[i] for i in range(count) if i not in seen} >= set(schedule.oversized)
+    if policy == "ils":
+        assert {schedule.names[i] for i in range(count) if i not in seen} == set(schedule.oversized)
+
+
+def test_a_layer_larger_than_the_budget_is_named():
+    sizes = [900, 40, 30, 20, 10]
+    schedule = FreezeSchedule(
+        [Layer(f"l{i}", "linear", n) for i, n in enumerate(sizes)],
+        FreezeConfig(rate=0.9, budget="parameters"),
+    )
+    assert schedule.oversized == ("l0",)
+    with pytest.warns(UserWarning, match=r"never trains l0, larger than"):
+        schedule.warn_of_oversized()
+    # 100 parameters fit: all but the first layer.
+    assert schedule.active == {1, 2, 3, 4}
+
+
+def test_a_budget_without_room_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"0\.95 leaves room for 50 parameters, less than the smallest layer"
+    ):
+        FreezeSchedule(
+            [Layer(f"l{i}", "linear", 100) for i in range(10)], FreezeConfig(rate=0.95, budget="parameters")
+        )
+    with pytest.raises(ConfigError, match=r"always_active matches 200 parameters, but rate 0\.9 leaves 100"):
+        FreezeSchedule(
+            [Layer(f"l{i}", "linear", 100) for i in range(10)],
+            FreezeConfig(rate=0.9, budget="parameters", always_active=("l0", "l1")),
+        )
 
 
 def test_none_trains_all_but_never():

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimfit_ds.freezing.budget import Budget
+
 __all__ = ["Policy", "Selection", "State", "best"]
 
 State = Mapping[str, Any]
@@ -21,8 +23,8 @@ class Selection:
 
     step: int
     """Optimizer steps done so far."""
-    n_active: int
-    """How many layers train, those in `always` included."""
+    budget: Budget
+    """What the active set may cost, those in `always` included."""
     candidates: tuple[int, ...]
     """Layers to choose from, in model order; neither `always` nor `never` active ones."""
     always: frozenset[int]
@@ -49,7 +51,6 @@ class Policy:
 
 
 def best(scores: Sequence[float], selection: Selection) -> frozenset[int]:
-    """`always` plus the candidates with the largest scores; of equals, the first in model order."""
-    free = max(selection.n_active - len(selection.always), 0)
+    """`always` plus the candidates with the largest scores that fit; of equals, the first in model order."""
     ranked = sorted(selection.candidates, key=lambda layer: (-scores[layer], layer))
-    return selection.always | frozenset(ranked[:free])
+    return selection.budget.fill(ranked, selection.always)

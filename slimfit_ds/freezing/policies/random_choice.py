@@ -11,9 +11,9 @@ __all__ = ["RANDOM"]
 
 def select(state: State, selection: Selection) -> frozenset[int]:
     """A fresh draw for each step from (seed, step), so that nothing has to be saved."""
-    free = min(max(selection.n_active - len(selection.always), 0), len(selection.candidates))
     generator = random.Random(f"{selection.seed}/{selection.step}")
-    return selection.always | frozenset(generator.sample(selection.candidates, free))
+    order = generator.sample(selection.candidates, len(selection.candidates))
+    return selection.budget.fill(order, selection.always)
 
 
 RANDOM = Policy(lambda n_layers, seed: {}, select, lambda state, statistics: state)
