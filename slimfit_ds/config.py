@@ -81,6 +81,8 @@ class RateSchedule(_Model):
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("must name at least one of layers, parameters, activations")
     return (value,) if isinstance(value, str) else value
 
 
