@@ -6,16 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from slimfit_ds.config import ConfigError
 from slimfit_ds.training.batches import BatchPlan, training_loader
@@ -24,14 +20,15 @@ from slimfit_ds.training.checkpoints import load_checkpoint, save_checkpoint, sa
 from slimfit_ds.training.checks import Inspection, inspect
 from slimfit_ds.training.deepspeed_config import replaced_values
 from slimfit_ds.training.distributed import Ranks, export, main_rank_first, read_ranks, share
+from slimfit_ds.training.engine_of_recipe import make_engine
 from slimfit_ds.training.evaluation import evaluate
-from slimfit_ds.training.history import History, finite, read_history
-from slimfit_ds.training.learning_rate import rate_factor
-from slimfit_ds.training.models import build_model, parameter_groups
+from slimfit_ds.training.history import History
 from slimfit_ds.training.noise import silence
 from slimfit_ds.training.output import resolved_yaml
+from slimfit_ds.training.progress import Progress
 from slimfit_ds.training.recipe import Draft, Recipe
-from slimfit_ds.training.surroundings import hardware, peak_memory, reset_peak_memory, versions
+from slimfit_ds.training.result import write_result
+from slimfit_ds.training.surroundings import peak_memory, reset_peak_memory
 
 __all__ = ["train"]
 
@@ -105,34 +102,9 @@ class Run:
         self.micro_batch: int = found.deepspeed["train_micro_batch_size_per_gpu"]
         metric = self.recipe.best_metric or self.task.best_metric
         self.best = Best(metric, lower=metric in self.task.lower_is_better)
-        self.engine = self._make_engine(found)
+        self.engine = make_engine(found, self.steps, self._example_batch)
         self.first_step, self.seconds = self._resume()
-        self._tokens_per_second: list[float] = []
-
-    def _make_engine(self, found: Inspection) -> Any:
-        from slimfit_ds.engine.budget import resolve_budget
-        from slimfit_ds.engine.initialize import initialize
-
-        recipe = self.recipe
-        torch.manual_seed(recipe.seed)
-        model = build_model(recipe, found.source, found.model_config, self.task)
-        warmup = (
-            recipe.warmup_steps
-            if recipe.warmup_steps is not None
-            else round(recipe.warmup_ratio * self.steps)
-        )
-        factor = rate_factor(recipe.scheduler, self.steps, warmup)
-        config = found.deepspeed
-        if "slimfit" in config:
-            config = resolve_budget(config, model, self._example_batch())
-        engine, *_ = initialize(
-            model=model,
-            model_parameters=parameter_groups(model, recipe.weight_decay),
-            lr_scheduler=partial(LambdaLR, lr_lambda=factor),
-            config=config,
-        )
-        engine.train()
-        return engine
+        self.tokens_per_second: list[float] = []
 
     def _example_batch(self) -> dict[str, Tensor]:
         """A batch of the largest shape that training will see."""
@@ -165,13 +137,12 @@ class Run:
     def go(self) -> dict[str, Any]:
         """All steps, then the final evaluation and the report."""
         history = self._open_output()
-        bar = tqdm(
-            total=self.steps,
-            initial=self.first_step,
-            disable=not self.ranks.is_main,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        progress = Progress(
+            self.first_step,
+            self.steps,
+            layers=len(getattr(self.engine, "layer_names", ())),
+            metric=self.best.metric,
+            shows=self.ranks.is_main,
         )
         reset_peak_memory(self.device)
         loader = iter(self._loader(self.first_step, self.steps))
@@ -185,13 +156,12 @@ class Run:
             history.add(line)
             if done == self.steps or (self.recipe.save_steps and done % self.recipe.save_steps == 0):
                 self._save(done)
-            bar.set_postfix_str(self._status(line, metrics), refresh=False)
-            bar.update()
-        bar.close()
+            progress.show(line, metrics)
+        progress.close()
         history.close()
         if not metrics:
             metrics = self._evaluate(self.steps)
-        return self._report(metrics)
+        return write_result(self, metrics)
 
     def _open_output(self) -> History:
         if self.ranks.is_main:
@@ -216,7 +186,7 @@ class Run:
         torch.distributed.all_reduce(totals)
         mean_loss, tokens = totals[0].item() / self.ranks.world_size, int(totals[1].item())
         self.seconds.append(time.perf_counter() - start)
-        self._tokens_per_second.append(tokens / self.seconds[-1])
+        self.tokens_per_second.append(tokens / self.seconds[-1])
         statistics = getattr(self.engine, "update_statistics", {})
         norm = self.engine.get_global_grad_norm()
         return {
@@ -264,58 +234,6 @@ class Run:
         # The latest steps are enough for a median.
         state = {"best_value": self.best.value, "best_step": self.best.step, "seconds": self.seconds[-1000:]}
         save_checkpoint(self.engine, self.folder, done, state, self.recipe.keep_last, self.ranks)
-
-    def _status(self, line: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
-        parts = [f"loss {line['loss']:.4f}", f"memory {line['memory_bytes'] / 2**30:.2f} GiB"]
-        if line["active_layers"] is not None:
-            parts.insert(1, f"frozen {1 - len(line['active_layers']) / len(self.engine.layer_names):.0%}")
-        if metrics:
-            parts.append(f"{self.best.metric} {metrics[self.best.metric]:.4f}")
-        return ", ".join(parts)
-
-    def _report(self, metrics: dict[str, float]) -> dict[str, Any]:
-        """Write the model and `metrics.json`; its content."""
-        if self.recipe.save_model:
-            save_model(self.engine, self.task, self.folder / "model", self.ranks)
-        peak = torch.tensor(float(peak_memory(self.device)), dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
-        # The first steps pay for allocation and caches.
-        typical = median(self.seconds[min(2, len(self.seconds) - 1) :]) if self.seconds else None
-        report = {
-            "metrics": metrics,
-            "best": {"metric": self.best.metric, "value": self.best.value, "step": self.best.step},
-            "steps": self.steps,
-            "epochs": self.steps / self.batches.steps_per_epoch,
-            "layers": len(getattr(self.engine, "layer_names", ())) or None,
-            "seconds_per_step": typical,
-            "samples_per_second": self.recipe.train_batch_size / typical if typical else None,
-            "tokens_per_second": median(self._tokens_per_second or [0.0]) or None,
-            "peak_bytes": int(peak.item()),
-            "peak_bytes_are": "allocated on the GPU"
-            if self.device.type == "cuda"
-            else "resident set of a process",
-            "memory": self.engine.memory_report() if hasattr(self.engine, "memory_report") else None,
-            "world_size": self.ranks.world_size,
-            "launcher": self.ranks.launcher,
-            "seed": self.recipe.seed,
-            "dtype": self.recipe.dtype,
-            "versions": versions(),
-            "hardware": hardware(self.device),
-            "output_dir": str(self.folder),
-        }
-        report = finite(report)
-        if self.ranks.is_main:
-            self._draw_schedule()
-            (self.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        torch.distributed.barrier()
-        return share(report)
-
-    def _draw_schedule(self) -> None:
-        names = getattr(self.engine, "layer_names", None)
-        if names:
-            from slimfit_ds.report.schedule_plot import plot_schedule
-
-            plot_schedule(read_history(self.folder / "history.jsonl"), names, self.folder / "schedule.png")
 
 
 def sorted_active(engine: Any) -> list[str] | None:

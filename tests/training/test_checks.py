@@ -51,7 +51,7 @@ def nothing_starts(monkeypatch):
         raise AssertionError("something was started before the recipe was checked")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
-    monkeypatch.setattr("slimfit_ds.training.run.build_model", refuse)
+    monkeypatch.setattr("slimfit_ds.training.engine_of_recipe.build_model", refuse)
     monkeypatch.setattr("slimfit_ds.engine.processes.start_processes", refuse)
 
 
