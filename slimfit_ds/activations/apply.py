@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from slimfit_ds.activations.checkpoint import resolve_codec
-from slimfit_ds.activations.config import ActivationsConfig, CodecSpec
+from slimfit_ds.activations.codecs import codec_names
+from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
 from slimfit_ds.activations.installer import Installer
 from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
 from slimfit_ds.activations.patching import Patches
@@ -73,7 +75,18 @@ def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str
     tables = [config.table(), *(config.table(name) for name, _ in model.named_modules())]
     for spec in {describe(spec): spec for table in tables for _, spec in table if spec is not None}.values():
         problems += _codec_problem(spec)
-    return problems
+    return problems or sorted({text for table in tables for text in _misplaced(table)})
+
+
+def _misplaced(table: OperationTable) -> Iterator[str]:
+    """Operations whose codec is made for the inputs of linear layers only."""
+    for operation, spec in table:
+        name = spec["name"] if isinstance(spec, dict) else spec
+        if operation in {"linear", "wide_linear"} or name not in codec_names() or name.startswith("step"):
+            continue
+        codec = resolve_codec(spec)
+        if codec is not None and codec.linear_only:
+            yield f"activations.operations.{operation}: {name!r} is for linear and wide_linear only"
 
 
 def _codec_problem(spec: CodecSpec) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.config import PRESETS, ActivationsConfig
+from slimfit_ds.config import ConfigError
 
 
 def snapshot(model: nn.Module) -> list:
@@ -66,6 +67,34 @@ def test_forward_is_identical_and_gradients_are_close(name, preset):
     assert set(found) == set(expected) <= set(active)
     print(name, preset, relative_error(found, expected))
     assert all(torch.isfinite(g).all() for g in found.values())
+
+
+def test_column_row_sampling_leaves_only_weight_gradients_to_chance():
+    """The input's gradient is exact, that of each linear weight is right on average."""
+    model = without_dropout(build("bert"))
+    linears = {
+        n for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n and "encoder" in n
+    }
+    batch = batch_for("bert")
+    _, expected = gradients(model, batch)
+    sampling = {"name": "crs", "keep": 0.5}
+    handle = compress(model, ActivationsConfig(operations={"linear": sampling, "wide_linear": sampling}))
+    draws = [gradients(model, batch)[1] for _ in range(60)]
+    handle.remove()
+    for name, gradient in expected.items():
+        found = torch.stack([draw[name] for draw in draws])
+        if name not in linears:
+            torch.testing.assert_close(found[0], gradient)
+            continue
+        assert not torch.equal(found[0], found[1]), name
+        single = (found - gradient).norm(dim=(1, 2)).mean()
+        # The mean of n independent draws is off by 1 / sqrt(n) of a single one; a biased one stays off.
+        assert (found.mean(0) - gradient).norm() < 3 * single / 60**0.5, name
+
+
+def test_column_row_sampling_is_refused_elsewhere():
+    with pytest.raises(ConfigError, match=r"operations\.norm: 'crs' is for linear and wide_linear only"):
+        compress(build("bert"), ActivationsConfig(operations={"norm": "crs"}))
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

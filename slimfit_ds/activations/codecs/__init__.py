@@ -14,6 +14,7 @@ from functools import partial
 from slimfit_ds.activations.codecs.absmax import INT2, INT4, INT6, INT8, UINT8, AbsmaxCodec
 from slimfit_ds.activations.codecs.base import Codec, Encoded
 from slimfit_ds.activations.codecs.codebook import NormalCodebook
+from slimfit_ds.activations.codecs.crs import ColumnRowSampling
 from slimfit_ds.activations.codecs.exact import BitMask, Exact
 from slimfit_ds.activations.codecs.fixed_point import FixedPoint
 from slimfit_ds.activations.codecs.pruning import TopK
@@ -40,4 +41,5 @@ register_codec("step1", partial(StepDerivative, bits=1))
 register_codec("fixed8", partial(FixedPoint, "fixed8", 3, 4))
 register_codec("fixed4", partial(FixedPoint, "fixed4", 2, 1))
 register_codec("ufixed8", partial(FixedPoint, "ufixed8", 0, 8, signed=False))
+register_codec("crs", lambda rows="exact", **options: ColumnRowSampling(get_codec(rows), **options))
 register_codec("topk10", partial(TopK, "topk10", 0.1))

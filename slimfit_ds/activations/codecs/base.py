@@ -65,11 +65,13 @@ class Codec(ABC):
         name: the registered name.
         lossless: decode(encode(x)) equals x bit for bit.
         unbiased: the mean of decode(encode(x)) over the random draws is x.
+        linear_only: fit for the input of linear layers, of which a mean is taken over tokens, and nothing else.
     """
 
     name: str
     lossless: bool = False
     unbiased: bool = False
+    linear_only: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:

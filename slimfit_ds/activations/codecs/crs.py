@@ -9,12 +9,85 @@ NeurIPS 2023.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["SampledRows", "sample_rows"]
+from slimfit_ds.activations.codecs.base import Codec, Encoded, StorageLayout, is_fake
+from slimfit_ds.activations.codecs.rounding import RandomBits
+
+__all__ = ["ColumnRowSampling", "SampledRows", "sample_rows"]
+
+
+class ColumnRowSampling(Codec):
+    """Keeps some rows (tokens) of a linear layer's input; the others decode to zeros.
+
+    What it decodes has the input as its mean, so every gradient that is linear in the input, as that of a
+    weight is, stays unbiased. A single row is far off: nothing but weight gradients may be computed from it.
+
+    Args:
+        inner: stores the rows that are kept.
+        keep: their share, in (0, 1]; at least one row is kept.
+        seed: of the draws.
+    """
+
+    name = "crs"
+    linear_only = True
+
+    def __init__(self, inner: Codec, keep: float = 0.3, seed: int = 0):
+        if not 0 < keep <= 1:
+            raise ValueError(f"crs: keep must be in (0, 1], got {keep}")
+        self.inner = inner
+        self.unbiased = inner.unbiased
+        self.keep = keep
+        self._random = RandomBits(seed)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
+        if not x.is_floating_point():
+            raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
+        tokens, kept, width = self._rows(x.shape)
+        if is_fake(x) or not x.numel():
+            rows = x.new_empty(kept, width)
+            index = x.new_empty(kept, dtype=torch.int32)
+            weight = x.new_empty(kept, dtype=torch.float32)
+        else:
+            generator = self._random.generator(x.device) if generator is None else generator
+            sampled = sample_rows(x.detach().reshape(tokens, width), kept, generator=generator)
+            rows, index, weight = sampled.rows, sampled.index, sampled.weight
+        return Encoded((*self.inner.encode(rows).tensors, index, weight), x.shape, x.dtype)
+
+    @torch.no_grad()
+    def decode(self, e: Encoded) -> Tensor:
+        *stored, index, weight = e.tensors
+        tokens, kept, width = self._rows(e.shape)
+        rows = self.inner.decode(Encoded(tuple(stored), torch.Size([kept, width]), e.dtype))
+        out = rows.new_zeros(tokens, width)
+        if out.numel() and not is_fake(out):
+            # A row that was drawn twice stands twice among the rows.
+            out.index_add_(0, index, (rows * weight[:, None]).to(e.dtype))
+        return out.view(e.shape)
+
+    def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
+        """Of one row; `nbytes` knows the shape."""
+        return *self.inner.storage(numel, dtype), (torch.int32, 1), (torch.float32, 1)
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        _, kept, width = self._rows(shape)
+        return self.inner.nbytes((kept, width), dtype) + 8 * kept
+
+    def bits_per_element(self, dtype: torch.dtype = torch.bfloat16) -> float:
+        """For wide rows: their index and weight, 64 bits a row kept, are left out."""
+        return self.keep * self.inner.bits_per_element(dtype)
+
+    def _rows(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Rows, rows kept and width of a tensor."""
+        width = shape[-1] if len(shape) else 1
+        tokens = math.prod(shape[:-1])
+        return tokens, min(tokens, max(round(self.keep * tokens), 1)), width
 
 
 @dataclass(frozen=True)
@@ -82,7 +155,8 @@ def sample_rows(
         index = torch.arange(tokens, dtype=torch.int32, device=x.device)
         return SampledRows(x.detach().clone(), index, torch.ones(tokens, device=x.device))
     if importance is None:
-        importance = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        importance = torch.linalg.vector_norm(x, dim=1, dtype=wide)
     index, weight = _winners_and_samples(importance.to(torch.float64), keep, generator)
     return SampledRows(x.index_select(0, index), index.to(torch.int32), weight.to(torch.float32))
 

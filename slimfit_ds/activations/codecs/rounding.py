@@ -1,4 +1,4 @@
-"""Random bits for stochastic rounding."""
+"""Random bits for stochastic rounding and sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ODD = 0x0001_0001_0001_0001
 
 
 class RandomBits:
-    """Rounding noise from a generator of its own for each device, so that the global one is left alone.
+    """Noise from a generator of its own for each device, so that the global one is left alone.
 
     Args:
         seed: seed of each device's generator.
@@ -28,12 +28,13 @@ class RandomBits:
         with probabilities that make its mean `y` up to 2^-16. One 64-bit draw gives four of them.
         """
         if generator is None:
-            generator = self._own(device)
+            generator = self.generator(device)
         words = torch.empty(-(-n // 4), dtype=torch.int64, device=device)
         words.random_(-(1 << 63), None, generator=generator)
         return words.bitwise_or_(_ODD).view(torch.int16)[:n]
 
-    def _own(self, device: torch.device) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Its generator on a device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]

@@ -40,6 +40,8 @@ CASES = [
         for rounding in ("nearest", "stochastic")
     ),
     Case("uint8", prepare=torch.abs),
+    Case("crs", {"keep": 0.5}),
+    Case("crs", {"keep": 0.25, "rows": "int8"}),
     *(Case(name) for name in ("lm4", "lm2", "lm1", "fixed8", "fixed4", "ufixed8", "topk10")),
     *(
         Case(f"step{bits}", {"activation": activation})

@@ -56,6 +56,8 @@ def test_shape_dtype_and_bytes(case: Case, shape: tuple[int, ...], dtype: torch.
 def test_dense_layouts_keep_their_strides_and_values(case: Case, shape: tuple[int, ...]) -> None:
     if case.name == "mask":
         pytest.skip("boolean masks are always decoded contiguous")
+    if case.codec.linear_only:
+        pytest.skip("rows are those of the shape, not of the memory")
     x = _sample(case, shape, torch.float32)
     expected = case.codec.decode(case.codec.encode(x, generator=torch.Generator().manual_seed(1)))
     y = case.codec.decode(case.codec.encode(x.transpose(0, -1), generator=torch.Generator().manual_seed(1)))
@@ -125,6 +127,8 @@ class _LargestOutput(TorchDispatchMode):
 def test_temporaries_are_bounded_by_the_chunk(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     if case.name == "topk10":
         pytest.skip("selecting the largest of all elements takes a copy of their magnitudes")
+    if case.codec.linear_only:
+        pytest.skip("the rows that are kept are gathered before they are stored")
     chunk = 4096
     monkeypatch.setattr(base, "_CPU_CHUNK", chunk)
     x = _sample(case, (256, 1024), torch.bfloat16)
@@ -153,7 +157,7 @@ def test_fake_tensors_have_the_real_bytes(case: Case) -> None:
 
 @every_case
 def test_bits_per_element_is_the_limit_of_nbytes(case: Case) -> None:
-    shape = (4096, 1024)
+    shape = (64, 1 << 16)
     dtype = torch.bool if case.name == "mask" else torch.bfloat16
     measured = 8 * case.codec.nbytes(shape, dtype) / math.prod(shape)
     assert case.codec.bits_per_element(dtype) == pytest.approx(measured, rel=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimfit_ds.activations.codecs import get_codec
 from slimfit_ds.activations.codecs.crs import SampledRows, sample_rows
 
 
@@ -123,3 +124,40 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_bad_arguments(x: Tensor, keep: int, importance: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample_rows(x, keep, generator=_generator(0), importance=importance)
+
+
+def test_the_codec_has_the_input_as_its_mean(problem: tuple[Tensor, Tensor]) -> None:
+    x, _ = problem
+    codec = get_codec("crs", keep=0.3)
+    generator = _generator(4)
+    draws = torch.stack(
+        [codec.decode(codec.encode(x.view(4, 24, 6), generator=generator)) for _ in range(2000)]
+    ).double()
+    deviation = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - x.view(4, 24, 6)).abs() <= 5 * deviation + 1e-5).all()
+    # 29 rows of 96 are kept, or fewer where one was drawn twice.
+    assert (draws[0].abs().sum(-1) > 0).sum() <= 29
+
+
+def test_the_codec_gives_the_weight_gradient_of_its_rows(problem: tuple[Tensor, Tensor]) -> None:
+    x, grad = problem
+    kept = get_codec("crs", keep=0.3).encode(x, generator=_generator(5))
+    expected = sample_rows(x, 29, generator=_generator(5)).weight_gradient(grad)
+    torch.testing.assert_close(grad.t() @ get_codec("crs", keep=0.3).decode(kept), expected)
+
+
+def test_rows_may_be_stored_by_another_codec(problem: tuple[Tensor, Tensor]) -> None:
+    x = problem[0].repeat(1, 16)
+    codec = get_codec("crs", keep=0.25, rows="int8")
+    assert (
+        codec.nbytes(x.shape, torch.bfloat16) == get_codec("int8").nbytes((24, 96), torch.bfloat16) + 24 * 8
+    )
+    exact = get_codec("crs", keep=0.25)
+    a, b = (c.decode(c.encode(x, generator=_generator(6))) for c in (codec, exact))
+    assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.5])
+def test_keep_is_checked(keep: float) -> None:
+    with pytest.raises(ValueError, match=rf"keep must be in \(0, 1\], got {keep}"):
+        get_codec("crs", keep=keep)

@@ -24,6 +24,14 @@ def test_the_largest_magnitudes_survive_and_the_rest_is_zero(
     assert codec.nbytes(shape, dtype) == count * (4 + dtype.itemsize)
 
 
+def test_of_equal_magnitudes_the_first_are_kept_in_order() -> None:
+    x = torch.tensor([1.0, -2, 2, 3, -2, 2, 0, -1, 1, -3])
+    values, indices = TopK("t", 0.5).encode(x).tensors
+    # Both threes, then the first three of the four twos.
+    assert indices.tolist() == [1, 2, 3, 4, 9]
+    assert values.tolist() == [-2, 2, 3, -2, -3]
+
+
 def test_nan_is_kept() -> None:
     x = torch.ones(20)
     x[7] = torch.nan

@@ -14,7 +14,12 @@ import pytest
 triton = pytest.importorskip("triton")
 
 
-INTERPRETED = ("test_triton_kernels.py", "test_triton_fixed_and_masks.py", "test_triton_channels.py")
+INTERPRETED = (
+    "test_triton_kernels.py",
+    "test_triton_fixed_and_masks.py",
+    "test_triton_channels.py",
+    "test_triton_pruning.py",
+)
 
 
 @pytest.mark.slow
@@ -55,6 +60,14 @@ POINTERS = {
     "offset_ptr": "*fp32",
     "head_stride": "i32",
     "bytes_ptr": "*u8",
+    "keys_ptr": "*i16",
+    "kth_ptr": "*i16",
+    "above_ptr": "*i64",
+    "equal_ptr": "*i64",
+    "missing_ptr": "*i64",
+    "values_ptr": "*bf16",
+    "index_ptr": "*i32",
+    "count": "i32",
 }
 # Launched with 1, a number becomes a constant.
 NO_CHANNELS = {"head_stride": 1, "width_stride": 1, "HEADS": 1, "WIDTH": 0}
@@ -145,6 +158,16 @@ def test_masks_compile_for_hopper_in_wide_loads() -> None:
 
     assert "ld.global.v4" in _ptx(triton_mask._encode_kernel, {"TILE": 8192})
     assert "st.global.v4" in _ptx(triton_mask._decode_kernel, {"TILE": 8192})
+
+
+@pytest.mark.slow
+def test_pruning_compiles_for_hopper_in_wide_loads() -> None:
+    from slimfit_ds.activations.codecs import triton_pruning
+
+    shape = {"LOW": 0x7FFF, "TILE": 1024}
+    assert "ld.global.v4" in _ptx(triton_pruning._count_kernel, shape)
+    assert "ld.global.v4" in _ptx(triton_pruning._select_kernel, shape)
+    assert "st.global" in _ptx(triton_pruning._restore_kernel, {"TILE": 1024})
 
 
 @pytest.mark.slow
