@@ -8,14 +8,16 @@ if TYPE_CHECKING:
     from slimfit_ds.comparison.runner import compare
     from slimfit_ds.config import SlimFitConfig
     from slimfit_ds.engine.initialize import initialize
+    from slimfit_ds.integrations.trainer_callback import SlimFitCallback
     from slimfit_ds.memory.estimator import estimate
     from slimfit_ds.slimming import slim
 
-__all__ = ["SlimFitConfig", "compare", "estimate", "initialize", "slim"]
+__all__ = ["SlimFitCallback", "SlimFitConfig", "compare", "estimate", "initialize", "slim"]
 __version__ = "0.1.0"
 
 # Imported at first use: DeepSpeed takes seconds to import, and a plain `--help` needs none of it.
 _HOMES = {
+    "SlimFitCallback": "slimfit_ds.integrations.trainer_callback",
     "SlimFitConfig": "slimfit_ds.config",
     "compare": "slimfit_ds.comparison.runner",
     "estimate": "slimfit_ds.memory.estimator",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class SlimHandle:
         self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
         self._before: dict[int, Tensor] = {}
+        self._still: set[int] = set()
+        self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
         self._hooks: list[Any] = []
         for parameter in self._small:
             parameter.requires_grad_(False)
@@ -45,46 +47,81 @@ class SlimHandle:
         """The layers that train in the coming step."""
         return self.schedule.active_names
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> SlimHandle:
+    def follow(
+        self, optimizer: torch.optim.Optimizer, combine: Callable[[Tensor], Tensor] | None = None
+    ) -> SlimHandle:
         """Move on to the next active set after each step of an optimizer.
 
         Any optimizer that skips parameters without a gradient will do, as those of torch do: a frozen
         layer has none. The active weights (not all of them) are copied for the length of a step, to
         measure how far they moved; the DeepSpeed engine needs no copy.
 
+        Args:
+            optimizer: steps this model.
+            combine: makes the sums of the statistic `[layers, columns]`, float32, of this process those of all
+                processes; None: this process is alone.
+
         Returns:
             This handle.
         """
+        if combine is not None:
+            self._combine = combine
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         return self
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._before = {
             layer: self._parameters[layer].detach().clone()
             for layer in self.schedule.active
             if self._parameters[layer].grad is not None
         }
+        self._still = {
+            id(parameter)
+            for group in optimizer.param_groups
+            if float(group["lr"]) == 0.0
+            for parameter in group["params"]
+        }
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        before, self._before = self._before, {}
+        # A fused optimizer finds out on the device whether a loss scaler lets it step; a skipped step is tried
+        # again with the same layers.
+        if (overflow := getattr(optimizer, "found_inf", None)) is not None and float(overflow):
+            return
         assert self._statistic is not None
         sums = []
-        for layer, before in self._before.items():
-            old = before.float().flatten()
-            sums.append(self._statistic.partial(self._parameters[layer].float().flatten() - old, old))
+        for layer, old in before.items():
+            flat = old.float().flatten()
+            sums.append(self._statistic.partial(self._parameters[layer].float().flatten() - flat, flat))
         # One transfer for all layers.
-        totals = torch.stack(sums).tolist() if sums else []
-        statistics = {
-            layer: self._statistic.finish(total, before.numel())
-            for (layer, before), total in zip(self._before.items(), totals, strict=True)
-        }
-        self._before = {}
-        self.advance(statistics)
+        totals = self._combine(torch.stack(sums)).tolist() if sums else []
+        # A layer that took no part in the forward pass did not move.
+        statistics = dict.fromkeys(self.schedule.active - before.keys(), 0.0)
+        for (layer, old), total in zip(before.items(), totals, strict=True):
+            statistics[layer] = self._statistic.finish(total, old.numel())
+        # A rate of zero (the first step of a warm-up) says nothing about how much a layer has to learn.
+        self.advance(
+            {layer: s for layer, s in statistics.items() if id(self._parameters[layer]) not in self._still}
+        )
 
     def advance(self, statistics: Mapping[int, float]) -> None:
         """Count a step and freeze all but the next active set; `follow` calls this."""
         self.schedule.advance(statistics)
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule, as JSON types: all that is needed to go on, beside weights and optimizer states."""
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved schedule.
+
+        Raises:
+            ConfigError: it is of another model; names the difference.
+        """
+        self.schedule.load_state_dict(state)
         self._apply()
 
     def _apply(self) -> None:

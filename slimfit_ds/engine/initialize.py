@@ -14,7 +14,7 @@ from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.freezing import FreezeSchedule, discover
 
-__all__ = ["initialize", "load_config"]
+__all__ = ["initialize", "load_config", "setting_problems"]
 
 
 def load_config(config: Any, args: Any = None) -> dict[str, Any]:
@@ -91,15 +91,9 @@ def initialize(
         return deepspeed.initialize(args=_without_config(args), config=loaded, **arguments)
     if model is None:
         raise ConfigError(["model: slimfit_ds.initialize needs a model, got None"])
-    slim = SlimFitConfig.parse(loaded["slimfit"])
-    problems = config_problems(loaded, slim, model)
-    problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
-    try:
-        FreezeSchedule(discover(model).layers, slim.freeze)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
+    if problems := setting_problems(loaded, model):
         raise ConfigError(problems)
+    slim = SlimFitConfig.parse(loaded["slimfit"])
     if slim.memory_budget is not None:
         slim = _within_budget(loaded, model, training_data, collate_fn, distributed_port, dist_init_required)
     # DeepSpeed prints its configuration as JSON.
@@ -113,6 +107,21 @@ def initialize(
         return deepspeed.initialize(args=_without_config(args), config=loaded, **arguments)
     finally:
         deepspeed.DeepSpeedEngine = stock
+
+
+def setting_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """What is wrong with a DeepSpeed configuration that has a `"slimfit"` block, for this model; a line each."""
+    try:
+        slim = SlimFitConfig.parse(config["slimfit"])
+    except ConfigError as error:
+        return error.problems
+    problems = config_problems(config, slim, model)
+    problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
+    try:
+        FreezeSchedule(discover(model).layers, slim.freeze)
+    except ConfigError as error:
+        problems += error.problems
+    return problems
 
 
 def _within_budget(

@@ -1,0 +1,105 @@
+"""The SlimFit engine behind `TrainingArguments(deepspeed=...)` and `accelerate.Accelerator`, by one call.
+
+accelerate makes its engine by `deepspeed.initialize`, looked up when it is called; `slimfit_ds.initialize` takes the
+same arguments and returns the same things, so it stands in under that name. Nothing of transformers' or accelerate's
+handling of the JSON changes: "auto" values are filled from the arguments, and a JSON without a `"slimfit"` block gives
+stock DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from slimfit_ds.config import ConfigError
+
+__all__ = ["disable_deepspeed", "enable_deepspeed"]
+
+_restore: list[Callable[[], None]] = []
+"""What undoes the replacements; empty: nothing is replaced."""
+
+
+def enable_deepspeed() -> None:
+    """Make Trainer and accelerate use the SlimFit engine for a DeepSpeed JSON with a `"slimfit"` block.
+
+    Call it once, before the Trainer (or `Accelerator.prepare`); again is harmless. `disable_deepspeed` undoes it.
+
+    Raises (later, when training starts):
+        ConfigError: every value of the JSON that differs from the arguments, and everything that freezing
+            cannot be combined with, in one list.
+
+    Example:
+        slimfit_ds.integrations.enable_deepspeed()
+        args = TrainingArguments("out", deepspeed="ds_configs/slimfit_zero2.json")
+    """
+    if _restore:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        import os
+
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Serves inference only, takes half a minute to build, and a killed build blocks the next run for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _replace_initialize(deepspeed)
+    _replace_finalize()
+
+
+def disable_deepspeed() -> None:
+    """Undo `enable_deepspeed`; engines that were made keep working."""
+    while _restore:
+        _restore.pop()()
+
+
+def _replace_initialize(deepspeed: Any) -> None:
+    from slimfit_ds.engine.initialize import initialize
+
+    stock = deepspeed.initialize
+
+    @functools.wraps(stock)
+    def with_slimfit(*args: Any, **kwargs: Any) -> Any:
+        # Ours ends in a call of the stock one, under the same name.
+        deepspeed.initialize = stock
+        try:
+            return initialize(*args, **kwargs)
+        finally:
+            deepspeed.initialize = with_slimfit
+
+    deepspeed.initialize = with_slimfit
+    _restore.append(lambda: setattr(deepspeed, "initialize", stock))
+
+
+def _replace_finalize() -> None:
+    """transformers compares JSON and arguments at this point; our own findings belong into the same list."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig as TrainerConfig
+
+    from slimfit_ds.engine.initialize import setting_problems
+
+    stock = TrainerConfig.trainer_config_finalize
+
+    @functools.wraps(stock)
+    def with_slimfit(self: Any, args: Any, model: Any, num_training_steps: int) -> None:
+        if "slimfit" not in self.config:
+            return stock(self, args, model, num_training_steps)
+        problems: list[str] = []
+        try:
+            stock(self, args, model, num_training_steps)
+        except ValueError:
+            if not self.mismatches:
+                raise
+            problems = [
+                f"{line.removeprefix('- ds ').replace(' vs hf ', ' in the DeepSpeed JSON, but ')} in the "
+                'TrainingArguments: make them equal, or write "auto" into the JSON'
+                for line in self.mismatches
+            ]
+        problems += setting_problems(self.config, model)
+        if problems:
+            raise ConfigError(problems)
+        return None
+
+    TrainerConfig.trainer_config_finalize = with_slimfit
+    _restore.append(lambda: setattr(TrainerConfig, "trainer_config_finalize", stock))

@@ -1,0 +1,285 @@
+"""`SlimFitCallback`: an existing `Trainer` or `SFTTrainer` script becomes a SlimFit run by one more callback."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from slimfit_ds.activations.apply import activation_problems
+from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.freezing import FreezeSchedule, discover
+from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
+from slimfit_ds.slimming import SlimHandle
+from slimfit_ds.training.history import History
+
+__all__ = ["SlimFitCallback"]
+
+_log = logging.getLogger(__name__)
+
+_WITH_DEEPSPEED = (
+    "run it under DeepSpeed instead: TrainingArguments(deepspeed=...) with a slimfit block, and "
+    "slimfit_ds.integrations.enable_deepspeed()"
+)
+_MOVES_FROZEN_WEIGHTS = ("lomo", "schedule_free", "layerwise")
+"""Optimizers of transformers that step inside the backward pass, or move weights without a gradient."""
+
+
+class SlimFitCallback(TrainerCallback, ExportableState):
+    """Freezes all but a few layers at each step of a Trainer, and stores activations compressed.
+
+    For one process, and for several under `torchrun` or `accelerate launch` (DistributedDataParallel): gradients of
+    active layers only are sent. The schedule is saved in the Trainer's own checkpoints and goes on from there.
+    At the end of training the model is restored: what is saved loads with plain transformers.
+
+    Args:
+        config: the `"slimfit"` block; `optimizer_states` and `memory_budget` need the DeepSpeed engine.
+        history: write `history.jsonl` to the output folder: a line for each step with learning rate, active layers
+            and their statistics, and loss and evaluation where the Trainer reports them.
+
+    Raises:
+        ConfigError: all problems of the block, or (when the Trainer is made) of the block with this model and
+            these arguments.
+
+    Example:
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SlimFitCallback({"freeze": {"rate": 0.9}})])
+        trainer.train()
+    """
+
+    def __init__(self, config: SlimFitConfig | Mapping[str, Any] | None = None, history: bool = True):
+        self.config = SlimFitConfig.parse(config)
+        self.saved_schedule: dict[str, Any] | None = None
+        self._writes_history = history
+        self._handle: SlimHandle | None = None
+        self._gradients: ActiveGradients | None = None
+        self._history: History | None = None
+        self._line: dict[str, Any] | None = None
+        self._started = 0.0
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Every freezable layer, by the name of its weight, in model order; empty when no training runs."""
+        return () if self._handle is None else self._handle.schedule.names
+
+    @property
+    def active_layers(self) -> frozenset[str]:
+        """The layers that train in the coming step; empty when no training runs."""
+        return frozenset() if self._handle is None else self._handle.active_layers
+
+    @property
+    def gradient_bytes_sent(self) -> int:
+        """Bytes of gradients that this rank has handed to all-reduce in this training; 0 with one process."""
+        return 0 if self._gradients is None else self._gradients.bytes_sent
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into `trainer_state.json` at each save."""
+        saved = self.saved_schedule if self._handle is None else self._handle.state_dict()
+        return {
+            "args": {"config": self.config.model_dump(mode="json"), "history": self._writes_history},
+            "attributes": {"saved_schedule": saved},
+        }
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot work, and let DDP leave the layers alone when it wraps the model."""
+        model = kwargs["model"]
+        self._check(args, model)
+        if _wrapped_by_ddp():
+            hide_from_ddp(model, [name for name, p in model.named_parameters() if p.requires_grad])
+
+    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
+        problems = _argument_problems(args, self.config)
+        problems += [f"slimfit.{line}" for line in activation_problems(model, self.config.activations)]
+        try:
+            FreezeSchedule(discover(model).layers, self.config.freeze)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Everything is built and loaded: freeze the first set, or the one that the checkpoint names."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._remove()
+        self._check(args, model)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._handle = SlimHandle(model, self.config)
+        if state.global_step:
+            self._resume(state)
+        if _wrapped_by_ddp():
+            self._gradients = ActiveGradients(model, trainable)
+        combine = self._gradients.average if self._gradients is not None else None
+        self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
+        if self._writes_history:
+            folder = Path(args.output_dir)
+            if state.is_world_process_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._history = History(
+                folder / "history.jsonl", state.global_step, writes=state.is_world_process_zero
+            )
+
+    def _resume(self, state: TrainerState) -> None:
+        assert self._handle is not None
+        entry = state.stateful_callbacks.get(type(self).__name__) or {}
+        saved = (entry[0] if isinstance(entry, list) else entry).get("attributes", {}).get("saved_schedule")
+        if saved is None:
+            _log.warning(
+                "the checkpoint was written without SlimFitCallback: the schedule of layers starts afresh at "
+                "step %d",
+                state.global_step,
+            )
+        else:
+            self._handle.load_state_dict(saved)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write_line()
+        assert self._handle is not None
+        active = self.active_layers
+        self._line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": None,
+            "lr": float(kwargs["optimizer"].param_groups[0]["lr"]),
+            "active_layers": [name for name in self.layer_names if name in active],
+        }
+        self._started = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Whether the ranks' gradients have met: a loss made of something else than the model's output would not."""
+        if self._gradients is not None and not self._gradients.take_reduction():
+            raise RuntimeError(
+                "no gradient passed through the output of the model, so the ranks have averaged nothing: "
+                "compute the loss from what model(**inputs) returns"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._handle is not None
+        assert self._line is not None
+        schedule = self._handle.schedule
+        statistics = {schedule.names[i]: value for i, value in schedule.statistics.items()}
+        self._line["statistics"] = {name: statistics.get(name) for name in self._line["active_layers"]}
+        self._line["seconds"] = time.perf_counter() - self._started
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._line is not None and logs and "loss" in logs:
+            self._line["loss"] = float(logs["loss"])
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._line is not None and metrics:
+            self._line["evaluation"] = {
+                name.removeprefix("eval_"): value
+                for name, value in metrics.items()
+                if isinstance(value, int | float)
+            }
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write_line()
+
+    def _write_line(self) -> None:
+        """The line of the last step: loss and metrics are known only after the step's end."""
+        if self._line is not None and self._history is not None:
+            self._history.add(self._line)
+        self._line = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give back the model as it was: every weight trainable, nothing compressed."""
+        self._write_line()
+        if self._handle is not None:
+            self.saved_schedule = self._handle.state_dict()
+        self._remove()
+        show_to_ddp(kwargs["model"])
+
+    def _remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        if self._gradients is not None:
+            self._gradients.remove()
+        if self._history is not None:
+            self._history.close()
+        self._handle = self._gradients = self._history = self._line = None
+
+
+def _wrapped_by_ddp() -> bool:
+    """Whether accelerate wraps models by DistributedDataParallel; one process under torchrun counts."""
+    return _kind_of_run() in {"MULTI_GPU", "MULTI_CPU"}
+
+
+def _kind_of_run() -> str:
+    from accelerate.state import AcceleratorState
+
+    return AcceleratorState().distributed_type.name
+
+
+def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[str]:
+    """What of the arguments and of the block needs another engine than the Trainer's own loop; a line each."""
+    problems = []
+    kind = _kind_of_run()
+    if kind == "DEEPSPEED":
+        problems.append(
+            "SlimFitCallback is for runs without DeepSpeed: remove the callback, put its config into the "
+            'DeepSpeed JSON as "slimfit", and call slimfit_ds.integrations.enable_deepspeed()'
+        )
+    elif kind not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
+        problems.append(f"SlimFitCallback does not work with {kind}: {_WITH_DEEPSPEED}")
+    if args.n_gpu > 1:
+        problems.append(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each by "
+            "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.torch_compile:
+        problems.append(
+            "torch_compile is true: each new active set would recompile the model (limit 8), set it to false"
+        )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if any(name in optim for name in _MOVES_FROZEN_WEIGHTS):
+        problems.append(
+            f"optim {optim!r} moves weights that have no gradient, or steps inside of the backward pass: use "
+            "adamw_torch"
+        )
+    defaults = SlimFitConfig()
+    for name, value in config.optimizer_states:
+        default = getattr(defaults.optimizer_states, name)
+        if value != default:
+            problems.append(
+                f"slimfit.optimizer_states.{name} is {value!r}, which the Trainer's own optimizer cannot do: "
+                f"set {default!r}, or {_WITH_DEEPSPEED}"
+            )
+    if config.memory_budget is not None:
+        problems.append(
+            f"slimfit.memory_budget is {config.memory_budget!r}: take the settings that `slimfit-ds plan` writes "
+            "for it, and leave memory_budget out"
+        )
+    return problems
