@@ -257,7 +257,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def held_gradients(self) -> list[Tensor]:
         """Own stretches of reduced gradients; those of parameters not among them."""
-        return list(self._gradients.values())
+        return list(self._reduced.values())
 
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import slimfit_ds
 from slimfit_ds.config import ConfigError
+from slimfit_ds.memory.engine_roots import engine_roots
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -71,6 +72,17 @@ def test_frozen_layers_do_not_move_and_have_no_gradient(stage):
         engine.step()
         for name, parameter in engine.module.named_parameters():
             assert torch.equal(parameter, before[name]) == (name in frozen), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_memory_trackers_roots_hold_every_gradient_byte_of_the_engine(stage):
+    engine, *_ = make({"freeze": {"rate": 0.5}}, stage=stage)
+    train(engine)
+    engine.backward(engine(torch.randn(2, 4)))
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    tensors = {id(t): t for t in (*gradients, *engine_roots(engine)["gradients"]())}.values()
+    held = sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    assert held == engine.optimizer.state_bytes()["gradients"] > 0
 
 
 def test_layer_names_and_active_layers_are_public():
