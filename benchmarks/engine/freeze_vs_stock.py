@@ -108,12 +108,12 @@ def worker(arguments: argparse.Namespace) -> None:
         return BertForSequenceClassification(config)
 
     freeze = {"rate": 0.95, "seed": arguments.seed}
-    no_embedding = {**freeze, "never_active": ["*word_embeddings*"]}
+    by_parameters = {**freeze, "budget": "parameters"}
     host = {"inactive": "host"}
     variants = {
         "stock": None,
         "slimfit": {"freeze": freeze, "optimizer_states": host},
-        "slimfit, word embedding never active": {"freeze": no_embedding, "optimizer_states": host},
+        "slimfit, budget: parameters": {"freeze": by_parameters, "optimizer_states": host},
     }
     results = {
         name: measure(
