@@ -66,9 +66,7 @@ def loop(model: nn.Module, dtype: torch.dtype, device: str, optimizer: torch.opt
 
     def step(batch: dict[str, Tensor]) -> None:
         optimizer.zero_grad()
-        autocast = (
-            contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device, dtype=dtype)
-        )
+        autocast = contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device, dtype=dtype)
         with autocast:
             loss = model(**batch).loss
         loss.backward()
@@ -220,7 +218,16 @@ def main() -> None:
         title=f"BERT-base shape, {options.layers} layers, {options.rows} x {options.tokens} tokens, "
         f"{options.dtype}, {options.rate:.0%} frozen, {options.device}, {torch.get_num_threads()} threads"
     )
-    for column in ("method", "s per step", "of full (median)", "range", "of means", "CPU seconds", "of full", "schedule"):
+    for column in (
+        "method",
+        "s per step",
+        "of full (median)",
+        "range",
+        "of means",
+        "CPU seconds",
+        "of full",
+        "schedule",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, row in found.items():
         table.add_row(

@@ -34,6 +34,8 @@ class SlimHandle:
         self.schedule = FreezeSchedule(roles.layers, config.freeze)
         self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
+        # Freshly discovered layers all train.
+        self._applied = frozenset(range(len(self._parameters)))
         self._before: dict[int, Tensor] = {}
         self._still: set[int] = set()
         self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
@@ -91,10 +93,7 @@ class SlimHandle:
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and float(overflow):
             return
         assert self._statistic is not None
-        sums = []
-        for layer, old in before.items():
-            flat = old.float().flatten()
-            sums.append(self._statistic.partial(self._parameters[layer].float().flatten() - flat, flat))
+        sums = [self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()]
         # One transfer for all layers.
         totals = self._combine(torch.stack(sums)).tolist() if sums else []
         # A layer that took no part in the forward pass did not move.
@@ -125,12 +124,14 @@ class SlimHandle:
         self._apply()
 
     def _apply(self) -> None:
-        for layer, parameter in enumerate(self._parameters):
-            active = layer in self.schedule.active
-            if parameter.requires_grad != active:
-                parameter.requires_grad_(active)
-            if not active:
-                parameter.grad = None
+        """Freeze and wake the layers that the schedule's active set differs in from the one in force."""
+        active = self.schedule.active
+        for layer in self._applied - active:
+            self._parameters[layer].requires_grad_(False)
+            self._parameters[layer].grad = None
+        for layer in active - self._applied:
+            self._parameters[layer].requires_grad_(True)
+        self._applied = active
 
     def remove(self) -> None:
         """Restore the model exactly: every layer trains again, nothing is compressed."""

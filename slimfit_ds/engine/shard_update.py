@@ -168,7 +168,7 @@ class ShardUpdater(Generic[_Unit]):
         self._rule.update(updates, weights, moments, [state.step for state in states], options)
         for piece, update, weight in zip(bucket, updates, weights, strict=True):
             if piece.unit.layer is not None:
-                part = self._statistic.partial(update, weight)
+                part = self._statistic.of_update(update, weight)
                 known = sums.get(piece.unit.index)
                 sums[piece.unit.index] = part if known is None else known + part
         torch._foreach_add_(weights, updates)

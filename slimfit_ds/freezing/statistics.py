@@ -28,12 +28,41 @@ class Statistic:
     finish: Callable[[Sequence[float], int], float]
     """(totals of the sums, elements of the whole layer) -> the statistic."""
 
+    def of_update(self, update: Tensor, weight: Tensor) -> Tensor:
+        """`partial`, a cache's worth of elements at a time: the intermediates never reach main memory.
+
+        Args:
+            update: dW `[n]`, float32.
+            weight: W before it `[n]`, float32.
+        """
+        pairs = zip(_pieces(update), _pieces(weight), strict=True)
+        return torch.stack([self.partial(dw, w) for dw, w in pairs]).sum(0)
+
+    def of_move(self, before: Tensor, after: Tensor) -> Tensor:
+        """The same sums from a weight before and after an update, of any shape and floating dtype."""
+        pairs = zip(_pieces(before.flatten()), _pieces(after.flatten()), strict=True)
+        sums = []
+        for old, new in pairs:
+            weight = old.float()
+            sums.append(self.partial(new.float() - weight, weight))
+        return torch.stack(sums).sum(0)
+
+
+# Elements at a time: on a CPU what the second-level cache holds, elsewhere a bound of the temporary memory.
+_CPU_PIECE = 1 << 16
+_DEVICE_PIECE = 1 << 25
+
+
+def _pieces(flat: Tensor) -> Sequence[Tensor]:
+    return flat.split(_CPU_PIECE if flat.device.type == "cpu" else _DEVICE_PIECE)
+
 
 def _relative_update(update: Tensor, weight: Tensor) -> Tensor:
-    magnitude = update.abs()
+    magnitude, whole = update.abs(), weight.abs()
     # The floor only matters where weight and update are both zero: there the share is 0 / tiny = 0.
     floor = torch.finfo(update.dtype).tiny
-    return (magnitude / torch.maximum(magnitude, weight.abs()).clamp_min_(floor)).sum()[None]
+    torch.maximum(whole, magnitude, out=whole)
+    return magnitude.div_(whole.clamp_min_(floor)).sum()[None]
 
 
 def _squared_norms(update: Tensor, weight: Tensor) -> Tensor:

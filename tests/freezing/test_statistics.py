@@ -47,3 +47,25 @@ def test_norms_against_numpy():
     assert measure("update_norm", update, weight) == pytest.approx(length, rel=1e-6)
     assert measure("relative_norm", update, torch.zeros(50)) == 1.0
     assert measure("relative_norm", torch.zeros(50), torch.zeros(50)) == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(STATISTICS))
+@pytest.mark.parametrize("shape", [(0,), (7,), (300, 500)])
+def test_a_cache_at_a_time_gives_the_sums_of_the_whole(name, shape):
+    torch.manual_seed(2)
+    before = torch.randn(shape)
+    after = before + 1e-3 * torch.randn(shape)
+    statistic = STATISTICS[name]
+    old, update = before.double().flatten(), after.double().flatten() - before.double().flatten()
+    expected = statistic.partial(update, old).float()
+    torch.testing.assert_close(statistic.of_move(before, after), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        statistic.of_update(update.float(), old.float()), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_move_of_bf16_weights_is_measured_in_float32():
+    before = torch.tensor([1.0, 2.0, -4.0], dtype=torch.bfloat16)
+    after = torch.tensor([1.0078125, 2.0, -4.03125], dtype=torch.bfloat16)
+    # 1 / 128 of the first, 1 / 128 of the third, by hand.
+    assert STATISTICS["relative_update"].of_move(before, after).item() == pytest.approx(2 / 128)
