@@ -14,6 +14,7 @@ COMMANDS = {
         "slimfit_ds.comparison.cli:main",
         "run one recipe by several methods and tabulate memory and speed",
     ),
+    "report": ("slimfit_ds.report.cli:main", "one HTML page about a run, finished or not"),
     "plan": ("slimfit_ds.memory.plan_cli:main", "what a setting would need, without running it"),
     "export": ("slimfit_ds.engine.export_cli:main", "the weights of a checkpoint as one safetensors file"),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -144,12 +145,30 @@ class SlimFitEngine(DeepSpeedEngine):
     def zero_grad(self):
         self.optimizer.zero_grad()
 
+    def require_finite(self, value: torch.Tensor) -> None:
+        """Make the coming step one that changes nothing, on any rank, if this scalar is not finite on one of them.
+
+        Costs no message and no waiting: it travels with the norm of the gradients.
+
+        Args:
+            value: such as the loss of a micro-batch; several of one step add up.
+        """
+        self.optimizer.require_finite(value)
+
     def _take_model_step(self, lr_kwargs):
         super()._take_model_step(lr_kwargs)
         if not self.optimizer.overflow:
             # A skipped step is tried again with the same layers and the next batch.
-            self.schedule.advance(self.optimizer.layer_statistics)
-            self._apply_active_set()
+            with self.phase_timer("schedule"):
+                self.schedule.advance(self.optimizer.layer_statistics)
+                self._apply_active_set()
+        if self.monitor.enabled and self.global_rank == 0:
+            # Beside DeepSpeed's own learning rate, for loops that leave the logging to the engine.
+            share = 1 - len(self.schedule.active) / len(self.layer_names)
+            self.monitor.write_events([("Train/Samples/frozen_layers", share, self.global_samples)])
+
+    phase_timer: Callable[[str], AbstractContextManager[Any]] = staticmethod(lambda name: nullcontext())
+    """Told the name of each part of a step that takes time of its own; see `monitoring.stopwatch`."""
 
     def _apply_active_set(self) -> None:
         every = self.slimfit_config.freeze.check_interval

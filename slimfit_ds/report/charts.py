@@ -13,8 +13,10 @@ import numpy as np
 
 from slimfit_ds.report.series import decimate, log_ticks, nice_ticks
 
-__all__ = ["Chart", "Line", "line_chart", "short_number"]
+__all__ = ["MISSING", "Chart", "Line", "line_chart", "short_number"]
 
+MISSING = "\N{EN DASH}"
+"""Stands where a number is not known."""
 POINTS = 500
 """Points drawn of a line; a chart is some 500 pixels wide."""
 
@@ -59,7 +61,7 @@ class Chart:
 def short_number(value: float) -> str:
     """`0.123`, `12.3`, `1200`, `120k`, `3.4e-05`: four characters or so."""
     if not math.isfinite(value):
-        return "–"
+        return MISSING
     if value == 0:
         return "0"
     size = abs(value)
@@ -160,7 +162,9 @@ def _range(
     bounds: list[float] = []
     for faint, y in lines:
         values = y[np.isfinite(y)]
-        inner = np.quantile(values, (0.01, 0.99)) if faint and values.size > 20 else (values.min(), values.max())
+        inner = (
+            np.quantile(values, (0.01, 0.99)) if faint and values.size > 20 else (values.min(), values.max())
+        )
         bounds += [float(inner[0]), float(inner[1])]
     low, high = min(bounds), max(bounds)
     if log:

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems.append(f"--watch must be at least 1 second, got {arguments.watch}")
     output = arguments.output or arguments.run / "report.html"
     if output.is_dir():
-        problems.append(f"--output: {str(output)!r} is a folder; name a file such as {output / 'report.html'}")
+        problems.append(
+            f"--output: {str(output)!r} is a folder; name a file such as {output / 'report.html'}"
+        )
     if problems:
         print("\n".join(["slimfit-ds report:", *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
         return 2
@@ -63,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             time.sleep(arguments.watch)
     except OSError as error:
-        print(f"slimfit-ds report: cannot write {str(output)!r} ({error}); name another --output", file=sys.stderr)
+        print(
+            f"slimfit-ds report: cannot write {str(output)!r} ({error}); name another --output",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 0

@@ -260,7 +260,9 @@ def natural(name: str) -> tuple[int, list[tuple[int, int | str]]]:
 
 def _not_a_run(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{str(folder)!r} is no folder; name the output_dir of a training run, such as outputs/digits_vit"
+        return (
+            f"{str(folder)!r} is no folder; name the output_dir of a training run, such as outputs/digits_vit"
+        )
     inside = sorted(place.name for place in folder.iterdir() if place.is_dir() and is_run_folder(place))
     hint = (
         f"runs inside it: {', '.join(inside[:8])}; name one of them"

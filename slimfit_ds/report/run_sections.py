@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimfit_ds.report.charts import Chart, Line, line_chart, short_number
+from slimfit_ds.report.charts import MISSING, Chart, Line, line_chart, short_number
 from slimfit_ds.report.run_data import RunData, number, steps_planned
 from slimfit_ds.report.schedule_map import schedule_picture
 from slimfit_ds.report.series import smooth
@@ -65,7 +65,9 @@ def peak_bytes(run: RunData) -> float:
     """Highest memory of a rank so far."""
     stated = number(run.result.get("peak_bytes"))
     seen = run.columns["memory_bytes"]
-    return stated if math.isfinite(stated) else float(np.nanmax(seen)) if np.isfinite(seen).any() else math.nan
+    return (
+        stated if math.isfinite(stated) else float(np.nanmax(seen)) if np.isfinite(seen).any() else math.nan
+    )
 
 
 def final_loss(run: RunData) -> float:
@@ -87,7 +89,9 @@ def best_metric(run: RunData) -> tuple[str, float, int] | None:
     name = metric_name(run)
     if name is None:
         return None
-    found = [(e.metrics[name], e.step) for e in run.evaluations if math.isfinite(e.metrics.get(name, math.nan))]
+    found = [
+        (e.metrics[name], e.step) for e in run.evaluations if math.isfinite(e.metrics.get(name, math.nan))
+    ]
     if not found:
         return None
     choose = min if name in LOWER_IS_BETTER else max
@@ -143,8 +147,15 @@ def learning_charts(run: RunData, base: RunData | None) -> list[Chart]:
             x = (data.steps + 1) if by == "steps" else data.elapsed
             loss = data.columns["loss"]
             even = smooth(loss, max(5, len(loss) // 40))
-            lines += [Line("each step", x, loss, colour, faint=True), Line(name, x, even, colour, dashed=colour == 2)]
-        charts.append(line_chart("Training loss", lines[::-1] if base is None else lines, x_label=label, note="smoothed"))
+            lines += [
+                Line("each step", x, loss, colour, faint=True),
+                Line(name, x, even, colour, dashed=colour == 2),
+            ]
+        charts.append(
+            line_chart(
+                "Training loss", lines[::-1] if base is None else lines, x_label=label, note="smoothed"
+            )
+        )
     name = metric_name(run)
     for by, label in (("steps", "step"), ("seconds", "seconds of training")):
         if name is None:
@@ -182,13 +193,17 @@ def other_charts(run: RunData) -> list[Chart]:
         lines = [Line("layers", x, 1 - counts / len(run.layers), 1)]
         lines.append(Line("parameters", x, columns["frozen_parameters"], 2))
         charts.append(
-            line_chart("Frozen share", lines, x_label="step", floor=0.0, ceiling=1.0, show_y=lambda v: f"{v:.0%}")
+            line_chart(
+                "Frozen share", lines, x_label="step", floor=0.0, ceiling=1.0, show_y=lambda v: f"{v:.0%}"
+            )
         )
         charts.append(_statistics_chart(run))
     memory = columns["memory_bytes"]
     if np.isfinite(memory).any():
         charts.append(
-            line_chart("Peak memory so far", [Line("one rank", x, memory)], x_label="step", floor=0.0, show_y=_bytes)
+            line_chart(
+                "Peak memory so far", [Line("one rank", x, memory)], x_label="step", floor=0.0, show_y=_bytes
+            )
         )
     return [chart for chart in charts if chart is not None]
 
@@ -301,7 +316,9 @@ def time_bars(run: RunData, base: RunData | None) -> dict[str, Any] | None:
     pairs = [("this run", run)] + ([("baseline", base)] if base is not None else [])
     rows = []
     for name, data in pairs:
-        parts = {phase: _median(column[2:] if len(column) > 4 else column) for phase, column in data.times.items()}
+        parts = {
+            phase: _median(column[2:] if len(column) > 4 else column) for phase, column in data.times.items()
+        }
         parts = {phase: value for phase, value in parts.items() if math.isfinite(value)}
         if parts:
             # What no phase covers: waiting for the other ranks and reading the loss.
@@ -350,7 +367,7 @@ def _bars(
             "label": kinds[kind],
             "colour": colours[kind],
             "cells": [
-                f"{show(parts[kind])} ({parts[kind] / sum(parts.values()):.1%})" if kind in parts else "–"
+                f"{show(parts[kind])} ({parts[kind] / sum(parts.values()):.1%})" if kind in parts else MISSING
                 for _, parts in kept
             ],
         }
@@ -366,7 +383,7 @@ def comparison_rows(run: RunData, base: RunData) -> list[dict[str, str]]:
     def add(name: str, mine: float, other: float, show: Any, better: str = "") -> None:
         if not (math.isfinite(mine) or math.isfinite(other)):
             return
-        texts = [show(value) if math.isfinite(value) else "–" for value in (mine, other)]
+        texts = [show(value) if math.isfinite(value) else MISSING for value in (mine, other)]
         sound = math.isfinite(mine) and math.isfinite(other) and other != 0
         ratio = mine / other if sound else math.nan
         verdict = ""
@@ -377,7 +394,7 @@ def comparison_rows(run: RunData, base: RunData) -> list[dict[str, str]]:
                 "name": name,
                 "mine": texts[0],
                 "other": texts[1],
-                "ratio": f"{ratio:.2f}×" if math.isfinite(ratio) else "–",
+                "ratio": f"{ratio:.2f}\N{MULTIPLICATION SIGN}" if math.isfinite(ratio) else MISSING,
                 "verdict": verdict,
             }
         )
@@ -399,7 +416,13 @@ def comparison_rows(run: RunData, base: RunData) -> list[dict[str, str]]:
     for own, others, when in pairs:
         for kind, label in {**KINDS, **HOST_KINDS}.items():
             if own.get(kind) or others.get(kind):
-                add(f"{label}, {when}", own.get(kind, math.nan), others.get(kind, math.nan), human_bytes, "lower")
+                add(
+                    f"{label}, {when}",
+                    own.get(kind, math.nan),
+                    others.get(kind, math.nan),
+                    human_bytes,
+                    "lower",
+                )
     add("tokens per second", tokens_per_second(run), tokens_per_second(base), short_number, "higher")
     add("steps", len(run.steps), len(base.steps), lambda v: f"{v:.0f}")
     return rows
@@ -433,7 +456,7 @@ def shorten(names: list[str]) -> list[str]:
 def human_time(seconds: float) -> str:
     """`48 s`, `12 min 5 s`, `3 h 20 min`."""
     if not math.isfinite(seconds):
-        return "–"
+        return MISSING
     if seconds < 60:
         return human_seconds(seconds)
     minutes, rest = divmod(round(seconds), 60)
@@ -446,7 +469,7 @@ def _title(metric: str) -> str:
 
 
 def _bytes(value: float) -> str:
-    return human_bytes(value) if math.isfinite(value) else "–"
+    return human_bytes(value) if math.isfinite(value) else MISSING
 
 
 def _median(values: np.ndarray) -> float:

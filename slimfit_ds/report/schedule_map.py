@@ -15,7 +15,9 @@ __all__ = ["MOST_COLUMNS", "schedule_picture"]
 MOST_COLUMNS = 900
 """Columns of the picture; beyond it several steps share one."""
 SHADES, WEIGHTS = 12, 6
-RAMP = np.array([(158, 197, 244), (86, 150, 232), (42, 108, 201), (74, 58, 167), (150, 40, 140), (214, 64, 90)])
+RAMP = np.array(
+    [(158, 197, 244), (86, 150, 232), (42, 108, 201), (74, 58, 167), (150, 40, 140), (214, 64, 90)]
+)
 """Small to large update, RGB; distinct on white and on black."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["plot_schedule", "schedule_matrix"]
+__all__ = ["merge_columns", "plot_schedule", "schedule_matrix"]
 
 MOST_COLUMNS = 1200
 """Steps are merged beyond this: a picture has no more columns to show."""
@@ -46,7 +46,7 @@ def plot_schedule(history: Sequence[Mapping[str, Any]], layers: Sequence[str], p
     from matplotlib.figure import Figure
 
     matrix = schedule_matrix(history, layers)
-    shown = _merge_columns(matrix)
+    shown = merge_columns(matrix)
     height = min(30.0, max(3.0, 0.14 * len(layers) + 1.2))
     figure = Figure(figsize=(11, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -75,7 +75,7 @@ def plot_schedule(history: Sequence[Mapping[str, Any]], layers: Sequence[str], p
     figure.savefig(path, dpi=130)
 
 
-def _merge_columns(matrix: np.ndarray) -> np.ndarray:
+def merge_columns(matrix: np.ndarray) -> np.ndarray:
     """At most `MOST_COLUMNS` columns; a merged one shows the largest statistic, frozen only if always frozen."""
     steps = matrix.shape[1]
     if steps <= MOST_COLUMNS:

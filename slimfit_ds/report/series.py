@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
-__all__ = ["decimate", "nice_ticks", "log_ticks", "smooth"]
+__all__ = ["decimate", "log_ticks", "nice_ticks", "smooth"]
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
@@ -44,7 +46,7 @@ def decimate(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.nd
         return x, y
     chosen: list[int] = []
     edges = np.linspace(0, len(y), max(1, most // 2) + 1).astype(int)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges.tolist()):
         part = y[start:stop]
         if np.isnan(part).all():
             chosen.append(start)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimfit_ds.activations.config import ActivationsConfig
 from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.monitoring.backends import BACKENDS, monitor_blocks
 from slimfit_ds.training.deepspeed_config import deepspeed_config, load_base
 from slimfit_ds.training.distributed import Ranks
 from slimfit_ds.training.output import OutputPlan, plan_output
@@ -38,6 +39,7 @@ class Inspection:
     base: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     output: OutputPlan = field(default_factory=OutputPlan)
+    monitors: dict[str, dict[str, Any]] = field(default_factory=dict)
     task: Task[Any] = None  # type: ignore[assignment]
     splits: Splits = None  # type: ignore[assignment]
     source: str | None = None
@@ -207,6 +209,14 @@ def precision_and_stage(found: Inspection) -> None:
 @needs("output_dir", "resume")
 def output(found: Inspection) -> None:
     found.output = plan_output(found.draft)
+
+
+@needs("report_to", after=("deepspeed_values", "output"))
+def monitors(found: Inspection) -> None:
+    found.monitors = monitor_blocks(found.recipe.report_to, found.base, found.output.folder)
+    # They are opened when the run's folder may be written to, not when the engine is made.
+    for backend in BACKENDS.values():
+        found.deepspeed.pop(backend.block, None)
 
 
 @needs("task")

@@ -62,6 +62,12 @@ def _path_or_mapping(value: Any) -> Any:
     raise ValueError("must be the path of a DeepSpeed JSON file or a mapping")
 
 
+def _backends(value: Any) -> Any:
+    """`report_to: csv` is short for a list of one, `none` for an empty one."""
+    value = [value] if isinstance(value, str) else value
+    return [] if value == ["none"] else value
+
+
 class Recipe(_Strict):
     """Everything that one training run needs to know."""
 
@@ -121,11 +127,31 @@ class Recipe(_Strict):
     best_metric: str | None = Field(
         None, description="keep the model with the best of this metric; null: the task's"
     )
-    keep_last: Count = Field(1, description="checkpoints kept")
+    keep_last: Count = Field(
+        1, description="checkpoints kept; that of the best evaluation stays beyond these"
+    )
     save_model: bool = Field(True, description="write the trained (and the best) model for transformers")
     resume: str = Field("auto", description="auto, none, or the output_dir of the run to go on with")
     output_dir: str | None = Field(
         None, description="null: outputs/NAME, or the next free outputs/NAME-2, -3, ..."
+    )
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "csv"]], BeforeValidator(_backends)] | None = (
+        Field(
+            None,
+            description="tensorboard, wandb, csv, a list of these, or none; null: the JSON's monitor blocks",
+        )
+    )
+    logging_steps: Count = Field(10, description="steps between two logs of `report_to`")
+
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="what to do when the loss or a gradient is NaN or infinite; such a step changes nothing",
+    )
+    max_nonfinite: Count = Field(
+        10, description="skipped steps in a row after which the run stops all the same"
+    )
+    rank_timeout: Annotated[float, Field(ge=1, le=86400)] = Field(
+        30.0, description="seconds without a sign of life after which a rank counts as lost"
     )
 
     deepspeed: Annotated[Any, BeforeValidator(_path_or_mapping)] = Field(
