@@ -1,13 +1,8 @@
 """Checkpoints that another world size, ZeRO stage or residency can go on from, and that run no code.
 
-    DIR/latest                                  the tag of the newest whole checkpoint
-    DIR/TAG/slimfit.json                        counters, schedule, scheduler, hyperparameters, client state
-    DIR/TAG/model.safetensors                   whole weights and buffers, by their names
-    DIR/TAG/optimizer-00000-of-00002.safetensors  a rank's shards of the states: `<parameter>::<state>`
-    DIR/TAG/random-00000-of-00002.safetensors   a rank's random states
-
-Everything is written into a temporary folder, flushed to disk, renamed, and only then named in `latest`:
-whatever happens in between, `latest` names a whole checkpoint. All ranks must see one file system.
+The files are those of `engine.checkpoint_files`. Everything is written into a temporary folder, flushed to disk,
+renamed, and only then named in `latest`: whatever happens in between, `latest` names a whole checkpoint. All ranks
+must see one file system.
 """
 
 from __future__ import annotations
@@ -27,6 +22,18 @@ from torch import Tensor
 
 from slimfit_ds.config import ConfigError
 from slimfit_ds.engine import random_state, weights
+from slimfit_ds.engine.checkpoint_files import (
+    FORMAT,
+    METADATA,
+    MODEL,
+    CheckpointError,
+    flush,
+    latest_tag,
+    part_of,
+    publish,
+    read_metadata,
+    recover,
+)
 from slimfit_ds.engine.shard_files import ShardReader, write_shards
 
 if TYPE_CHECKING:
@@ -34,20 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointError", "latest_tag", "load", "save"]
 
-FORMAT = 1
-_METADATA = "slimfit.json"
-_MODEL = "model.safetensors"
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; what was there before is untouched."""
-
-
-def latest_tag(directory: str | os.PathLike) -> str | None:
-    """The tag of the newest whole checkpoint of a folder, or `None`."""
-    path = Path(directory) / "latest"
-    return path.read_text().strip() if path.is_file() else None
 
 
 def save(
@@ -68,7 +62,7 @@ def save(
     """
     tag = tag or f"global_step{engine.global_steps}"
     final = Path(directory) / tag
-    part = Path(directory) / f".{tag}.part"
+    part = part_of(directory, tag)
     rank, world = dist.get_rank(), dist.get_world_size()
     metadata = _metadata(engine, client_state)
     model = weights.gather(engine.module)
@@ -83,37 +77,20 @@ def save(
         write_shards(engine.optimizer.shards(), part / f"optimizer-{suffix}")
         save_file(random_state.capture(), part / f"random-{suffix}")
         if rank == 0:
-            save_file(model, part / _MODEL, metadata={"format": "pt"})
-            (part / _METADATA).write_text(json.dumps(metadata, indent=1))
-            _flush(part / _MODEL)
-            _flush(part / _METADATA)
+            save_file(model, part / MODEL, metadata={"format": "pt"})
+            (part / METADATA).write_text(json.dumps(metadata, indent=1))
+            flush(part / MODEL)
+            flush(part / METADATA)
         # Only what this rank wrote: other ranks' temporary files come and go.
-        _flush(part / f"optimizer-{suffix}")
-        _flush(part / f"random-{suffix}")
+        flush(part / f"optimizer-{suffix}")
+        flush(part / f"random-{suffix}")
 
-    def publish() -> None:
-        if rank != 0:
-            return
-        _flush(part)
-        if final.exists():
-            # An older checkpoint of the same tag: out of the way first, gone after.
-            old = Path(directory) / f".{tag}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-            part.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(final)
-        _flush(final.parent)
-        if save_latest:
-            mark = Path(directory) / ".latest.part"
-            mark.write_text(tag)
-            _flush(mark)
-            mark.replace(Path(directory) / "latest")
-            _flush(final.parent)
+    def give_name() -> None:
+        if rank == 0:
+            publish(directory, tag, save_latest)
 
     try:
-        for stage in (prepare, write, publish):
+        for stage in (prepare, write, give_name):
             _together(stage, f"checkpoint {final} could not be written")
     except CheckpointError:
         if rank == 0:
@@ -166,31 +143,6 @@ def _together(action: Callable[[], None], what: str) -> None:
         raise CheckpointError(f"{what}: {'; '.join(p for p in problems if p)}")
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is of another format.
-    """
-    file = path / _METADATA
-    if not file.is_file():
-        raise CheckpointError(f"{path} is no SlimFit checkpoint: it has no {_METADATA}")
-    metadata = json.loads(file.read_text())
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {metadata.get('format')!r}; this version reads {FORMAT}"
-        )
-    return metadata
-
-
 def load(
     engine: SlimFitEngine,
     directory: str | os.PathLike,
@@ -212,8 +164,11 @@ def load(
     if tag is None:
         return None, {}
     path = Path(directory) / tag
+    if dist.get_rank() == 0:
+        recover(directory, tag)
+    dist.barrier()
     metadata = read_metadata(path)
-    with safe_open(path / _MODEL, framework="pt") as file:
+    with safe_open(path / MODEL, framework="pt") as file:
         weights.check_names(engine.module, set(file.keys()))
         if schedule:
             engine.schedule.load_state_dict(metadata["schedule"])
@@ -251,7 +206,7 @@ def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
     read_metadata(folder)
     result: dict[str, Tensor] = {}
     with (
-        safe_open(folder / _MODEL, framework="pt") as model,
+        safe_open(folder / MODEL, framework="pt") as model,
         ShardReader(sorted(folder.glob("optimizer-*.safetensors"))) as reader,
     ):
         for name in model.keys():  # noqa: SIM118 - safe_open is no mapping

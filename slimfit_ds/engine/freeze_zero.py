@@ -93,6 +93,7 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         self._accumulated: dict[int, Tensor] = {}
         self._present: set[int] = set()
         self._squared = torch.zeros(())
+        self._must_be_finite = torch.zeros(())
         self._step_scale = 1.0
 
     # What DeepSpeed's engine and schedulers ask of an optimizer.
@@ -186,6 +187,10 @@ class FreezeZeroOptimizer(ZeROOptimizer):
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """Gradients are reduced by `collect_gradients`; DeepSpeed's engine may still call this."""
 
+    def require_finite(self, value: Tensor) -> None:
+        """Skip the coming step on all ranks if this scalar is not finite on one; does not wait for it."""
+        self._must_be_finite = self._must_be_finite.to(value.device) + 0.0 * value.detach().float()
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update the active units, unless a gradient is not finite on any rank."""
@@ -214,6 +219,8 @@ class FreezeZeroOptimizer(ZeROOptimizer):
         message[0] = self._squared
         if self.sharding.rows == 1:
             message[0] /= self.sharding.world
+        message[0] += self._must_be_finite
+        self._must_be_finite = torch.zeros(())
         message[1:] = torch.tensor([float(unit.index in self._present) for unit in self._active])
         if self.sharding.world > 1:
             dist.all_reduce(message, group=self.sharding.group)

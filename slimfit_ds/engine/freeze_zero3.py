@@ -117,6 +117,7 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         self._active = list(self._units)
         self._reduced: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
+        self._must_be_finite = torch.zeros(())
 
     def set_active(self, layers: frozenset[int]) -> None:
         """Make these layers, and the small parameters, the ones that train from now on.
@@ -193,6 +194,10 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         self._reduced.clear()
         self._squares.clear()
 
+    def require_finite(self, value: Tensor) -> None:
+        """Skip the coming step on all ranks if this scalar is not finite on one; does not wait for it."""
+        self._must_be_finite = self._must_be_finite.to(value.device) + 0.0 * value.detach().float()
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update the active parameters, unless a gradient is not finite on any rank."""
@@ -219,7 +224,8 @@ class FreezeZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         message = torch.zeros(1 + len(self._active), device=get_accelerator().current_device_name())
         sums = [gradient for index, gradient in self._reduced.items() if index not in self._squares]
         squares = list(self._squares.values()) + ([squared_norm(sums)] if sums else [])
-        message[0] = sum(square.to(message.device) for square in squares)
+        message[0] = sum(square.to(message.device) for square in squares) + self._must_be_finite
+        self._must_be_finite = torch.zeros(())
         message[1:] = torch.tensor([float(unit.index in self._reduced) for unit in self._active])
         if self.partition_count > 1:
             dist.all_reduce(message, group=self.dp_process_group)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from slimfit_ds.training.stop_signals import ignore_stop_signals
 from slimfit_ds.training.tasks.base import Task
 
 __all__ = ["BatchPlan", "evaluation_loader", "evaluation_positions", "training_loader"]
@@ -110,6 +111,7 @@ def training_loader(
         batch_sampler=_Steps(plan, start, stop),
         collate_fn=task.collate,
         num_workers=workers,
+        worker_init_fn=ignore_stop_signals,
     )
 
 
@@ -134,4 +136,5 @@ def evaluation_loader(
         batch_sampler=[[(min(int(position), last), None) for position in batch] for batch in positions],
         collate_fn=task.collate,
         num_workers=workers,
+        worker_init_fn=ignore_stop_signals,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimfit_ds.training.distributed import Ranks
+    from slimfit_ds.training.endings import RunEnding
 
 __all__ = ["main"]
 
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None: those of this process.
 
     Returns:
-        the exit code: 0, or 2 if the recipe is wrong.
+        the exit code: 0, 2 if the recipe is wrong, or that of one of `training.endings`.
     """
     parser = argparse.ArgumentParser(
         prog="slimfit-ds train",
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from slimfit_ds.config import ConfigError
     from slimfit_ds.training.distributed import Ranks
+    from slimfit_ds.training.endings import RunEnding
     from slimfit_ds.training.recipe import read_recipe
     from slimfit_ds.training.run import train
 
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_main:
             print(describe(error.problems, arguments.config), file=sys.stderr)
         return 2
+    except RunEnding as ending:
+        return _end(ending, ranks)
     _leave()
     if ranks.is_main:
         print(summary(result))
@@ -70,6 +75,18 @@ def _ranks() -> Ranks:
         return read_ranks()
     except ValueError as error:
         raise ConfigError([str(error)]) from None
+
+
+def _end(ending: RunEnding, ranks: Ranks) -> int:
+    """Tell why a run ended early; the exit code."""
+    if ranks.is_main or not ending.everywhere:
+        print(ending, file=sys.stderr, flush=True)
+    if not ending.everywhere:
+        # Leaving the process group would wait for the rank that is gone.
+        sys.stdout.flush()
+        os._exit(ending.exit_code)
+    _leave()
+    return ending.exit_code
 
 
 def _leave() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,16 +24,20 @@ class History:
     def __init__(self, path: Path, first_step: int, *, writes: bool):
         self._file: TextIO | None = None
         if writes:
-            kept = [line for line in read_history(path) if line["step"] < first_step] if path.exists() else []
-            self._file = path.open("w", encoding="utf-8")
-            for line in kept:
-                self.add(line)
+            self._file = path.open("a", encoding="utf-8")
+            # Cut in place: a run that is killed here loses nothing of what it keeps.
+            self._file.truncate(_bytes_before(path, first_step))
 
     def add(self, line: dict[str, Any]) -> None:
         """Write one line at once, so that a run that dies leaves all its steps."""
         if self._file is not None:
             self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """Have all lines on disk, before a checkpoint says that they are there."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -48,6 +53,20 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _bytes_before(path: Path, first_step: int) -> int:
+    """Length of the part of a history that holds the steps before this one."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= first_step:
+                    break
+            except ValueError:
+                break
+            length += len(line)
+    return length
 
 
 def finite(value: Any) -> Any:

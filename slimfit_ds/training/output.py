@@ -15,11 +15,27 @@ from typing import Any, Literal
 import yaml
 
 from slimfit_ds.config import ConfigError
+from slimfit_ds.training.checkpoints import damaged_checkpoints, last_checkpoint
 from slimfit_ds.training.recipe import Draft, Recipe
+from slimfit_ds.training.whole_files import is_leftover
 
-__all__ = ["OutputPlan", "plan_output", "resolved_yaml"]
+__all__ = ["OutputPlan", "plan_output", "resolved_yaml", "resume_overrides"]
 
-MAY_DIFFER = frozenset({"resume", "output_dir", "num_workers", "keep_last", "save_steps", "eval_batch_size"})
+MAY_DIFFER = frozenset(
+    {
+        "resume",
+        "output_dir",
+        "num_workers",
+        "keep_last",
+        "save_steps",
+        "eval_batch_size",
+        "on_nonfinite",
+        "max_nonfinite",
+        "rank_timeout",
+        "report_to",
+        "logging_steps",
+    }
+)
 """Keys that may change when a run goes on: they do not touch what is learned."""
 
 
@@ -58,6 +74,8 @@ def plan_output(draft: Draft) -> OutputPlan:
     if not _is_occupied(folder):
         _check_writable(folder)
         return OutputPlan(folder, "resume" if source else "start", source)
+    if folder.is_dir():
+        _check_writable(folder)
     if source is not None and source.resolve() == folder.resolve():
         return OutputPlan(folder, "resume", source)
     differing = _differing_keys(folder, recipe)
@@ -80,6 +98,12 @@ def plan_output(draft: Draft) -> OutputPlan:
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every field, as it is written to `recipe.yaml`."""
     return yaml.safe_dump(_comparable(recipe), sort_keys=False, allow_unicode=True)
+
+
+def resume_overrides(recipe: Recipe, folder: Path) -> list[str]:
+    """What has to stand behind the command of a run to go on with it."""
+    wanted = {"output_dir": str(folder), "resume": "auto"}
+    return [f"{key}={value}" for key, value in wanted.items() if getattr(recipe, key) != value]
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
@@ -116,7 +140,9 @@ def _next_free(name: str) -> Path:
 
 def _is_occupied(folder: Path) -> bool:
     try:
-        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        return folder.exists() and (
+            not folder.is_dir() or not all(is_leftover(path) for path in folder.iterdir())
+        )
     except (OSError, ValueError) as error:
         raise ConfigError([f"output_dir: cannot use {str(folder)!r} ({error})"]) from None
 
@@ -129,7 +155,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def _holds_checkpoints(folder: Path) -> bool:
-    try:
-        return (folder / "checkpoints" / "latest").is_file()
-    except (OSError, ValueError):
-        return False
+    if last_checkpoint(folder) is not None:
+        return True
+    if problem := damaged_checkpoints(folder):
+        raise ConfigError([f"output_dir: {problem}; restore one, or remove {str(folder)!r} yourself"])
+    return False

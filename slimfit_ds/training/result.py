@@ -13,6 +13,7 @@ from slimfit_ds.training.checkpoints import save_model
 from slimfit_ds.training.distributed import share
 from slimfit_ds.training.history import finite, read_history
 from slimfit_ds.training.surroundings import hardware, peak_memory, versions
+from slimfit_ds.training.whole_files import write_whole
 
 if TYPE_CHECKING:
     from slimfit_ds.training.run import Run
@@ -35,7 +36,7 @@ def write_result(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
     report = finite(_numbers(run, metrics))
     if run.ranks.is_main:
         _draw_schedule(run)
-        (run.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(run.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
     torch.distributed.barrier()
     return share(report)
 

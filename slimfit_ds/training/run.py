@@ -16,19 +16,25 @@ from torch import Tensor
 from slimfit_ds.config import ConfigError
 from slimfit_ds.training.batches import BatchPlan, training_loader
 from slimfit_ds.training.best import Best
-from slimfit_ds.training.checkpoints import load_checkpoint, save_checkpoint, save_model
+from slimfit_ds.training.checkpoints import load_checkpoint, remove_old, save_checkpoint, save_model
 from slimfit_ds.training.checks import Inspection, inspect
 from slimfit_ds.training.deepspeed_config import replaced_values
 from slimfit_ds.training.distributed import Ranks, export, main_rank_first, read_ranks, share
+from slimfit_ds.training.endings import RunStopped
 from slimfit_ds.training.engine_of_recipe import make_engine
 from slimfit_ds.training.evaluation import evaluate
 from slimfit_ds.training.history import History
 from slimfit_ds.training.noise import silence
+from slimfit_ds.training.not_finite import NotFinitePolicy, check_weights
 from slimfit_ds.training.output import resolved_yaml
 from slimfit_ds.training.progress import Progress
 from slimfit_ds.training.recipe import Draft, Recipe
 from slimfit_ds.training.result import write_result
+from slimfit_ds.training.run_monitor import RunMonitor
+from slimfit_ds.training.stop_signals import StopSignals
 from slimfit_ds.training.surroundings import peak_memory, reset_peak_memory
+from slimfit_ds.training.survival import survival
+from slimfit_ds.training.whole_files import write_whole
 
 __all__ = ["train"]
 
@@ -47,6 +53,7 @@ def train(draft: Draft, ranks: Ranks | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError: all problems of the recipe, before any process group or model is made.
+        RunEnding: the run ended early for one of the reasons in `training.endings`.
     """
     silence()
     ranks = ranks or read_ranks()
@@ -60,7 +67,12 @@ def train(draft: Draft, ranks: Ranks | None = None) -> dict[str, Any]:
         print(f"values of the recipe in place of the JSON's: {', '.join(replaced)}", file=sys.stderr)
     export(ranks)
     device = start_processes()
-    return Run(found, device).go()
+    # Ranks may have seen a shared file system at different moments: the first one's choice holds.
+    found.output = share(found.output)
+    with survival(found.recipe, found.output.folder, ranks) as stops:
+        run = Run(found, device, stops)
+        with run.monitor:
+            return run.go()
 
 
 class Run:
@@ -69,15 +81,18 @@ class Run:
     Args:
         found: the sound recipe with its task, data and configurations.
         device: of this rank.
+        stops: requests to stop; None: nobody can ask.
     """
 
-    def __init__(self, found: Inspection, device: torch.device):
+    def __init__(self, found: Inspection, device: torch.device, stops: StopSignals | None = None):
         self.recipe: Recipe = found.recipe
         self.ranks, self.task, self.device = found.ranks, found.task, device
         self.original = found.splits.evaluation
         self.plan_of_output = found.output
-        # Ranks may have seen a shared file system at different moments: the first one's choice holds.
-        self.folder: Path = share(found.output.folder)
+        self.folder: Path = found.output.folder
+        self._stops = stops
+        self._stop_agreed = False
+        self._not_finite = NotFinitePolicy(self.recipe)
         with main_rank_first():
             self.training = self.task.prepare(found.splits.train, training=True)
             self.evaluation = self.task.prepare(found.splits.evaluation, training=False)
@@ -105,6 +120,7 @@ class Run:
         self.engine = make_engine(found, self.steps, self._example_batch)
         self.first_step, self.seconds = self._resume()
         self.tokens_per_second: list[float] = []
+        self.monitor = RunMonitor(self, found.monitors)
 
     def _example_batch(self) -> dict[str, Tensor]:
         """A batch of the largest shape that training will see."""
@@ -130,13 +146,23 @@ class Run:
         source = self.plan_of_output.resume_from
         if source is None:
             return 0, []
-        state = load_checkpoint(self.engine, source)
+        state = load_checkpoint(self.engine, source, self.ranks)
         self.best.value, self.best.step = state["best_value"], state["best_step"]
+        self._not_finite.skipped = state.get("skipped", 0)
         return state["step"], state["seconds"]
 
     def go(self) -> dict[str, Any]:
         """All steps, then the final evaluation and the report."""
         history = self._open_output()
+        if self._stops is not None:
+            self._stops.start()
+        self.monitor.start()
+        with self.monitor:
+            metrics = self._all_steps(history)
+            return write_result(self, metrics or self._evaluate(self.steps))
+
+    def _all_steps(self, history: History) -> dict[str, float]:
+        """The latest evaluation; empty if there was no step left to do."""
         progress = Progress(
             self.first_step,
             self.steps,
@@ -150,23 +176,32 @@ class Run:
         for step in range(self.first_step, self.steps):
             line = self._step(step, loader)
             done = step + 1
-            if done == self.steps or (self.recipe.eval_steps and done % self.recipe.eval_steps == 0):
+            if self._is_due(self.recipe.eval_steps, done):
                 metrics = self._evaluate(done)
                 line["evaluation"] = metrics
             history.add(line)
-            if done == self.steps or (self.recipe.save_steps and done % self.recipe.save_steps == 0):
-                self._save(done)
+            self.monitor.log(line)
             progress.show(line, metrics)
+            self._not_finite.judge(step, line["loss"], line["gradient_norm"])
+            stopping = self._stop_agreed and done < self.steps
+            if stopping or self._is_due(self.recipe.save_steps, done):
+                history.sync()
+                self._save(done)
+            if stopping:
+                assert self._stops is not None
+                reason = self._stops.reason or "another rank was asked"
+                raise RunStopped(f"stopped on request ({reason}) after step {done} of {self.steps}")
         progress.close()
         history.close()
-        if not metrics:
-            metrics = self._evaluate(self.steps)
-        return write_result(self, metrics)
+        return metrics
+
+    def _is_due(self, every: int | None, done: int) -> bool:
+        return done == self.steps or (every is not None and done % every == 0)
 
     def _open_output(self) -> History:
         if self.ranks.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.yaml").write_text(resolved_yaml(self.recipe), encoding="utf-8")
+            write_whole(self.folder / "recipe.yaml", resolved_yaml(self.recipe))
         return History(self.folder / "history.jsonl", self.first_step, writes=self.ranks.is_main)
 
     def _step(self, step: int, loader: Any) -> dict[str, Any]:
@@ -174,16 +209,24 @@ class Run:
         self._seed_dropout(step)
         active = sorted_active(self.engine)
         rate = self.engine.get_lr()[0]
-        totals = torch.zeros(2, device=self.device)  # loss and tokens
+        totals = torch.zeros(3, device=self.device)  # loss, tokens, requests to stop
         start = time.perf_counter()
         for weight in self.batches.loss_weights(step):
-            batch = self._to_device(next(loader))
-            loss = self.engine(**batch).loss * weight
-            totals[0] += loss.detach() / self.batches.accumulation
-            totals[1] += batch["attention_mask"].sum() if "attention_mask" in batch else 0
-            self.engine.backward(loss)
-            self.engine.step()
+            with self.monitor.phase("data"):
+                batch = self._to_device(next(loader))
+            with self.monitor.phase("forward"):
+                loss = self.engine(**batch).loss * weight
+                totals[0] += loss.detach() / self.batches.accumulation
+                totals[1] += batch["attention_mask"].sum() if "attention_mask" in batch else 0
+            with self.monitor.phase("backward"):
+                if hasattr(self.engine, "require_finite"):
+                    self.engine.require_finite(loss.detach())
+                self.engine.backward(loss)
+            with self.monitor.phase("step"):
+                self.engine.step()
+        totals[2] = float(self._stops is not None and self._stops.reason is not None)
         torch.distributed.all_reduce(totals)
+        self._stop_agreed = totals[2].item() > 0
         mean_loss, tokens = totals[0].item() / self.ranks.world_size, int(totals[1].item())
         self.seconds.append(time.perf_counter() - start)
         self.tokens_per_second.append(tokens / self.seconds[-1])
@@ -199,6 +242,8 @@ class Run:
             "statistics": None if active is None else {name: statistics.get(name) for name in active},
             "memory_bytes": peak_memory(self.device),
             "seconds": self.seconds[-1],
+            "tokens": tokens or None,
+            **self.monitor.of_step(step, active),
         }
 
     def _seed_dropout(self, step: int) -> None:
@@ -231,9 +276,18 @@ class Run:
         return metrics
 
     def _save(self, done: int) -> None:
-        # The latest steps are enough for a median.
-        state = {"best_value": self.best.value, "best_step": self.best.step, "seconds": self.seconds[-1000:]}
-        save_checkpoint(self.engine, self.folder, done, state, self.recipe.keep_last, self.ranks)
+        check_weights(self.engine.module, done, self.device)
+        state = {
+            "best_value": self.best.value,
+            "best_step": self.best.step,
+            # The latest steps are enough for a median.
+            "seconds": self.seconds[-1000:],
+            "skipped": self._not_finite.skipped,
+        }
+        save_checkpoint(self.engine, self.folder, done, state)
+        torch.distributed.barrier()
+        if self.ranks.is_main:
+            remove_old(self.folder, done, self.recipe.keep_last, self.best.step)
 
 
 def sorted_active(engine: Any) -> list[str] | None:
