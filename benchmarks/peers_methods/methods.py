@@ -1,0 +1,113 @@
+"""The methods of the comparison, in the order of the table, with the priority of their cells."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from peers_methods import ours, rivals
+from peers_methods.building import Request
+from peers_methods.trainers import Trainer
+from slimfit_ds.memory.strategy import Strategy, slimfit_block
+
+__all__ = ["METHODS", "Method", "get_method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Args:
+        name: key on the command line.
+        label: what the table calls it.
+        build: makes the trainer; may raise `Unavailable`.
+        tier: 0 is measured first; the budget drops the last.
+        strategy: the same for the memory estimator; None: it knows no such thing.
+    """
+
+    name: str
+    label: str
+    build: Callable[[Request], Trainer]
+    tier: int
+    strategy: Strategy | None = None
+
+
+_PLAIN = Strategy("plain", stage=None, dtype="bf16_autocast")
+
+
+def _slim(preset: str, loss_chunk: int | None = None, **activations) -> Strategy:
+    block = slimfit_block(preset, ours.RATE, "host", **activations)
+    return Strategy(preset, stage=0, slimfit=block, dtype="bf16", loss_chunk=loss_chunk)
+
+
+def _ours(preset: str, tier: int) -> Method:
+    label = f"ours, `{preset}`" if preset != "paper" else "the paper's codecs, our engine"
+    return Method(preset, label, partial(ours.ours, preset=preset), tier, _slim(preset))
+
+
+_ALL = (
+    Method("full", "full: fused AdamW, SDPA, bf16 autocast", rivals.full, 0, _PLAIN),
+    Method(
+        "full_bf16",
+        "full, weights and states bf16 (no masters)",
+        partial(rivals.full, dtype="bf16"),
+        2,
+        Strategy("bf16", stage=None, dtype="bf16"),
+    ),
+    Method(
+        "checkpointing",
+        "full + gradient checkpointing",
+        rivals.gradient_checkpointing,
+        0,
+        _PLAIN.with_(gradient_checkpointing=True),
+    ),
+    Method("accumulation", "full + accumulation, micro-batch 8", rivals.accumulation, 1),
+    Method(
+        "lora", "LoRA r 8 (PEFT), bf16 base", rivals.lora, 1, Strategy("lora", None, lora=8, dtype="bf16")
+    ),
+    Method(
+        "lora_checkpointing",
+        "LoRA r 8 + gradient checkpointing",
+        partial(rivals.lora, checkpointing=True),
+        1,
+        Strategy("lora", None, lora=8, dtype="bf16", gradient_checkpointing=True),
+    ),
+    Method("torchao_8bit", "torchao AdamW8bit", rivals.torchao_8bit, 3),
+    Method("torchao_offload", "torchao CPUOffloadOptimizer", rivals.torchao_offload, 3),
+    Method("bitsandbytes_8bit", "bitsandbytes Adam8bit", rivals.bitsandbytes_8bit, 3),
+    Method("zero_offload", "DeepSpeed ZeRO-Offload (stage 2)", rivals.zero_offload, 3),
+    Method("galore", "GaLore, rank h/4", rivals.galore, 3),
+    Method("apollo", "APOLLO, rank h/4", rivals.apollo, 3),
+    Method("apollo_mini", "APOLLO-Mini, rank 1", partial(rivals.apollo, mini=True), 4),
+    Method("badam", "BAdam, a block at a time", rivals.badam, 3),
+    Method("lisa", "LISA, 2 blocks at a time (own lines)", rivals.lisa, 3),
+    _ours("paper", 1),
+    _ours("balanced", 0),
+    _ours("lean", 1),
+    _ours("minimal", 0),
+    _ours("ultra", 1),
+    Method(
+        "minimal_tuned",
+        "ours, `minimal` in chunks",
+        ours.ours_tuned,
+        2,
+        _slim("minimal", chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}),
+    ),
+    Method("full_again", "full, again at the end (drift)", rivals.full, 5),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def get_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ValueError: unknown name; says which are known.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"methods: {name!r} is unknown; {hint}known: {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,61 @@
+"""SlimFit at 95 % frozen with the states of frozen layers on the host: with DeepSpeed's engine, or without DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from peers_methods.building import LEARNING_RATE, Request, adamw, build_model, make_engine
+from peers_methods.trainers import EngineTrainer, PlainTrainer, Trainer
+from slimfit_ds.memory.strategy import Strategy, slimfit_block
+
+__all__ = ["RATE", "ours", "ours_tuned"]
+
+RATE = 0.95
+
+
+def ours(request: Request, preset: str, loss_chunk: int | None = None, **activations: Any) -> Trainer:
+    """The engine (bf16 weights, fp32 masters on the host) if DeepSpeed is installed, else `slim` and `follow`."""
+    block = slimfit_block(preset, RATE, "host", **activations)
+    build = _engine if importlib.util.find_spec("deepspeed") else _without_deepspeed
+    trainer = build(request, block, loss_chunk)
+    trainer.facts |= {"slimfit": block, "backend": "engine" if build is _engine else "slim"}
+    return trainer
+
+
+def ours_tuned(request: Request) -> Trainer:
+    """`minimal` with recomputation in chunks of 4096 tokens, norms outside of blocks exact, the loss in chunks."""
+    chunk = 1024 if request.case.task == "causal_lm" else None
+    return ours(
+        request, "minimal", chunk, chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}
+    )
+
+
+def _model(request: Request, dtype: str, loss_chunk: int | None) -> Any:
+    model = build_model(request, dtype)
+    if loss_chunk is not None:
+        from slimfit_ds.activations.language_head import chunk_language_model_loss
+
+        chunk_language_model_loss(model, loss_chunk)
+    return model
+
+
+def _engine(request: Request, block: dict[str, Any], loss_chunk: int | None) -> Trainer:
+    model = _model(request, "bf16", loss_chunk)
+    config = Strategy("ours", stage=0, slimfit=block).deepspeed_config(request.batch, "bf16", 1)
+    return EngineTrainer(make_engine(model, config, adamw(model.parameters())))
+
+
+def _without_deepspeed(request: Request, block: dict[str, Any], loss_chunk: int | None) -> Trainer:
+    import slimfit_ds
+
+    model = _model(request, "fp32", loss_chunk)
+    block = {**block, "optimizer_states": {"inactive": "device"}}
+    handle = slimfit_ds.slim(model, block)
+    optimizer = adamw(model.parameters())
+    handle.follow(optimizer)
+    trainer = PlainTrainer(model, optimizer, autocast=True)
+    trainer.facts["note"] = (
+        f"without DeepSpeed: fp32 weights under autocast, states on the device, lr {LEARNING_RATE}"
+    )
+    return trainer

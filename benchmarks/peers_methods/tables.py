@@ -1,0 +1,152 @@
+"""The results as a table per model, ratios against full fine-tuning of the same run, and what it was run on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peers_methods.methods import METHODS
+from peers_methods.workloads import CASES
+
+__all__ = ["environment", "hardware_name", "table"]
+
+_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "torchao", "bitsandbytes", "galore-torch", "badam")
+_COLUMNS = (
+    "method",
+    "peak, MiB",
+    "of full",
+    "reserved (CPU: process RSS), MiB",
+    "states on the device, MiB",
+    "on the host, MiB",
+    "saved for backward, MiB",
+    "s per step (quartiles)",
+    "of full",
+    "{unit}/s",
+    "FLOPs of full",
+    "TFLOP/s",
+    "largest batch 24 / 32 GB",
+    "loss, first and last",
+)
+
+
+def hardware_name(device: str) -> str:
+    """The card's name, or the CPU's with its cores."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor()}, {os.cpu_count()} cores"
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """What a result depends on besides its settings."""
+    versions = {}
+    for package in (*_PACKAGES, "apollo-torch", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "hardware": hardware_name(device),
+        "device": device,
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+        "cuda": torch.version.cuda,
+    }
+
+
+def table(cases: Sequence[str], methods: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table for each case that has a result."""
+    parts = []
+    for case in cases:
+        rows = [
+            (method, results.get(f"{case}__{method}__step"), results.get(f"{case}__{method}__fit"))
+            for method in methods
+        ]
+        if any(step is not None for _, step, _ in rows):
+            parts.append(_one(case, rows))
+    return "\n\n".join(parts)
+
+
+def _one(case: str, rows: Sequence[tuple[str, Any, Any]]) -> str:
+    full = next((step for method, step, _ in rows if method == "full" and _ok(step)), None)
+    header = [column.format(unit=CASES[case].unit) for column in _COLUMNS]
+    lines = [f"### {CASES[case].label}", "", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
+    for method, step, fit in rows:
+        if step is None:
+            continue
+        label = METHODS[method].label
+        lines.append(_line([label, *(_cells(step, full) if _ok(step) else _reason(step)), *_last(step, fit)]))
+    return "\n".join(lines)
+
+
+def _ok(step: Any) -> bool:
+    return step is not None and step["status"] == "ok"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _reason(step: Mapping[str, Any]) -> list[str]:
+    reason = str(step.get("error", "")).replace("|", "/")
+    return [f"{step['status']}: {reason}"[:180], *[""] * 10]
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**20:,.1f}" if value < 2**30 else f"{value / 2**20:,.0f}"
+
+
+def _cells(step: Mapping[str, Any], full: Mapping[str, Any] | None) -> list[str]:
+    low, high = step["seconds_quartiles"]
+    seconds, flops = step["seconds"], step["flops"]
+
+    def ratio(key: str) -> str:
+        return f"{step[key] / full[key]:.3f}" if full else ""
+
+    return [
+        _mib(step["peak"]),
+        ratio("peak"),
+        _mib(step.get("cuda_peak_reserved") or step["process_rss"]),
+        _mib(step["state_bytes"]),
+        _mib(step["host_bytes"]) if step["host_bytes"] else "",
+        _mib(step["saved_activations"]),
+        f"{seconds:.4f} ({low:.4f} to {high:.4f})",
+        ratio("seconds"),
+        f"{step['per_step'] / seconds:,.0f}"
+        if step["per_step"] / seconds > 100
+        else f"{step['per_step'] / seconds:.1f}",
+        ratio("flops"),
+        f"{flops / seconds / 1e12:.3g}",
+    ]
+
+
+def _last(step: Mapping[str, Any], fit: Any) -> list[str]:
+    largest = ""
+    if fit is not None:
+        if fit["status"] == "ok":
+            largest = " / ".join(f"{size:,}" for size in fit["largest"].values())
+            largest += " (estimated)" if fit["how"].startswith("estimated") else ""
+        elif fit["status"] != "unavailable":
+            largest = fit["status"]
+    loss = f"{step['loss_first']:.3f}, {step['loss_last']:.3f}" if _ok(step) else ""
+    return [largest, loss]
