@@ -102,7 +102,20 @@ class FreezeConfig(_Model):
         "activations (inputs kept for active weights), or a list of which all must hold",
     )
     interval: int = Field(1, ge=1, description="choose a new set every this many optimizer steps")
-    statistic: str = Field("relative_update", description="how the size of a layer's update is measured")
+    refresh: int | None = Field(
+        None, ge=1, description="a layer that has not trained for this many steps goes before all others"
+    )
+    lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0,
+        description="factor of the learning rate of layers that the schedule chooses; auto: the square root of how "
+        "many times more steps there were than this layer has trained",
+    )
+    always_lr_scale: float = Field(
+        1.0, gt=0, description="factor of the learning rate of biases and of always-active layers"
+    )
+    statistic: str = Field(
+        "relative_update", description="how much a layer learned in a step, by its update or its gradient"
+    )
     always_active: tuple[str, ...] = Field((), description="globs of layers that train at every step")
     never_active: tuple[str, ...] = Field((), description="globs of layers that never train")
     train_biases: bool = Field(True, description="biases and norm biases train at every step")

@@ -12,6 +12,7 @@ from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.freezing import FreezeSchedule, discover
 from slimfit_ds.freezing.statistics import STATISTICS
+from slimfit_ds.optim.rules import rule_of
 
 __all__ = ["SlimHandle", "slim"]
 
@@ -28,15 +29,17 @@ class SlimHandle:
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
         self._statistic = STATISTICS.get(config.freeze.statistic)
-        self._small = (
-            [] if config.freeze.train_biases else [model.get_parameter(name) for name in roles.small]
-        )
+        small = [model.get_parameter(name) for name in roles.small]
+        self._biases, self._small = (small, []) if config.freeze.train_biases else ([], small)
         self.schedule = FreezeSchedule(roles.layers, config.freeze)
         self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
         # Freshly discovered layers all train.
         self._applied = frozenset(range(len(self._parameters)))
+        self._stale_moments = config.optimizer_states.stale_moments
         self._before: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._stretched: list[tuple[nn.Parameter, Tensor, float]] = []
         self._still: set[int] = set()
         self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
         self._hooks: list[Any] = []
@@ -56,7 +59,7 @@ class SlimHandle:
 
         Any optimizer that skips parameters without a gradient will do, as those of torch do: a frozen
         layer has none. The active weights (not all of them) are copied for the length of a step, to
-        measure how far they moved; the DeepSpeed engine needs no copy.
+        measure how far they moved and to give them a learning rate of their own; the DeepSpeed engine needs no copy.
 
         Args:
             optimizer: steps this model.
@@ -72,12 +75,30 @@ class SlimHandle:
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         return self
 
+    @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        assert self._statistic is not None
+        factors = self.schedule.lr_factors()
+        active = sorted(self.schedule.active)
+        present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
+        self._age(optimizer, present)
+        self._sums = {}
+        if self._statistic.of_gradient:
+            for layer, parameter in present.items():
+                gradient = parameter.grad.float().flatten()  # type: ignore[union-attr]
+                self._sums[layer] = self._statistic.of_update(gradient, parameter.float().flatten())
         self._before = {
-            layer: self._parameters[layer].detach().clone()
-            for layer in self.schedule.active
-            if self._parameters[layer].grad is not None
+            layer: parameter.clone()
+            for layer, parameter in present.items()
+            if not self._statistic.of_gradient or factors[layer] != 1.0
         }
+        self._stretched = [
+            (self._parameters[layer], old, factors[layer])
+            for layer, old in self._before.items()
+            if factors[layer] != 1.0
+        ]
+        if factors[None] != 1.0:
+            self._stretched += [(p, p.clone(), factors[None]) for p in self._biases if p.grad is not None]
         self._still = {
             id(parameter)
             for group in optimizer.param_groups
@@ -85,21 +106,46 @@ class SlimHandle:
             for parameter in group["params"]
         }
 
+    def _age(self, optimizer: torch.optim.Optimizer, present: Mapping[int, nn.Parameter]) -> None:
+        """What becomes of the moments of layers that have missed steps."""
+        if self._stale_moments == "keep":
+            return
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for layer, parameter in present.items():
+            missed = self.schedule.missed(layer)
+            if not missed or parameter not in optimizer.state:
+                continue
+            if self._stale_moments == "reset":
+                del optimizer.state[parameter]
+                continue
+            state, options = optimizer.state[parameter], groups[id(parameter)]
+            rule = rule_of(optimizer)
+            rule.decay({name: state[name] for name in rule.states(options)}, missed, options)
+            if "step" in state:
+                state["step"] += missed
+
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         before, self._before = self._before, {}
+        stretched, self._stretched = self._stretched, []
         # A fused optimizer finds out on the device whether a loss scaler lets it step; a skipped step is tried
         # again with the same layers.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and float(overflow):
             return
+        # An update is proportional to the learning rate, so the step may be stretched after it was made.
+        for parameter, old, factor in stretched:
+            parameter.copy_(torch.lerp(old, parameter, factor))
         assert self._statistic is not None
-        sums = [self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()]
+        if not self._statistic.of_gradient:
+            self._sums = {
+                layer: self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()
+            }
         # One transfer for all layers.
-        totals = self._combine(torch.stack(sums)).tolist() if sums else []
+        totals = self._combine(torch.stack([*self._sums.values()])).tolist() if self._sums else []
         # A layer that took no part in the forward pass did not move.
-        statistics = dict.fromkeys(self.schedule.active - before.keys(), 0.0)
-        for (layer, old), total in zip(before.items(), totals, strict=True):
-            statistics[layer] = self._statistic.finish(total, old.numel())
+        statistics = dict.fromkeys(self.schedule.active - self._sums.keys(), 0.0)
+        for layer, total in zip(self._sums, totals, strict=True):
+            statistics[layer] = self._statistic.finish(total, self._parameters[layer].numel())
         # A rate of zero (the first step of a warm-up) says nothing about how much a layer has to learn.
         self.advance(
             {layer: s for layer, s in statistics.items() if id(self._parameters[layer]) not in self._still}

@@ -175,6 +175,7 @@ class SlimFitEngine(DeepSpeedEngine):
         if every and self.schedule.step % every == 0:
             check_active_set(self.schedule, self.seq_data_parallel_group, self.device)
         self.optimizer.set_active(self.schedule.active)
+        self.optimizer.updater.lr_factors = self.schedule.lr_factors()
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -95,6 +95,8 @@ class ShardUpdater(Generic[_Unit]):
         self._layout = UnitStates(rule, config)
         self.states = StateStore(device, config.inactive, self._create)
         self._rounding = torch.Generator(device)
+        self.lr_factors: Mapping[int | None, float] = {}
+        """Layer, or None for small parameters -> what its learning rate is multiplied by; 1 where it is not named."""
 
     def _options(self, unit: _Unit) -> dict[str, Any]:
         return self._optimizer.param_groups[unit.group]
@@ -165,12 +167,15 @@ class ShardUpdater(Generic[_Unit]):
         moments = self._layout.load(states, bucket, options)
         if factor != 1.0:
             torch._foreach_mul_(updates, factor)
+        if self._statistic.of_gradient:
+            self._measure(bucket, updates, weights, sums)
         self._rule.update(updates, weights, moments, [state.step for state in states], options)
-        for piece, update, weight in zip(bucket, updates, weights, strict=True):
-            if piece.unit.layer is not None:
-                part = self._statistic.of_update(update, weight)
-                known = sums.get(piece.unit.index)
-                sums[piece.unit.index] = part if known is None else known + part
+        for piece, update in zip(bucket, updates, strict=True):
+            # Every rule's update is proportional to the learning rate.
+            if (scale := self.lr_factors.get(piece.unit.layer, 1.0)) != 1.0:
+                update.mul_(scale)
+        if not self._statistic.of_gradient:
+            self._measure(bucket, updates, weights, sums)
         torch._foreach_add_(weights, updates)
         self._layout.store(states, moments)
         for shard, weight in zip(shards, weights, strict=True):
@@ -179,6 +184,20 @@ class ShardUpdater(Generic[_Unit]):
             if shard.dtype is torch.bfloat16 and self._config.bf16_weights == "stochastic_rounding":
                 weight = stochastic_round_bf16(weight, self._rounding)
             shard.copy_(weight)
+
+    def _measure(
+        self,
+        bucket: Sequence[Piece[_Unit]],
+        changes: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        sums: dict[int, Tensor],
+    ) -> None:
+        """Add up the statistic of updates or gradients, before the weights change."""
+        for piece, change, weight in zip(bucket, changes, weights, strict=True):
+            if piece.unit.layer is not None:
+                part = self._statistic.of_update(change, weight)
+                known = sums.get(piece.unit.index)
+                sums[piece.unit.index] = part if known is None else known + part
 
     def statistic_sums(self, units: Sequence[_Unit], sums: Mapping[int, Tensor]) -> Tensor:
         """The partial sums of all layers among these units, in order, as one message `[layers * columns]`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from slimfit_ds.freezing.policies import POLICIES, Selection
 from slimfit_ds.freezing.statistics import STATISTICS
 
 __all__ = ["FreezeSchedule"]
+
+_PRIOR_UPDATES = 2
 
 
 class FreezeSchedule:
@@ -38,6 +41,8 @@ class FreezeSchedule:
         self._state = self._policy.init(len(self.layers), config.seed)
         self.step = 0
         self.statistics: dict[int, float] = {}
+        self._visits = [0] * len(self.layers)
+        self._last = [-1] * len(self.layers)
         self.active = self._select()
 
     @property
@@ -75,6 +80,9 @@ class FreezeSchedule:
         """
         self._state = self._policy.observe(self._state, statistics)
         self.statistics.update(statistics)
+        for layer in self.active:
+            self._visits[layer] += 1
+            self._last[layer] = self.step
         self.step += 1
         if self.step % self.config.interval == 0:
             self.active = self._select()
@@ -82,14 +90,50 @@ class FreezeSchedule:
 
     def _select(self) -> frozenset[int]:
         n_layers = len(self.layers)
+        budget = self._budget(self.config.rate_at(self.step))
+        candidates = tuple(i for i in range(n_layers) if i not in self._always | self._never)
+        # Overdue layers are chosen as if they were always active, until the set is full of them.
+        always = budget.fill(self._overdue(candidates), self._always)
         selection = Selection(
+            layers=self.layers,
             step=self.step,
-            budget=self._budget(self.config.rate_at(self.step)),
-            candidates=tuple(i for i in range(n_layers) if i not in self._always | self._never),
-            always=self._always,
+            choice=self.step // self.config.interval,
+            budget=budget,
+            candidates=tuple(i for i in candidates if i not in always),
+            always=always,
             seed=self.config.seed,
         )
         return self._policy.select(self._state, selection)
+
+    def _overdue(self, candidates: Sequence[int]) -> list[int]:
+        """Layers that have waited for `refresh` steps or more, the longest first."""
+        limit = self.config.refresh
+        if limit is None:
+            return []
+        late = [layer for layer in candidates if self.step - self._last[layer] > limit]
+        return sorted(late, key=lambda layer: (self._last[layer], layer))
+
+    def missed(self, layer: int) -> int:
+        """Steps in a row, up to the coming one, in which a layer did not train."""
+        return self.step - self._last[layer] - 1
+
+    def lr_factors(self) -> dict[int | None, float]:
+        """What the learning rate of each active layer, and of small parameters (None), is multiplied by.
+
+        A layer that trains in a share `s` of the steps moves `s` times as far at the same rate, and its noise is `s`
+        times the variance. `auto` raises the rate by `1 / sqrt(s)`: between making up for the distance and keeping the
+        noise as it was. The share is counted for each layer, from a prior of two updates at the freezing rate's share.
+        """
+        factors: dict[int | None, float] = {None: self.config.always_lr_scale}
+        for layer in self.active:
+            factors[layer] = self.config.always_lr_scale if layer in self._always else self._scale(layer)
+        return factors
+
+    def _scale(self, layer: int) -> float:
+        if self.config.lr_scale != "auto":
+            return self.config.lr_scale
+        prior = _PRIOR_UPDATES / (1 - self.config.rate_at(self.step))
+        return math.sqrt((self.step + prior) / (self._visits[layer] + _PRIOR_UPDATES))
 
     def fingerprint(self) -> int:
         """A 63-bit hash of step and active set; equal on ranks that will train the same layers."""
@@ -104,6 +148,8 @@ class FreezeSchedule:
             "state": dict(self._state),
             "step": self.step,
             "active": sorted(self.active),
+            "visits": list(self._visits),
+            "last": list(self._last),
             "statistics": {self.names[layer]: value for layer, value in self.statistics.items()},
         }
 
@@ -119,6 +165,9 @@ class FreezeSchedule:
         if problems := _difference(state["layers"], self.names):
             raise ConfigError(problems)
         self.step = int(state["step"])
+        # Checkpoints of earlier versions hold no counts: as if every layer had trained just now, at the rate's share.
+        self._visits = list(state.get("visits") or [0] * len(self.layers))
+        self._last = list(state.get("last") or [self.step - 1] * len(self.layers))
         positions = {name: layer for layer, name in enumerate(self.names)}
         self.statistics = {positions[name]: value for name, value in state["statistics"].items()}
         if state["policy"] == self.config.policy:

@@ -1,4 +1,4 @@
-"""How the size of a layer's update is measured, as sums over the elements of a shard.
+"""How much a layer learns in a step is measured by its update or its gradient, as sums over the elements of a shard.
 
 A statistic is split so that ranks which hold shards of a layer can work it out together: `partial`
 gives a few sums over the elements at hand, the sums are added over the ranks (by whoever owns a
@@ -19,20 +19,22 @@ __all__ = ["STATISTICS", "Statistic"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """A measure of an update that adds up over shards."""
+    """A measure of an update or of a gradient that adds up over shards."""
 
     columns: int
     """How many sums `partial` gives."""
     partial: Callable[[Tensor, Tensor], Tensor]
-    """(update `[n]`, weight before it `[n]`), both float32 -> sums `[columns]`, float32."""
+    """(update or gradient `[n]`, weight before the update `[n]`), both float32 -> sums `[columns]`, float32."""
     finish: Callable[[Sequence[float], int], float]
     """(totals of the sums, elements of the whole layer) -> the statistic."""
+    of_gradient: bool = False
+    """Whether `partial` takes the gradient (after loss scale and clipping) instead of the update."""
 
     def of_update(self, update: Tensor, weight: Tensor) -> Tensor:
         """`partial`, a cache's worth of elements at a time: the intermediates never reach main memory.
 
         Args:
-            update: dW `[n]`, float32.
+            update: dW `[n]`, or the gradient for a statistic of gradients, float32.
             weight: W before it `[n]`, float32.
         """
         pairs = zip(_pieces(update), _pieces(weight), strict=True)
@@ -74,6 +76,15 @@ def _ratio_of_norms(sums: Sequence[float], numel: int) -> float:
     return math.sqrt(update / weight) if weight > 0 else float(update > 0)
 
 
+def _taylor(gradient: Tensor, weight: Tensor) -> Tensor:
+    return (gradient * weight).abs_().sum()[None]
+
+
+def _squared_taylor(gradient: Tensor, weight: Tensor) -> Tensor:
+    product = gradient * weight
+    return torch.dot(product, product)[None]
+
+
 STATISTICS: dict[str, Statistic] = {
     # The paper's mean(|dW / W|) divides by zero where a weight is zero, and a single weight near zero
     # outweighs a million others. Here each element counts |dW| / max(|W|, |dW|): the same number
@@ -83,4 +94,14 @@ STATISTICS: dict[str, Statistic] = {
     "relative_norm": Statistic(2, _squared_norms, _ratio_of_norms),
     # ||dW||
     "update_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0])),
+    # ||g||
+    "gradient_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0]), True),
+    # ||g|| / ||W||
+    "relative_gradient": Statistic(2, _squared_norms, _ratio_of_norms, True),
+    # sum |W g|: what the loss would change if each weight went to zero, to first order. Molchanov et al.,
+    # "Importance Estimation for Neural Network Pruning", CVPR 2019.
+    "taylor": Statistic(1, _taylor, lambda sums, numel: sums[0], True),
+    # sum (W g)^2 / 2: the same to second order, with squared gradients for the curvature. Theis et al., "Faster gaze
+    # prediction with dense networks and Fisher pruning", arXiv 1801.05787.
+    "fisher": Statistic(1, _squared_taylor, lambda sums, numel: sums[0] / 2, True),
 }

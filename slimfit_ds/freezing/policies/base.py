@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimfit_ds.freezing.budget import Budget
+from slimfit_ds.freezing.layers import Layer
 
 __all__ = ["Policy", "Selection", "State", "best"]
 
@@ -21,8 +22,12 @@ State = Mapping[str, Any]
 class Selection:
     """What is asked of a policy at one step."""
 
+    layers: tuple[Layer, ...]
+    """All freezable layers, in model order; every other field names them by their position here."""
     step: int
     """Optimizer steps done so far."""
+    choice: int
+    """How many sets a run of this interval has chosen before."""
     budget: Budget
     """What the active set may cost, those in `always` included."""
     candidates: tuple[int, ...]
