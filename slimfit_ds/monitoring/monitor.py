@@ -145,7 +145,9 @@ def events_of_lines(lines: Sequence[Line], share: FrozenShare) -> list[Event]:
     tokens, seconds = sum(line.get("tokens") or 0 for line in lines), sum(line["seconds"] for line in lines)
     if tokens and seconds:
         values["train/tokens_per_second"] = tokens / seconds
-    measured = next((line["memory"] for line in reversed(lines) if line.get("memory")), {})
+    measured: Mapping[str, float] = next(
+        (line["memory"] for line in reversed(lines) if line.get("memory")), {}
+    )
     values |= {f"memory/{kind}_bytes": size for kind, size in measured.items()}
     if last["active_layers"] is not None:
         values["freeze/frozen_layers"] = fmean(share.of_layers(line["active_layers"]) for line in lines)

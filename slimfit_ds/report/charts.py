@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,7 @@ def line_chart(
     log: bool = False,
     floor: float | None = None,
     ceiling: float | None = None,
+    unit: float = 1.0,
     show_y: Callable[[float], str] = short_number,
     show_x: Callable[[float], str] = short_number,
 ) -> Chart | None:
@@ -96,6 +98,7 @@ def line_chart(
         note: a remark beside the title.
         log: logarithmic vertical axis; values that are not positive are left out.
         floor, ceiling: bounds that the vertical axis should reach.
+        unit: ticks are round multiples of it.
         show_y, show_x: values as text.
 
     Returns:
@@ -115,10 +118,10 @@ def line_chart(
     low, high = _range([(line.faint, y) for line, _, y in drawn], log, floor, ceiling)
     scale = np.log10 if log else np.asarray
 
-    def at_x(x: np.ndarray) -> np.ndarray:
+    def at_x(x: Any) -> Any:
         return (x - low_x) / (high_x - low_x) * 1000
 
-    def at_y(y: np.ndarray) -> np.ndarray:
+    def at_y(y: Any) -> Any:
         return 1000 - (scale(y) - scale(low)) / (scale(high) - scale(low)) * 1000
 
     chart = Chart(title, note, x_label, _summary(title, [line for line, *_ in drawn], x_label, show_y))
@@ -134,7 +137,7 @@ def line_chart(
                 "dots": _dots(px, py, line.marks),
             }
         )
-    ticks = log_ticks(low, high) if log else nice_ticks(low, high)
+    ticks = log_ticks(low, high) if log else [t * unit for t in nice_ticks(low / unit, high / unit)]
     chart.y_ticks = [(float(at_y(np.float64(t))) / 10, show_y(t)) for t in ticks]
     chart.x_ticks = [(float(at_x(np.float64(t))) / 10, show_x(t)) for t in nice_ticks(low_x, high_x, 4)]
     chart.data = {
@@ -149,7 +152,10 @@ def line_chart(
                     if math.isfinite(vy)
                 ],
             }
-            for line, x, y in ((ln, *decimate(xx, yy, 240)) for ln, xx, yy in drawn if not ln.faint)
+            for line, x, y in sorted(
+                ((ln, *decimate(xx, yy, 240)) for ln, xx, yy in drawn if not ln.faint),
+                key=lambda entry: entry[0].colour,
+            )
         ],
     }
     return chart

@@ -12,8 +12,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from slimfit_ds.report import run_sections as sections
+from slimfit_ds.report.run_bars import memory_bars, time_bars
+from slimfit_ds.report.run_charts import learning_charts, other_charts
 from slimfit_ds.report.run_data import RunData, clean, is_run_folder, read_run
+from slimfit_ds.report.run_figures import comparison_rows, figures, progress
+from slimfit_ds.report.run_schedule import schedule
 from slimfit_ds.report.run_status import RunStatus, run_status
 from slimfit_ds.report.schedule_map import RAMP
 from slimfit_ds.report.units import human_bytes
@@ -88,17 +91,17 @@ def render_run(
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        progress=sections.progress(run),
+        progress=progress(run),
         notes=_notes(run),
-        figures=sections.figures(run),
-        comparison=sections.comparison_rows(run, base) if base is not None else [],
+        figures=figures(run),
+        comparison=comparison_rows(run, base) if base is not None else [],
         baseline_title=_title(base) if base is not None else "",
         baseline_status=run_status(base).text if base is not None else "",
-        learning=sections.learning_charts(run, base),
-        schedule=sections.schedule(run),
-        memory=sections.memory_bars(run, base),
-        time=sections.time_bars(run, base),
-        other=sections.other_charts(run),
+        learning=learning_charts(run, base),
+        schedule=schedule(run),
+        memory=memory_bars(run, base),
+        time=time_bars(run, base),
+        other=other_charts(run),
         surroundings=_surroundings(run),
         recipe=run.recipe,
         made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

@@ -54,7 +54,7 @@ def run_status(run: RunData, now: float | None = None) -> RunStatus:
     seconds = run.columns["seconds"]
     typical = float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else 0.0
     if now - run.last_sign > max(SILENCE, 20 * typical):
-        return RunStatus("silent", f"no sign of life since {human_age(now - run.last_sign)}")
+        return RunStatus("silent", f"no sign of life for {human_age(now - run.last_sign)}")
     return RunStatus(
         "running", f"running; last step {ago}" if len(run.steps) else "running; no step yet", True
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["human_bytes", "human_seconds"]
+__all__ = ["binary_unit", "human_bytes", "human_seconds"]
 
 
 def human_bytes(size: float) -> str:
@@ -23,3 +23,8 @@ def human_bytes(size: float) -> str:
 def human_seconds(seconds: float) -> str:
     """`12.3 ms` or `1.23 s`."""
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def binary_unit(size: float) -> float:
+    """Bytes of the largest unit (GiB, MiB, ...) that fits into `size`."""
+    return next((float(2**power) for power in (40, 30, 20, 10) if size >= 2**power), 1.0)
