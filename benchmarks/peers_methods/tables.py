@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import slimfit_ds
 from peers_methods.methods import METHODS
 from peers_methods.workloads import CASES
 
@@ -58,7 +59,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
             ["git", "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parent,
+            cwd=Path(slimfit_ds.__file__).parent,
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
