@@ -35,9 +35,17 @@ class Reference:
             self.optimizers[name] = torch.optim.AdamW([master], lr=lr, weight_decay=weight_decay)
 
     def step(
-        self, micro_batches: list[dict], active: set[str], freezable: set[str], loss_scale: float = 1.0
+        self,
+        micro_batches: list[dict],
+        active: set[str],
+        freezable: set[str],
+        loss_scale: float = 1.0,
+        rates: dict[str, float] | None = None,
     ) -> float:
-        """One optimizer step; returns the global norm of the active gradients before clipping."""
+        """One optimizer step; returns the global norm of the active gradients before clipping.
+
+        `rates`: learning rates of parameters that have one of their own.
+        """
         moving = [n for n in self.masters if n not in freezable or n in active]
         total = {name: torch.zeros_like(self.masters[name]) for name in moving}
         for batch in micro_batches:
@@ -52,6 +60,8 @@ class Reference:
         parameters = dict(self.model.named_parameters())
         for name, gradient in total.items():
             self.masters[name].grad = gradient * factor
+            if rates:
+                self.optimizers[name].param_groups[0]["lr"] = rates[name]
             self.optimizers[name].step()
             parameters[name].data.copy_(self.masters[name].data)
         for name in self.masters.keys() - total.keys():

@@ -54,6 +54,19 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
     return result
 
 
+def expected_rates(
+    freeze: dict, lr: float, active: set[str], freezable: set[str], reference: Reference
+) -> dict[str, float] | None:
+    """The learning rate of each parameter that trains: chosen layers have one factor, all else the other."""
+    if "lr_scale" not in freeze:
+        return None
+    always = {name for name in freezable if name.startswith(tuple(freeze.get("always_active", ["-"])))}
+    return {
+        name: lr * (freeze["lr_scale"] if name in active - always else freeze["always_lr_scale"])
+        for name in reference.masters
+    }
+
+
 def run_cell(
     stage: int,
     dtype: str = "fp32",
@@ -104,6 +117,7 @@ def run_cell(
             active,
             freezable,
             loss_scale=256.0 if dtype == "fp16" else 1.0,
+            rates=expected_rates(freeze or {}, lr, active, freezable, reference),
         )
         norm_error = max(norm_error, abs(float(engine.get_global_grad_norm()) - norm) / norm)
         after = full_weights(engine)

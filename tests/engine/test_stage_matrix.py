@@ -61,6 +61,16 @@ def test_options_that_must_not_change_the_result(run_ranks):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_learning_rates_of_chosen_layers_and_of_what_always_trains(run_ranks):
+    scales = {"lr_scale": 3.0, "always_lr_scale": 0.5, "always_active": ["classifier"]}
+    cells = [{"stage": stage, "freeze": scales} for stage in (0, 1, 2, 3)]
+    cells += [{"stage": 1, "freeze": {**scales, "statistic": "taylor"}, "accumulation": 2, "clip": 0.05}]
+    cells += [{"stage": 3, "freeze": {**scales, "statistic": "gradient_norm"}, "dtype": "bf16"}]
+    check(run_ranks(WORKER, json.dumps(cells)), cells)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_three_ranks_that_divide_nothing_evenly(run_ranks):
     cells = [{"stage": 1, "steps": 4}, {"stage": 2, "accumulation": 2, "steps": 4}]
     check(run_ranks(WORKER, json.dumps(cells), ranks=3), cells)

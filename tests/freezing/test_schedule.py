@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slimfit_ds.config import ConfigError, FreezeConfig
 from slimfit_ds.freezing.budget import active_count
 from slimfit_ds.freezing.layers import Layer
+from slimfit_ds.freezing.policies import POLICIES
 from slimfit_ds.freezing.schedule import FreezeSchedule
 
 
@@ -185,14 +186,14 @@ def test_random_differs_from_step_to_step_and_repeats_by_seed():
     assert len(set().union(*draws(3))) == 40
 
 
-@pytest.mark.parametrize("policy", ["ils", "random", "none"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_resumed_schedule_goes_on_as_if_never_stopped(policy):
-    config = FreezeConfig(policy=policy, rate=0.8)
+    config = FreezeConfig(policy=policy, rate=0.8, refresh=9, lr_scale="auto")
 
-    def play(schedule: FreezeSchedule, steps: int) -> list[frozenset[int]]:
+    def play(schedule: FreezeSchedule, steps: int) -> list:
         chosen = []
         for _ in range(steps):
-            chosen.append(schedule.active)
+            chosen.append((schedule.active, schedule.lr_factors()))
             schedule.advance({layer: math.sin(schedule.step * 7 + layer) ** 2 for layer in schedule.active})
         return chosen
 
@@ -238,3 +239,49 @@ def test_fingerprint_tells_sets_and_steps_apart():
     assert a.active == FreezeSchedule(layers(20), FreezeConfig(seed=0)).active
     assert a.fingerprint() != before
     assert 0 <= a.fingerprint() < 2**63
+
+
+def test_a_layer_that_waited_too_long_goes_before_all_others():
+    # Layers 0 and 1 always look best; without refresh nobody else trains after the first cycle.
+    schedule = FreezeSchedule(layers(10), FreezeConfig(rate=0.8, refresh=8))
+    waited = dict.fromkeys(range(10), 0)
+    longest = 0
+    for _ in range(60):
+        for layer in range(10):
+            waited[layer] = 0 if layer in schedule.active else waited[layer] + 1
+            longest = max(longest, waited[layer])
+        schedule.advance({layer: 1.0 if layer < 2 else 0.1 for layer in schedule.active})
+    # Overdue after 8 steps; at worst the other seven of the eight are overdue too, two of them train in a step.
+    assert 8 <= longest <= 8 + 3
+    assert {0, 1} <= set().union(*(schedule.advance({0: 1.0, 1: 1.0}) for _ in range(3)))
+
+
+def test_refresh_leaves_always_active_layers_their_room():
+    schedule = FreezeSchedule(layers(10), FreezeConfig(rate=0.8, refresh=2, always_active=("block.9*",)))
+    for _ in range(30):
+        assert 9 in schedule.active
+        assert len(schedule.active) == 2
+        schedule.advance(dict.fromkeys(schedule.active, 0.5))
+
+
+def test_learning_rate_factors():
+    config = FreezeConfig(rate=0.8, lr_scale=4.0, always_lr_scale=0.5, always_active=("block.3*",))
+    schedule = FreezeSchedule(layers(10), config)
+    (chosen,) = schedule.active - {3}
+    assert schedule.lr_factors() == {None: 0.5, 3: 0.5, chosen: 4.0}
+    assert FreezeSchedule(layers(10), FreezeConfig(rate=0.8)).lr_factors().keys() > {None}
+    assert set(FreezeSchedule(layers(10), FreezeConfig(rate=0.8)).lr_factors().values()) == {1.0}
+
+
+def test_automatic_factor_is_the_root_of_how_rarely_a_layer_trained():
+    schedule = FreezeSchedule(layers(10), FreezeConfig(rate=0.9, lr_scale="auto", seed=5))
+    # Before anything is known: the rate's share, 1 / sqrt(0.1).
+    assert schedule.lr_factors()[next(iter(schedule.active))] == pytest.approx(math.sqrt(10))
+    visits = [0] * 10
+    for step in range(40):
+        (layer,) = schedule.active
+        # By hand: a prior of 2 updates in 20 steps.
+        assert schedule.lr_factors()[layer] == pytest.approx(math.sqrt((step + 20) / (visits[layer] + 2)))
+        visits[layer] += 1
+        schedule.advance({layer: 1.0 if layer == 4 else 0.1})
+    assert visits[4] > 20

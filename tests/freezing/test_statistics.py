@@ -69,3 +69,23 @@ def test_a_move_of_bf16_weights_is_measured_in_float32():
     after = torch.tensor([1.0078125, 2.0, -4.03125], dtype=torch.bfloat16)
     # 1 / 128 of the first, 1 / 128 of the third, by hand.
     assert STATISTICS["relative_update"].of_move(before, after).item() == pytest.approx(2 / 128)
+
+
+def test_gradient_statistics_against_numpy():
+    torch.manual_seed(2)
+    gradient, weight = torch.randn(60), torch.randn(60)
+    g, w = gradient.double().numpy(), weight.double().numpy()
+    assert measure("gradient_norm", gradient, weight) == pytest.approx(np.linalg.norm(g), rel=1e-6)
+    ratio = np.linalg.norm(g) / np.linalg.norm(w)
+    assert measure("relative_gradient", gradient, weight) == pytest.approx(ratio, rel=1e-6)
+    assert measure("taylor", gradient, weight) == pytest.approx(np.abs(g * w).sum(), rel=1e-6)
+    assert measure("fisher", gradient, weight) == pytest.approx(((g * w) ** 2).sum() / 2, rel=1e-6)
+
+
+def test_which_statistics_take_the_gradient():
+    assert {name for name, statistic in STATISTICS.items() if statistic.of_gradient} == {
+        "gradient_norm",
+        "relative_gradient",
+        "taylor",
+        "fisher",
+    }
