@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from peers_methods.building import Request
+from peers_methods.flops import FlopCounter
 from peers_methods.methods import Method
 from peers_methods.trainers import Trainer
 from peers_methods.workloads import Case, make_batches
@@ -46,8 +46,8 @@ def measure(
 ) -> dict[str, Any]:
     """Train a few steps and measure them.
 
-    Order: warm-up and timed steps as they are (and CUDA's own peak over all of them), then a step with FLOPs counted,
-    then tracked steps, which are slow.
+    Order: warm-up and timed steps as they are (and CUDA's own peak over all of them), then steps whose storages are
+    tracked and FLOPs counted, which are slow.
 
     Returns:
         Plain values: seconds, bytes, FLOPs; see `_result`.
@@ -95,8 +95,7 @@ def measure(
     values = [float(loss) for loss in losses]
     result |= {"loss_first": values[0], "loss_last": values[-1], "finite": all(map(math.isfinite, values))}
     progress(f"timed: {result['seconds']:.4f} s")
-    result |= {"flops": _flops(trainer, batches[0])}
-    result |= _memory(trainer, batches, device, effort.tracked)
+    result |= _instrumented(trainer, batches, device, effort.tracked)
     parameters = list(trainer.model.parameters())
     result |= {
         "parameters": sum(p.numel() for p in parameters),
@@ -115,42 +114,20 @@ def _quartiles(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _cpu_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    # Five products instead of two: the scores again, and the gradients of q, k, v and the probabilities.
-    return 5 * sdpa_flop_count(query, key, value) // 2
-
-
-def _flops(trainer: Trainer, batch: dict[str, torch.Tensor]) -> int:
-    """FLOPs of the matrix products of one step, as torch's counter sees them (recomputation included)."""
-    aten = torch.ops.aten
-    own = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-    }
-    # Compiled optimizers refuse to run under a dispatch mode.
-    with (
-        torch.compiler.set_stance("force_eager"),
-        FlopCounterMode(display=False, custom_mapping=own) as counter,
-    ):
-        trainer.step(batch)
-    return counter.get_total_flops()
-
-
-def _memory(trainer: Trainer, batches: list, device: torch.device, tracked: int) -> dict[str, Any]:
-    """Bytes of tracked steps: the peak of the largest, and what it was made of."""
-    reports = []
-    for number in range(tracked):
+def _instrumented(trainer: Trainer, batches: list, device: torch.device, steps: int) -> dict[str, Any]:
+    """FLOPs (mean) and bytes of a few more steps: the largest peak, and what it was made of."""
+    reports, flops = [], []
+    for number in range(steps):
         gc.collect()
-        tracker = MemoryTracker(trainer.model, trainer.roots(), device)
-        with torch.compiler.set_stance("force_eager"), tracker:
+        tracker, counter = MemoryTracker(trainer.model, trainer.roots(), device), FlopCounter()
+        # Compiled optimizers refuse to run under a dispatch mode.
+        with torch.compiler.set_stance("force_eager"), tracker, counter:
             trainer.step(batches[number % len(batches)], tracker.phase)
         reports.append(tracker.report(without_phases=trainer.uncounted_phases))
+        flops.append(counter.flops)
     largest = max(reports, key=lambda report: report.peak)
     return {
+        "flops": statistics.fmean(flops),
         "tracked_peak": largest.peak,
         "peak_phase": largest.peak_phase,
         "peak_module": largest.peak_module,

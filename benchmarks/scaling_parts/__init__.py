@@ -1,0 +1,1 @@
+"""How the cost of a step grows: simulated memory and traffic, measured time."""
