@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command and one results folder: tests marked gpu, codec speed, all peers.
+#
+#   benchmarks/gpu_suite.sh                          # results in $OUT (default outputs/gpu), 9 minutes
+#   BUDGET_MINUTES=25 benchmarks/gpu_suite.sh        # more cells of the comparison
+#   DEVICE=cpu MODELS=tiny METHODS=full,minimal benchmarks/gpu_suite.sh    # dry run anywhere
+#
+# On a bare machine (torch, transformers, no network): bring .whl/ along, made by benchmarks/gpu_wheels.sh.
+# A step that fails does not stop the others; the exit code is that of the worst.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+started=$SECONDS
+export OUT=${OUT:-$PWD/outputs/gpu}
+device=${DEVICE:-cuda}
+budget=${BUDGET_MINUTES:-9}
+site=${SITE:-/tmp/site}
+python=${PYTHON:-python3}
+worst=0
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if compgen -G ".whl/*.whl" > /dev/null; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl \
+    || worst=1
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+part() {  # NAME SECONDS COMMAND...: runs a part with a limit of its own, its output in $OUT/NAME.log
+  local name=$1 seconds=$2
+  shift 2
+  timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1
+  local code=$?
+  ((code > worst)) && worst=$code
+  echo "$name: exit code $code after $((SECONDS - started)) s in all"
+  tail -n "${LINES_SHOWN:-3}" "$OUT/$name.log"
+}
+
+nvidia-smi > "$OUT/nvidia-smi.log" 2>&1 || true
+part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider ${TESTS:-tests/activations tests/memory tests/optim tests/freezing}
+part codec_speed "${CODEC_SECONDS:-90}" "$python" benchmarks/activations/codec_speed.py --device "$device" \
+  --tokens "${CODEC_TOKENS:-49152}" --repeats 5 --output "$OUT"
+# What is left of the budget belongs to the comparison.
+left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))")
+chosen=()
+[ -n "${MODELS:-}" ] && chosen+=(--models "$MODELS")
+[ -n "${METHODS:-}" ] && chosen+=(--methods "$METHODS")
+LINES_SHOWN=40 part peers "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/peers.py --device "$device" \
+  --budget-minutes "$left" --output "$OUT/peers" "${chosen[@]}"
+# Some places bring only a handful of files back.
+tar -C "$OUT" -czf "$OUT/results.tar.gz" --exclude results.tar.gz . && cp "$OUT/peers/table.md" "$OUT/peers.md"
+echo "results: $OUT/results.tar.gz, worst exit code $worst, $((SECONDS - started)) s"
+exit "$worst"
