@@ -31,6 +31,10 @@ _MOVES_FROZEN_WEIGHTS = ("lomo", "schedule_free", "layerwise")
 """Optimizers of transformers that step inside the backward pass, or move weights without a gradient."""
 
 
+_IN_ANY_LOOP = {"stale_moments"}
+"""Settings of `optimizer_states` that do not need the engine."""
+
+
 class SlimFitCallback(TrainerCallback, ExportableState):
     """Freezes all but a few layers at each step of a Trainer, and stores activations compressed.
 
@@ -271,6 +275,8 @@ def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[s
         )
     defaults = SlimFitConfig()
     for name, value in config.optimizer_states:
+        if name in _IN_ANY_LOOP:
+            continue
         default = getattr(defaults.optimizer_states, name)
         if value != default:
             problems.append(

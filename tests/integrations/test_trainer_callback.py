@@ -44,14 +44,17 @@ def train(folder, config=CONFIG, model=None, resume=None, **more):
     return trainer, callback, watch
 
 
-def reference(sets, steps=12, lr=3e-3, decay=0.1, clip=1.0, accumulation=1, batch=8, factor=None):
+def reference(sets, steps=12, lr=3e-3, decay=0.1, clip=1.0, accumulation=1, batch=8, decay_all=False):
     """Plain PyTorch with these sets: its weights, and for each step the share by which each active layer moved."""
     model, data = classifier(), Sentences()
     layers = {layer.name for layer in discover(model).layers}
     norms = {n for n, _ in model.named_parameters() if "LayerNorm" in n or n.endswith("bias")}
     groups = [
         {"params": [p for n, p in model.named_parameters() if n not in norms], "weight_decay": decay},
-        {"params": [p for n, p in model.named_parameters() if n in norms], "weight_decay": 0.0},
+        {
+            "params": [p for n, p in model.named_parameters() if n in norms],
+            "weight_decay": decay if decay_all else 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, foreach=False)
     model.train()
@@ -65,7 +68,7 @@ def reference(sets, steps=12, lr=3e-3, decay=0.1, clip=1.0, accumulation=1, batc
             (model(**data.batch(indices)).loss / accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps if factor is None else factor(step))
+            group["lr"] = lr * (1 - step / steps)
         before = {name: model.get_parameter(name).detach().double().clone() for name in sets[step]}
         optimizer.step()
         optimizer.zero_grad()
@@ -86,7 +89,7 @@ def assert_same_weights(model, expected, atol=1e-6):
     "more", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}], ids=["1", "2"]
 )
 def test_only_the_active_layers_move_and_as_in_plain_pytorch(tmp_path, more):
-    trainer, callback, watch = train(tmp_path, **more)
+    trainer, _, watch = train(tmp_path, **more)
     layers = {layer.name for layer in discover(classifier()).layers}
     for active, moved in zip(watch.sets, watch.moved, strict=True):
         assert set(moved) & layers == set(active)
@@ -148,7 +151,7 @@ def test_what_is_saved_loads_without_this_package(tmp_path):
 
 
 def test_a_second_training_starts_from_a_restored_model(tmp_path):
-    trainer, callback, watch = train(tmp_path, max_steps=3)
+    trainer, _, watch = train(tmp_path, max_steps=3)
     trainer.train()
     assert len(watch.sets) == 6
     assert watch.sets[3:] == watch.sets[:3]

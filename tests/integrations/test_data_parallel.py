@@ -1,0 +1,39 @@
+"""SlimFitCallback over two real processes (gloo): as in one process, and frozen gradients do not travel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_trainer_callback import assert_same_weights, reference
+from trainer_cases import classifier
+
+from slimfit_ds.freezing import discover
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+WORKER = Path(__file__).parent / "ddp_worker.py"
+
+
+@pytest.mark.parametrize("differing", ["0", "1"], ids=["same start", "other start on rank 1"])
+def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
+    found = run_ranks(WORKER, str(tmp_path), differing, "exact")
+    (sets, moved, state), (other_sets, other_moved, other_state) = found["ranks"]
+    assert sets == other_sets
+    assert moved == other_moved
+    assert state == other_state
+    model = classifier()
+    layers = {layer.name: layer.numel for layer in discover(model).layers}
+    for active, names in zip(sets, moved, strict=True):
+        assert set(names) & layers.keys() == set(active)
+    # Two ranks, two micro-batches of two: the eight examples of a step of the reference.
+    expected, _ = reference(sets, batch=8)
+    model.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"))
+    assert_same_weights(model, expected, atol=1e-5)
+    # Only active layers and the biases were sent, once for each step.
+    biases = sum(p.numel() for name, p in model.named_parameters() if name not in layers)
+    steps = [b - a for a, b in zip([0, *found["sent"]], found["sent"], strict=False)]
+    assert steps == [4 * (biases + sum(layers[name] for name in active)) for active in sets]
+    # DDP holds buckets for the smallest parameter alone.
+    assert found["reduced_by_ddp"] == min(p.numel() for p in model.parameters())
+    assert "wrap the model anew" in found["refusal"]
