@@ -16,7 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimfit_ds.activations.codecs import Codec
+from slimfit_ds.activations.codecs.base import is_fake
 from slimfit_ds.activations.functions.attention import recomputed_attention, stored_probabilities
+from slimfit_ds.activations.functions.plain_attention import plain_attention
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.saved_hooks import saved_as_they_are
 from slimfit_ds.activations.scope import compresses
@@ -32,12 +34,14 @@ class AttentionSetting:
     """How one attention module stores its operands.
 
     Attributes:
-        codec: of queries, keys and values; `None`: what the attention saves is left alone, also by `product`.
+        codec: of queries and keys; `None`: what the attention saves is left alone, also by `product`.
+        values: codec of the values; `None`: they are kept as they are.
         probabilities: of the softmax output; `None`: recomputed.
         chunk_tokens: tokens recomputed at a time.
     """
 
     codec: Codec | None
+    values: Codec | None
     probabilities: Codec | None
     chunk_tokens: int | None
 
@@ -102,7 +106,7 @@ def _attention(
         # Exact softmax statistics beside lossy queries and keys can overflow.
         with saved_as_they_are():
             return function(query, key, value, mask, **kwargs)
-    if setting.probabilities is not None and _is_plain(kwargs):
+    if _is_plain(kwargs) and (setting.probabilities is not None or _has_formula(base, query, mask)):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal
         results: list[Any] = []
@@ -112,20 +116,24 @@ def _attention(
             return results[0]
 
         scale = kwargs.get("scaling")
-        output = stored_probabilities(
-            run,
-            query,
-            key,
-            value,
-            mask,
-            query.shape[-1] ** -0.5 if scale is None else scale,
-            bool(causal) and mask is None and query.shape[2] > 1,
-            setting.codec,
-            setting.probabilities,
-        )
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        causal = bool(causal) and mask is None and query.shape[2] > 1
+        operands = (run, query, key, value, mask, scale, causal, setting.codec, setting.values)
+        if setting.probabilities is None:
+            output = plain_attention(*operands)
+        else:
+            output = stored_probabilities(*operands, setting.probabilities)
         return (output, *results[1:])
     return recomputed_attention(
-        function, query, key, value, mask, codec=setting.codec, chunk_tokens=setting.chunk_tokens, **kwargs
+        function,
+        query,
+        key,
+        value,
+        mask,
+        codec=setting.codec,
+        value_codec=setting.values or False,
+        chunk_tokens=setting.chunk_tokens,
+        **kwargs,
     )
 
 
@@ -133,3 +141,14 @@ def _is_plain(kwargs: dict[str, Any]) -> bool:
     """Whether scores are scaled products plus a mask, without dropout, bias, soft caps or sinks."""
     special = ("dropout", "position_bias", "softcap", "s_aux", "cache")
     return not any(isinstance(kwargs.get(name), Tensor) or kwargs.get(name) for name in special)
+
+
+def _has_formula(base: str, query: Tensor, mask: Any) -> bool:
+    """Whether attention is differentiated by its formula: on a CPU, where that is faster than running it again.
+
+    Fake tensors stand for a device, whose memory is that of the kernels there.
+    """
+    known = base in {"sdpa", "eager"} and (
+        mask is None or (isinstance(mask, Tensor) and not mask.requires_grad)
+    )
+    return known and query.device.type == "cpu" and not is_fake(query)

@@ -103,5 +103,5 @@ def _factory(name: str):
     return build
 
 
-for _name in ("int8", "int4", "lm4", "lm2"):
+for _name in ("int8", "int6", "int5", "int4", "lm4", "lm2"):
     register_codec(f"{_name}_channel", _factory(_name))

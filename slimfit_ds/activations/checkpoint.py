@@ -59,7 +59,7 @@ def checkpoint(
     codec: Any = "int8",
     chunk_tokens: int | None = None,
     chunk_forward: bool = False,
-    select: Callable[[Sequence[Tensor]], Sequence[bool]] | None = None,
+    select: Callable[[Sequence[Tensor]], Sequence[bool | Codec]] | None = None,
     recompute: Callable | None = None,
     remember_output: bool = False,
     preserve_rng_state: bool = True,
@@ -80,7 +80,7 @@ def checkpoint(
             its width) at a time; `None`: the whole batch. Gradients are those of the unchunked pass.
         chunk_forward: run the forward pass in the same chunks. It always is when the function draws random
             numbers, since a chunk could not repeat its part of a draw for the whole batch.
-        select: which of the input tensors to compress, instead of the rule above.
+        select: which of the input tensors to compress, instead of the rule above; a codec takes the place of `codec`.
         recompute: called in place of `function` in the backward pass, to run hooks that are around the forward
             call already (a module instead of its `forward`).
         remember_output: let functions that store the first result (an active layer's input) recompute it too.
@@ -105,7 +105,7 @@ def checkpoint(
     if any(outcome.differentiable):
         mask = (select or _hidden_states)(call.tensors)
         chosen = resolve_codec(codec)
-        codecs = [chosen if compress else None for compress in mask]
+        codecs = [chosen if which is True else which or None for which in mask]
         # Parameters that DeepSpeed has partitioned are whole only while their module runs: their gradients are
         # accumulated inside the recomputation, and a dummy input makes autograd visit this node.
         inside = any(hasattr(p, "ds_id") for p in outcome.parameters)

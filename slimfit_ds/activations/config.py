@@ -50,6 +50,9 @@ class OperationTable(BaseModel):
         description="GELU, SiLU and the like: step5, step4, step2 or step1 store the derivative, others the input",
     )
     attention: CodecSpec = Field("exact", description="queries, keys and values")
+    values: CodecSpec | None = Field(
+        None, description="the values alone, where attention is not exact; null: as `attention`"
+    )
     probabilities: CodecSpec = Field(
         "recompute", description="softmax output: recompute from the stored queries and keys, or a codec"
     )
@@ -118,8 +121,8 @@ class ActivationsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     preset: str = Field("exact", description="exact, paper, balanced, lean, minimal or ultra")
-    operations: dict[str, CodecSpec] = Field({}, description="operation -> codec, over the preset")
-    layers: dict[str, dict[str, CodecSpec]] = Field(
+    operations: dict[str, CodecSpec | None] = Field({}, description="operation -> codec, over the preset")
+    layers: dict[str, dict[str, CodecSpec | None]] = Field(
         {}, description="glob of module names -> {operation: codec}, over the preset and `operations`"
     )
     chunk_tokens: int | None = Field(
@@ -143,7 +146,7 @@ class ActivationsConfig(BaseModel):
 
     @field_validator("operations")
     @classmethod
-    def _known_operations(cls, value: dict[str, CodecSpec]) -> dict[str, CodecSpec]:
+    def _known_operations(cls, value: dict[str, CodecSpec | None]) -> dict[str, CodecSpec | None]:
         problems = _operation_problems(value)
         if problems:
             raise ValueError("; ".join(problems))
@@ -152,8 +155,8 @@ class ActivationsConfig(BaseModel):
     @field_validator("layers")
     @classmethod
     def _known_layer_operations(
-        cls, value: dict[str, dict[str, CodecSpec]]
-    ) -> dict[str, dict[str, CodecSpec]]:
+        cls, value: dict[str, dict[str, CodecSpec | None]]
+    ) -> dict[str, dict[str, CodecSpec | None]]:
         problems = [
             f"{glob!r}: {text}" for glob, table in value.items() for text in _operation_problems(table)
         ]
@@ -183,8 +186,14 @@ class ActivationsConfig(BaseModel):
         ]
 
 
-def _operation_problems(table: dict[str, CodecSpec]) -> list[str]:
+def _operation_problems(table: dict[str, CodecSpec | None]) -> list[str]:
+    optional = [name for name, field in OperationTable.model_fields.items() if field.default is None]
     problems = [
+        f"operation {name!r} needs a codec, got null; only {' and '.join(optional)} may be null"
+        for name, spec in table.items()
+        if spec is None and name in OPERATIONS and name not in optional
+    ]
+    problems += [
         f"unknown operation {name!r}, {_near(name, OPERATIONS)}" for name in table if name not in OPERATIONS
     ]
     problems += [

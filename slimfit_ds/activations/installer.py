@@ -178,11 +178,12 @@ class Installer:
             codec = resolve_codec(spec)
             if codec is None:
                 if hooked:
-                    settings[module] = AttentionSetting(None, None, None)
+                    settings[module] = AttentionSetting(None, None, None, None)
                 continue
             stored = tables[name].probabilities
             probabilities = None if stored == "recompute" else resolve_codec(stored)
-            settings[module] = AttentionSetting(codec, probabilities, self._config.chunk_tokens)
+            values = codec if tables[name].values is None else resolve_codec(tables[name].values)
+            settings[module] = AttentionSetting(codec, values, probabilities, self._config.chunk_tokens)
             reason = f"{type(module).__name__}, through transformers' attention interface"
             self.rows.append(Row(name, "attention", describe(spec), reason))
         install_attention(self.patches, self._model, settings)

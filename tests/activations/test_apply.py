@@ -92,6 +92,14 @@ def test_column_row_sampling_leaves_only_weight_gradients_to_chance():
         assert (found.mean(0) - gradient).norm() < 3 * single / 60**0.5, name
 
 
+def test_values_may_be_stored_apart_from_queries_and_keys():
+    config = ActivationsConfig(preset="balanced", operations={"values": "int4", "active_norm": None})
+    assert config.table().values == "int4"
+    assert config.table().active_norm is None
+    with pytest.raises(ValueError, match="'norm' needs a codec, got null; only active_norm and values may be"):
+        ActivationsConfig(operations={"norm": None})
+
+
 def test_column_row_sampling_is_refused_elsewhere():
     with pytest.raises(ConfigError, match=r"operations\.norm: 'crs' is for linear and wide_linear only"):
         compress(build("bert"), ActivationsConfig(operations={"norm": "crs"}))

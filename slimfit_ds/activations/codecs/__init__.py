@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from slimfit_ds.activations.codecs.absmax import INT2, INT4, INT6, INT8, UINT8, AbsmaxCodec
+from slimfit_ds.activations.codecs.absmax import INT2, INT4, INT5, INT6, INT8, UINT8, AbsmaxCodec
 from slimfit_ds.activations.codecs.base import Codec, Encoded
 from slimfit_ds.activations.codecs.codebook import NormalCodebook
 from slimfit_ds.activations.codecs.crs import ColumnRowSampling
@@ -28,6 +28,7 @@ register_codec("mask", BitMask)
 register_codec("int8", partial(AbsmaxCodec, "int8", INT8, group=64))
 register_codec("uint8", partial(AbsmaxCodec, "uint8", UINT8, group=64))
 register_codec("int6", partial(AbsmaxCodec, "int6", INT6, group=64))
+register_codec("int5", partial(AbsmaxCodec, "int5", INT5, group=64))
 register_codec("int4", partial(AbsmaxCodec, "int4", INT4, group=32))
 # Nearest rounding at 2 bits is biased enough to show in gradients summed over steps; at 4 bits and more it is not.
 register_codec("int2", partial(AbsmaxCodec, "int2", INT2, group=32, rounding="stochastic"))

@@ -22,7 +22,7 @@ from slimfit_ds.activations.codecs.packing import (
 from slimfit_ds.activations.codecs.rounding import RandomBits
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
-__all__ = ["INT2", "INT4", "INT6", "INT8", "UINT8", "AbsmaxCodec", "IntegerGrid", "Rounding"]
+__all__ = ["INT2", "INT4", "INT5", "INT6", "INT8", "UINT8", "AbsmaxCodec", "IntegerGrid", "Rounding"]
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -57,6 +57,7 @@ class IntegerGrid:
 
 INT8 = IntegerGrid(bits=8, zero=0, half_width=127, signed=True)
 INT6 = IntegerGrid(bits=6, zero=31, half_width=31)
+INT5 = IntegerGrid(bits=5, zero=15, half_width=15)
 INT4 = IntegerGrid(bits=4, zero=7, half_width=7)
 # Four levels -1, -1/3, 1/3, 1 of the absmax; a grid with an exact zero would waste one of the four codes.
 INT2 = IntegerGrid(bits=2, zero=1.5, half_width=1.5)

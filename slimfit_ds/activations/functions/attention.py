@@ -7,6 +7,7 @@ forward pass would leave probabilities that do not add up to one (measured: 10 t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,10 +29,11 @@ def recomputed_attention(
     value: Tensor,
     *args: Any,
     codec: Any,
+    value_codec: Codec | bool = True,
     chunk_tokens: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`function(query, key, value, *args, **kwargs)` that keeps its first three arguments in a codec.
+    """`function(query, key, value, *args, **kwargs)` that keeps its first three arguments in codecs.
 
     Args:
         function: any attention on `[batch, heads, tokens, width]`, with masks and dropout of its own.
@@ -40,17 +42,26 @@ def recomputed_attention(
         value: as `key`.
         args: mask and the like, kept as they are.
         codec: as in `checkpoint`.
+        value_codec: of the values; `True`: as the rest, `False`: none.
         chunk_tokens: as in `checkpoint`; tokens, not tokens times heads.
         kwargs: more arguments of `function`.
     """
     chunk = None if chunk_tokens is None else chunk_tokens * query.shape[1]
     return checkpoint(
-        function, query, key, value, *args, codec=codec, chunk_tokens=chunk, select=_first_three, **kwargs
+        function,
+        query,
+        key,
+        value,
+        *args,
+        codec=codec,
+        chunk_tokens=chunk,
+        select=functools.partial(_first_three, value_codec),
+        **kwargs,
     )
 
 
-def _first_three(tensors: Sequence[Tensor]) -> list[bool]:
-    return [i < 3 for i in range(len(tensors))]
+def _first_three(values: Codec | bool, tensors: Sequence[Tensor]) -> list[Codec | bool]:
+    return [True, True, values, *[False] * (len(tensors) - 3)]
 
 
 def stored_probabilities(
@@ -62,6 +73,7 @@ def stored_probabilities(
     scale: float,
     causal: bool,
     codec: Codec,
+    value_codec: Codec | None,
     probability_codec: Codec,
 ) -> Tensor:
     """Attention without dropout whose backward pass uses stored softmax outputs.
@@ -74,17 +86,18 @@ def stored_probabilities(
         mask: boolean (true: attend) or additive, broadcastable to [batch, heads, tokens, tokens], or `None`.
         scale: factor of the scores.
         causal: each token attends to those up to itself.
-        codec: stores queries, keys and values.
+        codec: stores queries and keys.
+        value_codec: stores the values; `None`: they are kept as they are.
         probability_codec: stores the softmax output; it must represent 0.
     """
     return _StoredProbabilities.apply(
-        query, key, value, function, mask, scale, causal, codec, probability_codec
+        query, key, value, function, mask, scale, causal, codec, value_codec, probability_codec
     )
 
 
 class _StoredProbabilities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, function, mask, scale, causal, codec, probability_codec):
+    def forward(ctx, query, key, value, function, mask, scale, causal, codec, value_codec, probability_codec):
         repeats = query.shape[1] // key.shape[1]
         scores = query.float() @ key.float().repeat_interleave(repeats, 1).transpose(-1, -2) * scale
         if causal:
@@ -95,8 +108,8 @@ class _StoredProbabilities(torch.autograd.Function):
         elif mask is not None:
             scores = scores + mask.to(scores.dtype)
         saved = SavedTensors()
-        for tensor in (query, key, value):
-            saved.add(tensor, codec)
+        for tensor, chosen in ((query, codec), (key, codec), (value, value_codec)):
+            saved.add(tensor, chosen)
         saved.add(scores.softmax(-1), probability_codec)
         ctx.records, ctx.scale, ctx.repeats = saved.records, scale, repeats
         ctx.save_for_backward(*saved.tensors)
@@ -115,4 +128,4 @@ class _StoredProbabilities(torch.autograd.Function):
         dquery = dscores @ wide_key
         dkey = dscores.transpose(-1, -2) @ query.float()
         dkey, dvalue = (t.unflatten(1, (groups, ctx.repeats)).sum(2) for t in (dkey, dvalue))
-        return dquery.to(dtype), dkey.to(dtype), dvalue.to(dtype), *([None] * 6)
+        return dquery.to(dtype), dkey.to(dtype), dvalue.to(dtype), *([None] * 7)

@@ -36,7 +36,14 @@ CASES = [
     Case("mask", prepare=lambda x: x > 0),
     *(
         Case(name, {"group": group, "rounding": rounding})
-        for name, group in (("int8", 64), ("int6", 64), ("int4", 32), ("int2", 32), ("int4", 24))
+        for name, group in (
+            ("int8", 64),
+            ("int6", 64),
+            ("int5", 64),
+            ("int4", 32),
+            ("int2", 32),
+            ("int4", 24),
+        )
         for rounding in ("nearest", "stochastic")
     ),
     Case("uint8", prepare=torch.abs),

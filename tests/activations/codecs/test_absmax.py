@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimfit_ds.activations.codecs import get_codec
 
-HALF_WIDTH = {"int8": 127, "int6": 31, "int4": 7, "int2": 1.5, "uint8": 255}
+HALF_WIDTH = {"int8": 127, "int6": 31, "int5": 15, "int4": 7, "int2": 1.5, "uint8": 255}
 # Relative rounding error of a result in each dtype.
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 0.0}
 
@@ -69,7 +69,7 @@ def test_decoded_values_lie_on_the_integer_grid(name: str, rounding: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "group"), [("int8", 64), ("int6", 64), ("int4", 32), ("int2", 32), ("uint8", 64)]
+    ("name", "group"), [("int8", 64), ("int6", 64), ("int5", 64), ("int4", 32), ("int2", 32), ("uint8", 64)]
 )
 def test_stochastic_rounding_is_unbiased(name: str, group: int) -> None:
     draws = 1500

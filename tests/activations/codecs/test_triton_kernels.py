@@ -24,6 +24,7 @@ ABSMAX = [
     for name, group in (
         ("int8", 64),
         ("int6", 64),
+        ("int5", 64),
         ("int4", 32),
         ("int2", 32),
         ("uint8", 64),

@@ -81,6 +81,28 @@ def test_int8_operands_are_renormalised():
         assert (gradient - exact).norm() < 0.03 * exact.norm()
 
 
+def test_values_may_have_a_codec_of_their_own():
+    """The gradient of the values does not depend on the values; the others do, by dO V^T."""
+    expected = gradients(sdpa, operands())
+    for codec, values, wrong in (("exact", get_codec("int2"), {0, 1}), ("int2", False, {0, 1, 2})):
+        found = gradients(
+            lambda q, k, v, c=codec, w=values: recomputed_attention(sdpa, q, k, v, codec=c, value_codec=w),
+            operands(),
+        )
+        different = {
+            i for i, (a, b) in enumerate(zip(found[1], expected[1], strict=True)) if not torch.allclose(a, b)
+        }
+        assert different == wrong
+    saved: list[tuple[torch.dtype, int]] = []
+    q, k, v = operands()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append((t.dtype, t.numel())) or t, lambda t: t
+    ):
+        recomputed_attention(sdpa, q, k, v, codec="int8", value_codec=get_codec("int4"))
+    codes = [n for dtype, n in saved if dtype in (torch.int8, torch.uint8)]
+    assert codes == [q.numel(), k.numel(), v.numel() // 2]
+
+
 @pytest.mark.parametrize("mask", [None, "boolean", "additive"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("groups", [HEADS, GROUPS])
@@ -91,7 +113,7 @@ def test_stored_probabilities_are_exact_with_an_exact_codec(mask, causal, groups
 
     def stored(q, k, v):
         return stored_probabilities(
-            lambda: sdpa(q, k, v, extra, causal=causal), q, k, v, extra, D**-0.5, causal, exact, exact
+            lambda: sdpa(q, k, v, extra, causal=causal), q, k, v, extra, D**-0.5, causal, exact, exact, exact
         )
 
     expected = gradients(lambda q, k, v: sdpa(q, k, v, extra, causal=causal), operands(groups))
