@@ -101,5 +101,5 @@ def _replace_finalize() -> None:
             raise ConfigError(problems)
         return None
 
-    TrainerConfig.trainer_config_finalize = with_slimfit
-    _restore.append(lambda: setattr(TrainerConfig, "trainer_config_finalize", stock))
+    setattr(TrainerConfig, stock.__name__, with_slimfit)
+    _restore.append(lambda: setattr(TrainerConfig, stock.__name__, stock))

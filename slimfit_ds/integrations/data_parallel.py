@@ -89,7 +89,7 @@ class ActiveGradients:
             module.register_forward_pre_hook(self._quiet)
             self._quiet(module, args)
 
-    def _quiet(self, wrapper: nn.Module, args: Any) -> None:
+    def _quiet(self, wrapper: Any, args: Any) -> None:
         """Before each forward pass of DDP: it has nothing to reduce and no unused parameters to look for."""
         if not self._live:
             if wrapper.training and torch.is_grad_enabled():
@@ -115,7 +115,7 @@ class ActiveGradients:
         if not self._queued and GradientState().sync_gradients:
             self._queued = True
             # What DDP itself uses to act at the end of a backward pass; there is no public way.
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
     @torch.no_grad()
     def _reduce(self) -> None:

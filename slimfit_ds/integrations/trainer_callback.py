@@ -124,7 +124,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         combine = self._gradients.average if self._gradients is not None else None
         self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
         if self._writes_history:
-            folder = Path(args.output_dir)
+            folder = Path(args.output_dir or "trainer_output")
             if state.is_world_process_zero:
                 folder.mkdir(parents=True, exist_ok=True)
             self._history = History(
@@ -133,7 +133,10 @@ class SlimFitCallback(TrainerCallback, ExportableState):
 
     def _resume(self, state: TrainerState) -> None:
         assert self._handle is not None
-        entry = state.stateful_callbacks.get(type(self).__name__) or {}
+        states: Any = (
+            state.stateful_callbacks
+        )  # a list until the Trainer has made it the mapping that it saves
+        entry = states.get(type(self).__name__) or {}
         saved = (entry[0] if isinstance(entry, list) else entry).get("attributes", {}).get("saved_schedule")
         if saved is None:
             _log.warning(
