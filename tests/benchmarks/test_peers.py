@@ -1,0 +1,162 @@
+"""The comparison with peers: its arithmetic, its budget, and the whole program on a model of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@given(limit=st.integers(0, 3000), known=st.integers(0, 50), highest=st.integers(1, 2048))
+def test_largest_batch_is_within_a_sixteenth(limit, known, highest):
+    from peers_methods.batch_fit import largest_within
+
+    known = min(known, limit, highest)
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= limit
+
+    found = largest_within(fits, known, highest)
+    true = min(limit, highest)
+    assert found <= true
+    assert found == true or true - found <= max(1, found // 16)
+    assert len(tried) <= 24
+
+
+def test_estimated_batches_solve_the_line():
+    from peers_methods.batch_fit import RESERVE, estimated_batches
+    from peers_methods.methods import METHODS
+    from peers_methods.workloads import CASES
+
+    per_sample, fixed = 7_000_000, 3 * 10**9
+
+    def run(workload, strategy, active):
+        return SimpleNamespace(report=SimpleNamespace(peak=fixed + per_sample * workload.batch), error="")
+
+    found = estimated_batches(METHODS["full"], CASES["tiny"], run, {"24 GB": 24 * 10**9})
+    assert found["largest"]["24 GB"] == (24 * 10**9 - RESERVE - fixed) // per_sample
+    assert estimated_batches(METHODS["galore"], CASES["tiny"], run) is None
+
+
+def test_flops_are_those_of_torch():
+    from peers_methods.flops import FlopCounter
+
+    model = torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    x = torch.randn(2, 8, 32)
+    with FlopCounterMode(display=False) as theirs:
+        model(x).sum().backward()
+    with FlopCounter() as ours:
+        model(x).sum().backward()
+    query = torch.randn(1, 2, 8, 16, requires_grad=True)
+    with FlopCounter() as attention:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert ours.flops >= theirs.get_total_flops() > 0
+    # Forward: two products of 2 x 8 x 8 x 16, backward: five of them.
+    assert attention.flops == 7 * 2 * (2 * 8 * 8 * 16)
+
+
+def test_cells_come_in_the_order_of_their_priority():
+    from peers_methods.methods import METHODS
+    from peers_methods.running import plan_cells
+
+    cells = plan_cells(["bert-base", "vit-384"], list(METHODS), fit=True)
+    tiers = [METHODS[cell.method].tier for cell in cells if cell.kind == "step"]
+    assert tiers == sorted(tiers)
+    assert len(cells) == 2 * (2 * len(METHODS) - 1)
+    assert {cell.method for cell in cells[:8]} == {"full", "checkpointing", "balanced", "minimal"}
+
+
+def test_every_method_trains_the_same_batches():
+    from peers_methods.workloads import CASES, make_batches
+
+    for name in ("tiny", "vit-small", "llama-small"):
+        first, again = (make_batches(CASES[name], 2, torch.device("cpu"), seed=3) for _ in range(2))
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(first, again, strict=True) for key in a)
+
+
+def run(arguments, output, timeout=240, **environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--device", "cpu", "--models", "tiny"]
+    command += ["--threads", "1", "--steps", "3", "--warm-up", "1", "--no-fit", "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_a_run_makes_a_table_and_is_resumed(tmp_path):
+    done = run(["--methods", "full,torchao_offload,minimal"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    full, offload, minimal = (
+        json.loads((tmp_path / "cells" / f"tiny__{name}__step.json").read_text())
+        for name in ("full", "torchao_offload", "minimal")
+    )
+    assert (full["status"], offload["status"], minimal["status"]) == ("ok", "unavailable", "ok")
+    assert full["finite"]
+    assert minimal["finite"]
+    # fp32 weights and gradients and two moments, against bf16 weights with the rest on the host.
+    assert full["state_bytes"] >= 16 * full["parameters"]
+    assert minimal["state_bytes"] < 6 * minimal["parameters"]
+    assert minimal["host_bytes"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert "CUDA and XPU only" in table
+    assert "`minimal`" in table
+    again = run(["--methods", "full,torchao_offload,minimal"], tmp_path)
+    assert "3 cells are there already" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_spent_budget_drops_cells_and_says_so(tmp_path):
+    done = run(["--methods", "full,minimal", "--budget-minutes", "0.001"], tmp_path)
+    assert done.returncode == 1
+    assert "2 cells dropped" in done.stdout
+    assert (
+        "Dropped, because the time budget was spent: tiny__full__step" in (tmp_path / "table.md").read_text()
+    )
+
+
+def test_unknown_names_are_told_with_the_known_ones(tmp_path):
+    done = run(["--methods", "full,mnimal"], tmp_path)
+    assert done.returncode != 0
+    assert "mnimal unknown; known: full" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_dry_on_a_cpu(tmp_path):
+    environment = {
+        **os.environ,
+        "OUT": str(tmp_path),
+        "DEVICE": "cpu",
+        "MODELS": "tiny",
+        "METHODS": "full",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "TESTS": "tests/memory/test_storages.py",
+        "CODEC_TOKENS": "64",
+        "BUDGET_MINUTES": "3",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert (tmp_path / "results.tar.gz").is_file(), done.stdout + done.stderr
+    assert "peers: exit code 0" in done.stdout, done.stdout
+    assert "codec_speed: exit code 0" in done.stdout, done.stdout
+    assert "BERT 2 x h64" in (tmp_path / "peers.md").read_text()
