@@ -1,0 +1,156 @@
+"""Tables and pictures of the study's results.
+
+    python benchmarks/fidelity/summary.py [--results benchmarks/fidelity/results] [--steps 300]
+
+`summary.md`: for each problem and contender the learning rate that was best on the tuning seed, and over all seeds at
+that rate the mean and the standard deviation of the held-out metric in points, the paired difference to full
+fine-tuning (same seed: same order of the data, same new head) with its standard error, and CPU seconds per step.
+`curve_PROBLEM.png`: the metric against the step and against CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contenders import CONTENDERS, LEVERS
+from problems import PROBLEMS
+from study import RESULTS, best_rates, results
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one problem, at its own best learning rate; metrics in points."""
+
+    name: str
+    lr: float
+    rates_tried: int
+    values: dict[int, float]
+    losses: dict[int, float]
+    seconds_per_step: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.values.values())))
+
+    @property
+    def spread(self) -> float:
+        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else math.nan
+
+    def against(self, other: Row, what: str = "values") -> tuple[float, float, int]:
+        """Mean difference on the seeds that both have, its standard error, their number."""
+        mine, theirs = getattr(self, what), getattr(other, what)
+        pairs = [mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()]
+        if not pairs:
+            return math.nan, math.nan, 0
+        error = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        return float(np.mean(pairs)), error, len(pairs)
+
+
+def rows(found: Sequence[Mapping[str, Any]], problem: str, steps: int) -> dict[str, Row]:
+    """The rows of one problem."""
+    chosen = best_rates(found, steps)
+    table = {}
+    for name in [*CONTENDERS, *LEVERS]:
+        lr = chosen.get((problem, name))
+        mine = [
+            r
+            for r in found
+            if (r["run"]["problem"], r["run"]["contender"], r["run"]["steps"]) == (problem, name, steps)
+        ]
+        at_best = [r for r in mine if r["run"]["lr"] == lr]
+        if at_best:
+            table[name] = Row(
+                name,
+                at_best[0]["run"]["lr"],
+                len({r["run"]["lr"] for r in mine}),
+                {r["run"]["seed"]: 100 * r["value"] for r in at_best},
+                {r["run"]["seed"]: r["metrics"]["loss"] for r in at_best},
+                float(np.mean([r["seconds"] / steps for r in at_best])),
+            )
+    return table
+
+
+def with_error(value: float, error: float, digits: int = 2) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:+.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def markdown(found: Sequence[Mapping[str, Any]], problem: str, steps: int) -> str:
+    """The table of one problem."""
+    table = rows(found, problem, steps)
+    lines = [
+        f"### {problem}: {PROBLEMS[problem].metric}, {steps} steps",
+        "",
+        "| | best lr | lrs tried | seeds | mean | spread | against full | held-out loss against full | CPU s / step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    full = table.get("full")
+    for row in table.values():
+        difference, error, _ = row.against(full) if full else (math.nan, math.nan, 0)
+        loss, loss_error, _ = row.against(full, "losses") if full else (math.nan, math.nan, 0)
+        spread = "" if math.isnan(row.spread) else f"{row.spread:.2f}"
+        lines.append(
+            f"| {row.name} | {row.lr:g} | {row.rates_tried} | {len(row.values)} | {row.mean:.2f} | {spread} "
+            f"| {with_error(difference, error)} | {with_error(loss, loss_error, 3)} | {row.seconds_per_step:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Mapping[str, Any]], problem: str, steps: int, path: Path) -> None:
+    """The metric against the step and against CPU seconds, mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric = PROBLEMS[problem].metric
+    table = {name: row for name, row in rows(found, problem, steps).items() if name in CONTENDERS}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for name, row in table.items():
+        runs = [
+            r
+            for r in found
+            if (r["run"]["problem"], r["run"]["contender"], r["run"]["lr"], r["run"]["steps"])
+            == (problem, name, row.lr, steps)
+        ]
+        value = np.mean([[100 * point[metric] for point in r["curve"]] for r in runs], axis=0)
+        for axis, what in zip(axes, ("step", "seconds"), strict=True):
+            at = np.mean([[point[what] for point in r["curve"]] for r in runs], axis=0)
+            axis.plot(at, value, marker=".", label=f"{name} ({len(runs)})")
+    axes[0].set(xlabel="optimizer step", ylabel=f"{metric}, points (a part of the held-out examples)")
+    axes[1].set(xlabel="CPU seconds in training steps")
+    axes[1].legend(fontsize="small", title="contender (seeds)")
+    figure.suptitle(problem)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--steps", type=int, default=300)
+    options = parser.parse_args()
+    found = results(options.results)
+    present = [
+        p
+        for p in PROBLEMS
+        if any(r["run"]["problem"] == p and r["run"]["steps"] == options.steps for r in found)
+    ]
+    text = "\n\n".join(markdown(found, problem, options.steps) for problem in present) + "\n"
+    (options.results / "summary.md").write_text(text)
+    for problem in present:
+        draw(found, problem, options.steps, options.results / f"curve_{problem}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
