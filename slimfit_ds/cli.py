@@ -16,6 +16,10 @@ COMMANDS = {
     ),
     "report": ("slimfit_ds.report.cli:main", "one HTML page about a run, finished or not"),
     "plan": ("slimfit_ds.memory.plan_cli:main", "what a setting would need, without running it"),
+    "doctor": (
+        "slimfit_ds.doctor.cli:main",
+        "examine this machine, or all machines of a run, before it starts",
+    ),
     "export": ("slimfit_ds.engine.export_cli:main", "the weights of a checkpoint as one safetensors file"),
 }
 """Where each sub-command stands and what it does; imported when it is called."""

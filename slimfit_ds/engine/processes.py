@@ -7,7 +7,17 @@ import os
 
 import torch
 
-__all__ = ["start_processes"]
+__all__ = ["accelerator_and_backend", "start_processes"]
+
+
+def accelerator_and_backend() -> tuple[str, str]:
+    """The accelerator that a run would use, and the library its ranks would talk through; joins no group."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return accelerator.device_name(), accelerator.communication_backend_name()
 
 
 def start_processes() -> torch.device:

@@ -144,6 +144,7 @@ def test_mpirun(work, alone):
 def test_srun_variables(work, alone):
     common = {
         "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_JOB_ID": "77",
         "MASTER_PORT": str(free_port()),

@@ -217,3 +217,47 @@ def test_deepspeed_without_ssh(hosts, work, one_host, crossed):
     found = read(work / "no_ssh")
     assert_same_run(one_host, found, "torchrun")
     crossed(found[1])
+
+
+def with_ssh(hosts: TwoHosts) -> str:
+    """A PATH on which `ssh` reaches the other host."""
+    return os.pathsep.join([str(hosts.ssh.parent), str(BIN), os.environ.get("PATH", "")])
+
+
+def test_deepspeed_by_pdsh(hosts, work, one_host, crossed):
+    if shutil.which("pdsh") is None:
+        pytest.skip("no pdsh: apt-get install -y pdsh")
+    (work / "hostfile").write_text("host-a slots=1\nhost-b slots=1\n")
+    # pdsh hands over NCCL*, PYTHON* and the like only; the rest stands in this file of DeepSpeed's.
+    values = environment(work, "pdsh")
+    (work / ".deepspeed_env").write_text("".join(f"{name}={values[name]}\n" for name in PASSED_ON))
+    command = [
+        *(hosts.on, hosts.names[0], BIN / "deepspeed", "--hostfile", work / "hostfile"),
+        *("--master_addr", hosts.names[0], "--master_port", "29502"),
+        *train("pdsh"),
+    ]
+    run(work, "pdsh", command, PATH=with_ssh(hosts))
+    found = read(work / "pdsh")
+    assert_same_run(one_host, found, "torchrun")
+    crossed(found[1])
+
+
+def test_deepspeed_by_openmpi(hosts, work, one_host, crossed):
+    (work / "hostfile").write_text("host-a slots=1\nhost-b slots=1\n")
+    values = environment(work, "openmpi")
+    (work / ".deepspeed_env").write_text("".join(f"{name}={values[name]}\n" for name in PASSED_ON))
+    command = [
+        *(hosts.on, hosts.names[0], BIN / "deepspeed", "--hostfile", work / "hostfile"),
+        *(
+            "--launcher",
+            "openmpi",
+            "--launcher_args",
+            f"--mca btl_tcp_if_include {CABLE} --map-by ppr:1:node",
+        ),
+        *("--master_addr", hosts.names[0], "--master_port", "29503"),
+        *train("openmpi"),
+    ]
+    run(work, "openmpi", command, PATH=with_ssh(hosts))
+    found = read(work / "openmpi")
+    assert_same_run(one_host, found, "mpi")
+    crossed(found[1])

@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces with their own name, address, shared memory and IPC, joined by a cable.
 
-A command on a host sees the host's name in its UTS namespace, both names in its own `/etc/hosts`, an empty
-`/dev/shm`, and no interface but loopback and its end of the cable. `ssh` and a clean environment are played by a script.
+A command on a host sees the host's name in its UTS namespace, an `/etc/hosts` of its own as Debian writes it (where its
+own name is a loopback address), an empty `/dev/shm`, and no interface but loopback and its end of the cable. `ssh` and a clean environment are played by a script.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class TwoHosts:
         names: host names.
         addresses: IPv4 address of each host on the cable.
         on: script `on HOST COMMAND...`: run there, with this environment.
-        ssh: script with the arguments of ssh: run there, in a login's bare environment.
+        ssh: script with the arguments and the name of ssh, alone in its folder: run there, in a login's bare
+            environment.
     """
 
     names: tuple[str, str]
@@ -92,13 +93,18 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
 
 
 def _scripts(folder: Path, names: tuple[str, str], addresses: tuple[str, str]) -> TwoHosts:
-    hosts = folder / "hosts"
-    lines = [f"{address} {name}" for name, address in zip(names, addresses, strict=True)]
-    hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-    on, ssh = folder / "on", folder / "ssh"
+    for own in names:
+        # As Debian's installer writes it: the own name is a loopback address.
+        lines = [
+            f"{'127.0.1.1' if name == own else address} {name}"
+            for name, address in zip(names, addresses, strict=True)
+        ]
+        (folder / f"hosts-{own}").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+    on, ssh = folder / "on", folder / "bin" / "ssh"
+    ssh.parent.mkdir()
     inside = (
         'echo "$0" > /proc/sys/kernel/hostname; '
-        f"mount --bind {hosts} /etc/hosts; mount -t tmpfs none /dev/shm; "
+        f"mount --bind {folder}/hosts-$0 /etc/hosts; mount -t tmpfs none /dev/shm; "
         'exec "$@"'
     )
     on.write_text(
