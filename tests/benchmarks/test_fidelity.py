@@ -1,0 +1,142 @@
+"""The fidelity study: its arithmetic by hand, its queue, and one run of a few steps on a model made for the test."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "fidelity"))
+
+import study
+import summary
+import training
+from contenders import CONTENDERS, LEVERS
+from training import Run
+
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.freezing.policies import POLICIES
+
+
+def outcome(name: str, lr: float, seed: int, value: float, loss: float = 0.5) -> dict:
+    return {
+        "run": {"problem": "sst2", "contender": name, "lr": lr, "seed": seed, "steps": 300},
+        "value": value,
+        "metrics": {"loss": loss},
+        "seconds": 30.0,
+        "curve": [],
+    }
+
+
+FOUND = [
+    outcome("full", 1e-4, 0, 0.80),
+    outcome("full", 3e-4, 0, 0.84),
+    outcome("full", 3e-4, 1, 0.86),
+    outcome("full", 3e-4, 2, 0.88),
+    outcome("full", 1e-4, 1, 0.99),
+    outcome("ils-90", 6e-4, 0, 0.83),
+    outcome("ils-90", 6e-4, 1, 0.86),
+]
+
+
+def test_the_best_rate_is_that_of_the_tuning_seed():
+    # 1e-4 was better on seed 1, which must not be looked at.
+    assert study.best_rates(FOUND, 300) == {("sst2", "full"): 3e-4, ("sst2", "ils-90"): 6e-4}
+
+
+def test_mean_spread_and_paired_difference_by_hand():
+    table = summary.rows(FOUND, "sst2", 300)
+    full, ils = table["full"], table["ils-90"]
+    assert (full.mean, full.spread) == pytest.approx((86.0, 2.0))
+    assert full.rates_tried == 2
+    # Seeds 0 and 1: -1 and 0 points.
+    mean, error, pairs = ils.against(full)
+    assert (mean, error, pairs) == pytest.approx((-0.5, math.sqrt(0.5) / math.sqrt(2), 2))
+    assert full.seconds_per_step == pytest.approx(0.1)
+
+
+def test_every_contender_is_a_valid_setting():
+    for name, fields in {**CONTENDERS, **LEVERS}.items():
+        block = SlimFitConfig.parse(fields.get("slimfit") or {})
+        assert block.freeze.policy in POLICIES, name
+        Run("sst2", name, 1e-4, **fields)
+
+
+def test_batches_of_like_length_use_each_example_once():
+    lengths = np.random.default_rng(0).integers(5, 60, 160)
+    order = training.batches_of_like_length(lengths, 16, 10, seed=3)
+    assert sorted(np.concatenate(order).tolist()) == list(range(160))
+    widths = [lengths[batch].max() - lengths[batch].min() for batch in order]
+    assert np.mean(widths) < 0.4 * (lengths.max() - lengths.min())
+    again = training.batches_of_like_length(lengths, 16, 10, seed=3)
+    assert all(np.array_equal(a, b) for a, b in zip(order, again, strict=True))
+
+
+class Head(nn.Module):
+    """Two linear layers with the interface of a transformers classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, x, labels):
+        from types import SimpleNamespace
+
+        logits = self.classifier(torch.tanh(self.body(x)))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+class Separable:
+    name, metric, autocast = "separable", "accuracy", False
+    inputs = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    labels = (inputs[:, 0] > 0).long()
+
+    def lengths(self):
+        return np.ones(200, dtype=int)
+
+    def batch(self, indices, chance):
+        return {"x": self.inputs[indices], "labels": self.labels[indices]}
+
+    def evaluation(self, size, part=1):
+        places = np.arange(200, 400, part)
+        return [(places - 200, {"x": self.inputs[places], "labels": self.labels[places]})]
+
+    def model(self):
+        return Head()
+
+
+@pytest.fixture
+def separable(monkeypatch):
+    monkeypatch.setitem(training.PROBLEMS, "separable", Separable())
+
+
+def test_a_run_learns_and_repeats(separable):
+    run = Run("separable", "ils", 3e-2, slimfit={"freeze": {"rate": 0.5}}, steps=60, batch=16)
+    first, second = training.train(run), training.train(run)
+    assert first["value"] > 0.9
+    assert first["value"] == second["value"]
+    assert first["right"] == second["right"]
+    assert first["right"].count("1") == round(200 * first["value"])
+    # One of two layers in each of the 60 steps.
+    assert sum(first["visits"].values()) == 60
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_the_queue_skips_what_is_done_or_claimed(separable, tmp_path, capsys):
+    runs = [Run("separable", name, 1e-2, steps=2, evaluations=1) for name in ("a", "b", "c")]
+    (tmp_path / f"{study.key(runs[0])}.json").write_text("{}")
+    (tmp_path / f"{study.key(runs[1])}.claim").touch()
+    study.work(iter(runs), tmp_path, stale=60)
+    assert "separable.c" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    # A claim left by a worker that died is taken over.
+    study.work(iter(runs), tmp_path, stale=-1)
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    assert not list(tmp_path.glob("*.claim"))
