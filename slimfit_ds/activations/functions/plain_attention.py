@@ -69,7 +69,7 @@ class _PlainAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         query, key, value, *masks = SavedTensors.restore(ctx.records, ctx.saved_tensors)
-        gradient = gradient.to(query.dtype).transpose(1, 2)
+        gradient = gradient.to(value.dtype).transpose(1, 2)
         batch, heads, tokens, _ = query.shape
         groups, seen = key.shape[1:3]
         repeats = heads // groups
@@ -83,15 +83,12 @@ class _PlainAttention(torch.autograd.Function):
                 few = slice(row, row + rows), slice(group, group + step)
                 many = few[0], slice(group * repeats, (group + step) * repeats)
                 allowed = None if mask is None else _by_group(mask[many], repeats)
-                of_query, of_key, of_value = _gradients(
-                    _by_group(query[many], repeats),
-                    key[few],
-                    value[few],
-                    _by_group(gradient[many], repeats),
-                    allowed,
-                    ctx.scale,
-                    ctx.causal,
-                )
+                operands = _by_group(query[many], repeats), key[few], value[few]
+                # Autocast, where a backward pass runs under it, would round the scores.
+                with torch.autocast(query.device.type, enabled=False):
+                    of_query, of_key, of_value = _gradients(
+                        *operands, _by_group(gradient[many], repeats), allowed, ctx.scale, ctx.causal
+                    )
                 _by_group(dquery[many], repeats).copy_(of_query)
                 dkey[few] = of_key
                 dvalue[few] = of_value
@@ -113,18 +110,19 @@ def _gradients(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries [rows, groups, repeats, tokens, width], keys and values [rows, groups, tokens, width]."""
-    repeats = query.shape[2]
+    repeats, dtype = query.shape[2], value.dtype
     # All heads of a group in one matrix: its keys and values are not repeated.
     query, gradient = (t.flatten(2, 3) for t in (query, gradient))
     # Scores of 16-bit operands stay in fp32: their rounding would be exponentiated.
-    exact = query.dtype if query.dtype == torch.float64 else torch.float32
+    exact = dtype if dtype == torch.float64 else torch.float32
     scores = (query.to(exact) * scale) @ key.to(exact).transpose(-1, -2)
     p = _softmax(scores.unflatten(2, (repeats, -1)), mask, causal).flatten(2, 3)
-    dvalue = p.to(query.dtype).transpose(-1, -2) @ gradient
+    dvalue = p.to(dtype).transpose(-1, -2) @ gradient
     dp = (gradient @ value.transpose(-1, -2)).to(exact)
-    dscores = torch._softmax_backward_data(dp, p, -1, exact).mul_(scale).to(query.dtype)
-    dquery = (dscores @ key).unflatten(2, (repeats, -1))
-    return dquery, dscores.transpose(-1, -2) @ query, dvalue
+    dscores = torch._softmax_backward_data(dp, p, -1, exact).mul_(scale).to(dtype)
+    # Under autocast rotary embeddings leave queries and keys wider than values.
+    dquery = (dscores @ key.to(dtype)).unflatten(2, (repeats, -1))
+    return dquery, dscores.transpose(-1, -2) @ query.to(dtype), dvalue
 
 
 def _softmax(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
