@@ -5,7 +5,8 @@
 
 For each stage one launch of two ranks trains the same model first with stock DeepSpeed, then with the
 freeze-aware engine, on equal batches. Counted: payload bytes of all collectives of a step, gradient bytes
-held when backward ends, bytes of optimizer states on the device, seconds in `engine.step()`. Writes
+held when backward ends, bytes of optimizer states on the device, seconds in `engine.step()`, in the reduction of
+gradients at the end of backward (stages 0 to 2, ours), and in the whole step. Writes
 `benchmarks/engine/results/freeze_vs_stock.{json,md}`, or `freeze_vs_stock_later.*` with a longer warm-up.
 """
 
@@ -58,11 +59,15 @@ def measure(model, config: dict, steps: int, warm_up: int, counter) -> dict:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
+    reducing = [0.0]
+    if hasattr(engine.optimizer, "collect_gradients"):
+        engine.optimizer.collect_gradients = timed(engine.optimizer.collect_gradients, reducing)
     rows: list[dict] = []
     generator = torch.Generator().manual_seed(0)
     for step in range(warm_up + steps):
         ids = torch.randint(0, engine.module.config.vocab_size, (1, 32), generator=generator)
         counter.reset()
+        reducing[0], began = 0.0, time.perf_counter()
         engine.backward(engine(input_ids=ids, labels=torch.zeros(1, dtype=torch.long)).loss)
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         row = {"gradients": held("gradients", gradients)}
@@ -73,6 +78,7 @@ def measure(model, config: dict, steps: int, warm_up: int, counter) -> dict:
         started = time.perf_counter()
         engine.step()
         row |= {"seconds": time.perf_counter() - started, "traffic": counter.total}
+        row |= {"whole_seconds": time.perf_counter() - began, "reduce_seconds": reducing[0]}
         states = engine.optimizer.state_bytes() if slim else {}
         row |= {"optimizer": states.get("optimizer", held("optimizer"))}
         row |= {"host": states.get("optimizer_host", held("optimizer_host"))}
@@ -83,9 +89,21 @@ def measure(model, config: dict, steps: int, warm_up: int, counter) -> dict:
     result: dict = {"parameters": parameters, "weights": weights}
     for key in rows[0]:
         values = [row[key] for row in rows]
-        result[key] = statistics.median(values) if key == "seconds" else statistics.fmean(values)
+        result[key] = statistics.median(values) if key.endswith("seconds") else statistics.fmean(values)
         result[f"{key}_max"] = max(values)
     return result
+
+
+def timed(function, total: list[float]):
+    """The function, whose seconds are added to `total`."""
+
+    def run(*args, **kwargs):
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        total[0] += time.perf_counter() - started
+        return result
+
+    return run
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -160,8 +178,9 @@ def launch(arguments: argparse.Namespace, stage: int) -> dict:
 def table(results: dict[int, dict]) -> str:
     lines = [
         "| stage | engine | bytes sent per step | ratio | gradient bytes | ratio | state bytes on device | ratio "
-        "| on host | model states, B/param | step(), ms | ratio | active share of weights, mean (max) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| on host | model states, B/param | step(), ms | ratio | reduction, share of whole step "
+        "| active share of weights, mean (max) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for stage, variants in results.items():
         stock = variants["stock"]
@@ -182,6 +201,7 @@ def table(results: dict[int, dict]) -> str:
                 f"{states:.2f}",
                 f"{1000 * row['seconds']:.0f}",
                 ratio("seconds"),
+                f"{row['reduce_seconds'] / row['whole_seconds']:.3f}" if row["reduce_seconds"] else "-",
                 share,
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -65,25 +65,30 @@ def measure(
     progress(f"built in {time.perf_counter() - started:.1f} s")
     position = 0
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         nonlocal position
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         losses.append(trainer.step(batches[position % len(batches)]))
         if cuda:
             torch.cuda.synchronize()
         position += 1
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, time.process_time() - cpu_begin
 
     losses: list[torch.Tensor] = []
     warm_up = [step() for _ in range(effort.warm_up)]
     timed: list[float] = []
+    cpu: list[float] = []
     while len(timed) < effort.steps and (sum(timed) < effort.seconds or len(timed) < 3):
-        timed.append(step())
+        for values, value in zip((timed, cpu), step(), strict=True):
+            values.append(value)
     result = {
+        # Of all threads: on a machine that others share, their load does not count.
+        "cpu_seconds": statistics.median(cpu),
+        "cpu_seconds_quartiles": _quartiles(cpu),
         "seconds": statistics.median(timed),
         "seconds_quartiles": _quartiles(timed),
         "seconds_all": timed,
-        "seconds_first_step": warm_up[0] if warm_up else None,
+        "seconds_first_step": warm_up[0][0] if warm_up else None,
         "process_rss": psutil.Process().memory_info().rss,
         "process_rss_before_model": before,
     }

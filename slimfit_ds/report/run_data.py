@@ -89,7 +89,9 @@ class RunData:
     def layer_sizes(self) -> dict[str, int]:
         """Layer -> its parameters, where `run.json` tells."""
         sizes = self.facts.get("layers")
-        return {clean(k): int(v) for k, v in sizes.items() if number(v)} if isinstance(sizes, dict) else {}
+        if not isinstance(sizes, dict):
+            return {}
+        return {clean(name): int(size) for name, size in sizes.items() if math.isfinite(number(size))}
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -131,9 +133,10 @@ def read_run(folder: Path) -> RunData:
         seconds = columns["seconds"][-1]
         elapsed += 0.0 if math.isnan(seconds) else seconds
         active = line.get("active_layers")
-        counts.append(len(active) if isinstance(active, list) else -1)
+        active = [name for name in active if isinstance(name, str)] if isinstance(active, list) else None
+        counts.append(-1 if active is None else len(active))
         statistics = line.get("statistics")
-        for name in active if isinstance(active, list) else ():
+        for name in active or ():
             rows.append(row)
             names.append(index.setdefault(clean(name), len(index)))
             values.append(number(statistics.get(name)) if isinstance(statistics, dict) else math.nan)

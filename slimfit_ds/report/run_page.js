@@ -25,10 +25,10 @@ document.querySelectorAll(".plot").forEach(function (plot) {
   plot.addEventListener("keydown", function (event) {
     var move = { ArrowLeft: -10, ArrowRight: 10, PageUp: -100, PageDown: 100 }[event.key];
     if (event.key === "Escape") { hide(); return; }
-    if (event.key === "Home") { move = -1000; }
-    if (event.key === "End") { move = 1000; }
-    if (!move) { return; }
+    var place = { Home: 0, End: 1000 }[event.key];
+    if (place === undefined && !move) { return; }
     event.preventDefault();
-    show((at === null ? (move > 0 ? -move : 1000 - move) : at) + move);
+    if (place === undefined) { place = at === null ? (move > 0 ? 0 : 1000) : at + move; }
+    show(place);
   });
 });

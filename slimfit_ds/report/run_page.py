@@ -7,9 +7,11 @@ import hashlib
 import os
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from slimfit_ds.report.run_bars import memory_bars, time_bars
@@ -75,16 +77,11 @@ def render_run(
         status: its state; None: found out.
         refresh: seconds between loads; None: never.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     script = (_HERE / "run_page.js").read_text(encoding="utf-8")
     ramp = ", ".join(f"rgb({r} {g} {b})" for r, g, b in RAMP)
     style = (_HERE / "run_page.css").read_text(encoding="utf-8").replace("{{RAMP}}", ramp)
     status = status or run_status(run)
-    return environment.get_template("run_page.html.j2").render(
+    return _template().render(
         title=_title(run),
         status=status,
         refresh=refresh,
@@ -107,6 +104,14 @@ def render_run(
         made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         folder=clean(run.folder),
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("run_page.html.j2")
 
 
 def _title(run: RunData) -> str:

@@ -24,6 +24,7 @@ def write_run(
     freezes: bool = True,
     facts: bool = True,
     pace: float = 1.0,
+    active: int | None = None,
 ) -> list[dict]:
     """Write `history.jsonl` and the files beside it.
 
@@ -35,6 +36,7 @@ def write_run(
         freezes: a tenth of the layers train at each step; else all of them.
         facts: write `run.json`.
         pace: factor of all times and of the memory.
+        active: layers that train at a step; None: a tenth.
 
     Returns:
         the lines of the history.
@@ -46,8 +48,8 @@ def write_run(
     total = sum(sizes.values()) + 100
     lines = []
     for step in range(steps):
-        active = sorted(rng.sample(range(layers), max(1, layers // 10)))
-        chosen = [names[i] for i in active] if freezes else None
+        picked = sorted(rng.sample(range(layers), active or max(1, layers // 10)))
+        chosen = [names[i] for i in picked] if freezes else None
         share = 1 - (100 + sum(sizes[n] for n in chosen)) / total if chosen else 0.0
         times = {"data": 0.001, "forward": 0.02, "backward": 0.03, "step": 0.004, "schedule": 0.0005}
         line = {

@@ -17,7 +17,8 @@ def leave_run(folder, recipe, *, checkpoint=False, finished=False):
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
     if checkpoint:
-        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "step_3").mkdir(parents=True)
+        (folder / "checkpoints" / "step_3" / "mp_rank_00_model_states.pt").touch()
         (folder / "checkpoints" / "latest").write_text("step_3")
     if finished:
         (folder / "metrics.json").write_text("{}")
