@@ -33,6 +33,8 @@ from peers_methods.tables import environment, table
 from peers_methods.workloads import CASES, cases_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FORMAT = 2
+"""Of a cell's JSON: older ones are measured again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,6 +137,7 @@ def main() -> int:
     output = arguments.output or RESULTS / f"peers-{arguments.device}"
     arguments.cell_seconds = arguments.cell_seconds or (90.0 if cuda else 240.0)
     settings = {key: getattr(arguments, key) for key in ("device", "warm_up", "seed", "threads")}
+    settings["format"] = FORMAT
     passed = ("device", "steps", "warm_up", "step_seconds", "threads", "seed")
     program = [sys.executable, str(Path(__file__).resolve())]
     program += [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in passed]
