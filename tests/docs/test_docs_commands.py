@@ -1,0 +1,281 @@
+"""Every command in the documentation is checked: the table says how, and a command without a row fails.
+
+`run_by`: the named test runs it in a short form. The other ways hand the
+arguments to the program's own parser and stop there, or compare the options with its --help: for what takes minutes, a
+GPU, a cluster, or the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from doc_commands import ROOT, Command, commands
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {"python", "deepspeed", "torchrun", "accelerate", "mpirun", "srun"}
+
+
+class Parsed(Exception):
+    """A parser took its arguments."""
+
+
+def launched(words: Sequence[str]) -> None:
+    """A launcher with its own options, a script, and the script's arguments."""
+    if words[0] == "accelerate":
+        words = (" ".join(words[:2]), *words[2:])
+    place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    assert place is not None, "no script"
+    options = [word for word in words[1:place] if word.startswith("-")]
+    # srun is not here, and python has no options in the documentation.
+    if words[0] in {"srun", "python", "python3"}:
+        assert words[0] == "srun" or not options
+    else:
+        # torchrun takes both spellings.
+        known = usage(words[0]).replace("_", "-")
+        unknown = [o for o in options if o.partition("=")[0].replace("_", "-") not in known]
+        assert not unknown, f"not options of {words[0]}: {unknown}"
+    if words[0] == "mpirun" and words[place - 1] != "python":
+        pytest.fail("mpirun starts python, not a script")
+    script(words[place:])
+
+
+def script(words: Sequence[str]) -> None:
+    """A Python file of this repository takes these arguments."""
+    path = ROOT / words[0]
+    assert path.is_file(), f"no such file: {words[0]}"
+    if path == ROOT / "launch" / "train.py":
+        return recipe(words[1:])
+    if "ArgumentParser" not in path.read_text() and path.parent.name != "launch":
+        assert len(words) == 1, f"{words[0]} takes no arguments"
+        compile(path.read_text(), str(path), "exec")
+        return None
+    return parsed(lambda: runpy.run_path(str(path), run_name="__main__"), words)
+
+
+def recipe(words: Sequence[str]) -> None:
+    """The recipe is sound with these fields replaced."""
+    from slimfit_ds.training.recipe import read_recipe
+
+    words = list(words)
+    path = words.pop(words.index("--config") + 1)
+    words.remove("--config")
+    shown = {"RECIPE": "recipes/digits_vit.yaml", "recipe.yaml": "recipes/digits_vit.yaml"}
+    draft = read_recipe(ROOT / shown.get(path, path), words)
+    assert not draft.problems, draft.problems
+
+
+def parsed(call: Callable[[], object], words: Sequence[str]) -> None:
+    """The first parser that `call` makes accepts the words."""
+    from transformers import HfArgumentParser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(words))
+        patch.chdir(ROOT)
+        # Its own folder on the path, as when it is started.
+        patch.syspath_prepend(str((ROOT / words[0]).parent))
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))
+        # Not on to the arguments of transformers, which look for a GPU.
+        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", lambda self: self.parse_args())
+        with pytest.raises(Parsed):
+            call()
+
+
+def _stop_after(method: Callable) -> Callable:
+    def stopped(*args, **kwargs):
+        method(*args, **kwargs)
+        raise Parsed
+
+    return stopped
+
+
+def subcommand(words: Sequence[str]) -> None:
+    """A command of `slimfit-ds` takes these arguments."""
+    from slimfit_ds.cli import COMMANDS
+
+    assert words[1] in COMMANDS, f"slimfit-ds has no command {words[1]!r}"
+    if len(words) == 2:  # only named in a sentence
+        return None
+    if words[1] == "train":
+        return recipe(words[2:])
+    module, _, function = COMMANDS[words[1]][0].partition(":")
+    main = getattr(import_module(module), function)
+    return parsed(lambda: main(list(words[2:])), words[1:])
+
+
+def pip(words: Sequence[str]) -> None:
+    """Named files, extras and folders are there."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [words[i + 1] for i, word in enumerate(words) if word in {"-c", "-r"}]
+    assert all((ROOT / name).is_file() for name in files)
+    for word in words:
+        if match := re.fullmatch(r"(?:\.|slimfit_ds)\[(.*)\]", word):
+            assert set(match[1].split(",")) <= project["optional-dependencies"].keys(), word
+
+
+def make(words: Sequence[str]) -> None:
+    """There is such a target."""
+    run(["make", "-n", *words[1:]])
+
+
+def pytest_files(words: Sequence[str]) -> None:
+    """The tests named are there."""
+    for word in words[1:]:
+        if word.startswith("tests"):
+            assert (ROOT / word.partition("::")[0]).exists(), word
+
+
+def python_module(words: Sequence[str]) -> None:
+    """`python -m NAME`."""
+    if words[2] == "pytest":
+        pytest_files(words[2:])
+    else:
+        assert import_module(words[2].partition(".")[0])
+
+
+def run_by(place: str) -> Callable[[Sequence[str]], None]:
+    """Run in a short form by this test, and its arguments checked here as well."""
+
+    def check(words: Sequence[str]) -> None:
+        file, _, name = place.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{place} is gone"
+        (subcommand if words[0] == "slimfit-ds" else launched)(words)
+
+    check.__doc__ = f"tested by {place}"
+    return check
+
+
+def exists(words: Sequence[str]) -> None:
+    """Shell commands whose program cannot be here: the files of this repository that they name are."""
+    for word in words[1:]:
+        part = word.rpartition("=")[2]
+        if re.fullmatch(r"(docker|ds_configs|recipes|launch|examples|benchmarks|docs)/[\w./-]+", part):
+            assert (ROOT / part).exists(), word
+
+
+TABLE: dict[str, Callable[[Sequence[str]], None]] = {
+    # the first pattern that fits decides
+    "python launch/train.py --config recipes/digits_vit.yaml*": run_by(
+        "tests/docs/test_docs_commands.py::test_the_quick_start"
+    ),
+    "slimfit-ds report outputs/digits_vit*": run_by("tests/docs/test_docs_commands.py::test_the_quick_start"),
+    "torchrun * launch/train.py *": run_by("tests/launch/test_train.py::test_torchrun_with_accumulation"),
+    "deepspeed * launch/train.py *": run_by("tests/launch/test_train.py::test_deepspeed"),
+    "mpirun * launch/train.py *": run_by("tests/launch/test_train.py::test_mpirun"),
+    "srun * launch/train.py *": run_by("tests/launch/test_train.py::test_srun_variables"),
+    "python examples/run_glue_slimfit.py *": run_by(
+        "tests/integrations/test_examples.py::test_same_active_sets_as_launch_train"
+    ),
+    "accelerate launch * examples/run_glue_slimfit.py *": run_by(
+        "tests/integrations/test_examples.py::test_same_active_sets_under_accelerate_launch"
+    ),
+    "accelerate launch * examples/run_glue_deepspeed.py *": run_by(
+        "tests/integrations/test_examples.py::test_the_deepspeed_variant_under_accelerate_launch"
+    ),
+    "deepspeed * examples/run_glue_deepspeed.py *": run_by(
+        "tests/integrations/test_examples.py::test_the_deepspeed_variant_under_the_deepspeed_launcher"
+    ),
+    "python examples/run_sft_slimfit.py *": run_by(
+        "tests/integrations/test_examples.py::test_supervised_fine_tuning"
+    ),
+    "slimfit-ds compare *": run_by(
+        "tests/launch/test_compare.py::test_two_ranks_of_two_methods_and_one_that_fails"
+    ),
+    "slimfit-ds plan *": run_by("tests/launch/test_plan.py::test_plan_writes_a_recipe_that_reads"),
+    "slimfit-ds *": subcommand,
+    "python -m *": python_module,
+    "python *.py*": launched,
+    "torchrun *.py*": launched,
+    "deepspeed *.py*": launched,
+    "accelerate launch *.py*": launched,
+    "mpirun *.py*": launched,
+    "srun *.py*": launched,
+    "pytest *": pytest_files,
+    ".venv/bin/python -m *": python_module,
+    "make *": make,
+    "pip install *": pip,
+    "python3 -m venv .venv": python_module,
+    ". .venv/bin/activate": exists,
+}
+
+
+def row(command: Command) -> Callable[[Sequence[str]], None] | None:
+    return next(
+        (check for pattern, check in TABLE.items() if fnmatch.fnmatchcase(command.text, pattern)), None
+    )
+
+
+@cache
+def usage(program: str) -> str:
+    return run([*program.split(), "--help"])
+
+
+def run(command: list[str]) -> str:
+    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        pytest.skip(f"no {command[0]} here")
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [program, *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: f"{command.page}: {command.text}"[:110])
+def test_a_command_is_in_the_table_and_its_arguments_are_right(command):
+    check = row(command)
+    assert check is not None, f"{command.page}: no row of TABLE fits {command.text!r}"
+    check(command.words)
+
+
+def test_commands_are_found():
+    texts = {command.text for command in commands()}
+    assert "make demo" in texts
+    assert "python launch/train.py --config recipes/digits_vit.yaml max_steps=60" in texts
+    assert ". .venv/bin/activate" in texts
+    assert len(texts) > 30
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python launch/train.py --config recipes/digits_vit.yaml lr=fast",
+        "slimfit-ds plan --model bert-base-uncased --gpu-memory 8GB --no-such-option 1",
+        "torchrun --no_such_option 2 launch/train.py --config recipes/digits_vit.yaml",
+        "python examples/run_glue_slimfit.py --model_name_or_path M --data_dir D --output_dir o --max_stepz 3",
+        "python benchmarks/no_such_file.py",
+        "make no-such-target",
+        "pip install -e '.[no_such_extra]'",
+    ],
+)
+def test_a_wrong_command_is_noticed(text):
+    from doc_commands import _simple
+
+    (command,) = _simple(text, "a page")
+    with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception, ValueError)):
+        row(command)(command.words)
+
+
+@pytest.mark.slow
+def test_the_quick_start(tmp_path):
+    folder = f"output_dir={tmp_path / 'run'}"
+    run([sys.executable, "launch/train.py", "--config", "recipes/digits_vit.yaml", "max_steps=3", folder])
+    run(["slimfit-ds", "report", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "metrics.json").is_file()
+    assert list((tmp_path / "run").glob("*.html"))
