@@ -77,6 +77,9 @@ def work(arguments: argparse.Namespace) -> int:
     cell = read_cell(arguments.cell)
     method, case = get_method(cell.method), CASES[cell.case]
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    method.import_ahead()
     sys.stdin.readline()
     try:
         result = {"status": "ok", **_measured(arguments, cell, method, case)}

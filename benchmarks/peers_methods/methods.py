@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,7 @@ class Method:
         build: makes the trainer; may raise `Unavailable`.
         tier: 0 is measured first; the budget drops the last.
         strategy: the same for the memory estimator; None: it knows no such thing.
+        packages: imported ahead where they are installed, so that a prepared process is ready when its turn comes.
     """
 
     name: str
@@ -32,8 +35,16 @@ class Method:
     build: Callable[[Request], Trainer]
     tier: int
     strategy: Strategy | None = None
+    packages: tuple[str, ...] = ()
+
+    def import_ahead(self) -> None:
+        """Import what the method will need; what is missing is told when it is built."""
+        for package in ("transformers.modeling_utils", *self.packages):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(package)
 
 
+_ENGINE = ("deepspeed", "slimfit_ds.engine.engine")
 _PLAIN = Strategy("plain", stage=None, dtype="bf16_autocast")
 
 
@@ -44,7 +55,7 @@ def _slim(preset: str, loss_chunk: int | None = None, **activations) -> Strategy
 
 def _ours(preset: str, tier: int) -> Method:
     label = f"ours, `{preset}`" if preset != "paper" else "the paper's codecs, our engine"
-    return Method(preset, label, partial(ours.ours, preset=preset), tier, _slim(preset))
+    return Method(preset, label, partial(ours.ours, preset=preset), tier, _slim(preset), _ENGINE)
 
 
 _ALL = (
@@ -73,15 +84,26 @@ _ALL = (
         partial(rivals.lora, checkpointing=True),
         1,
         Strategy("lora", None, lora=8, dtype="bf16", gradient_checkpointing=True),
+        ("peft",),
     ),
-    Method("torchao_8bit", "torchao AdamW8bit", rivals.torchao_8bit, 3),
-    Method("torchao_offload", "torchao CPUOffloadOptimizer", rivals.torchao_offload, 3),
-    Method("bitsandbytes_8bit", "bitsandbytes Adam8bit", rivals.bitsandbytes_8bit, 3),
-    Method("zero_offload", "DeepSpeed ZeRO-Offload (stage 2)", rivals.zero_offload, 3),
-    Method("galore", "GaLore, rank h/4", rivals.galore, 3),
-    Method("apollo", "APOLLO, rank h/4", rivals.apollo, 3),
+    Method("torchao_8bit", "torchao AdamW8bit", rivals.torchao_8bit, 3, packages=("torchao.optim",)),
+    Method(
+        "torchao_offload",
+        "torchao CPUOffloadOptimizer",
+        rivals.torchao_offload,
+        3,
+        packages=("torchao.optim",),
+    ),
+    Method(
+        "bitsandbytes_8bit", "bitsandbytes Adam8bit", rivals.bitsandbytes_8bit, 3, packages=("bitsandbytes",)
+    ),
+    Method(
+        "zero_offload", "DeepSpeed ZeRO-Offload (stage 2)", rivals.zero_offload, 3, packages=("deepspeed",)
+    ),
+    Method("galore", "GaLore, rank h/4", rivals.galore, 3, packages=("galore_torch",)),
+    Method("apollo", "APOLLO, rank h/4", rivals.apollo, 3, packages=("apollo_torch",)),
     Method("apollo_mini", "APOLLO-Mini, rank 1", partial(rivals.apollo, mini=True), 4),
-    Method("badam", "BAdam, a block at a time", rivals.badam, 3),
+    Method("badam", "BAdam, a block at a time", rivals.badam, 3, packages=("badam",)),
     Method("lisa", "LISA, 2 blocks at a time (own lines)", rivals.lisa, 3),
     _ours("paper", 1),
     _ours("balanced", 0),
@@ -94,6 +116,7 @@ _ALL = (
         ours.ours_tuned,
         2,
         _slim("minimal", chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}),
+        _ENGINE,
     ),
     Method("full_again", "full, again at the end (drift)", rivals.full, 5),
 )

@@ -137,7 +137,7 @@ def _quarter(model: Any) -> int:
 
 def galore(request: Request) -> Trainer:
     """GaLore AdamW, bf16 weights, rank h / 4, a new projection every 200 steps."""
-    need("galore_torch")
+    need("galore_torch", "bitsandbytes")
     from galore_torch import GaLoreAdamW
 
     model = build_model(request, "bf16")
@@ -160,7 +160,7 @@ def galore(request: Request) -> Trainer:
 
 def apollo(request: Request, mini: bool = False) -> Trainer:
     """APOLLO, bf16 weights: rank h / 4 scaled by channel; mini: rank 1 scaled by tensor."""
-    need("apollo_torch")
+    need("apollo_torch", "bitsandbytes")
     from apollo_torch import APOLLOAdamW
 
     model = build_model(request, "bf16")

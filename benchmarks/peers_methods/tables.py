@@ -98,6 +98,8 @@ def _one(case: str, rows: Sequence[tuple[str, Any, Any]]) -> str:
         if step is None:
             continue
         label = METHODS[method].label
+        if step.get("facts", {}).get("backend") == "slim":
+            label += " (without DeepSpeed: states on the device, fp32 weights)"
         lines.append(_line([label, *(_cells(step, full) if _ok(step) else _reason(step)), *_last(step, fit)]))
     return "\n".join(lines)
 
