@@ -70,9 +70,7 @@ def train(draft: Draft, ranks: Ranks | None = None) -> dict[str, Any]:
     # Ranks may have seen a shared file system at different moments: the first one's choice holds.
     found.output = share(found.output)
     with survival(found.recipe, found.output.folder, ranks) as stops:
-        run = Run(found, device, stops)
-        with run.monitor:
-            return run.go()
+        return Run(found, device, stops).go()
 
 
 class Run:
