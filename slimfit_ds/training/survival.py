@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,25 +42,23 @@ def survival(recipe: Recipe, folder: Path, ranks: Ranks) -> Iterator[StopSignals
     liveness.start()
     try:
         yield signals
+        # Nobody leaves before all are done: a rank that is gone looks lost.
+        torch.distributed.barrier()
     except RunStopped as stopped:
         # What comes now comes from a launcher that is in a hurry; there is nothing left to save.
         signals.stop()
         ignore_stop_signals()
-        liveness.stop()
-        torch.distributed.barrier()
+        with suppress(RuntimeError):
+            torch.distributed.barrier()
         raise RunStopped(f"{stopped}. {_how_to_go_on(recipe, folder, launcher)}") from None
     except RunEnding:
-        liveness.stop()
         raise
     except Exception as error:
         if (lost := liveness.explain(error)) is not None:
             raise lost from error
         raise
-    else:
-        # A rank that leaves must not look lost to one that is slower.
-        liveness.stop()
-        torch.distributed.barrier()
     finally:
+        liveness.stop()
         signals.stop()
 
 
