@@ -29,7 +29,7 @@ from peers_methods.building import Unavailable
 from peers_methods.cell import Effort, measure
 from peers_methods.methods import METHODS, get_method
 from peers_methods.running import Cell, Plan, plan_cells, read_cell, run_cells
-from peers_methods.tables import environment, table
+from peers_methods.tables import environment, estimated_table, table
 from peers_methods.workloads import CASES, cases_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--no-fit", action="store_true", help="leave the largest batches out")
+    made.add_argument(
+        "--estimate",
+        help="cpu: published shapes whose largest batches are estimated (bert-base,vit-384,llama-8b)",
+    )
     made.add_argument("--output", type=Path, help="default: benchmarks/results/peers-DEVICE")
     made.add_argument("--cell", help=argparse.SUPPRESS)
     made.add_argument("--into", type=Path, help=argparse.SUPPRESS)
@@ -107,23 +111,22 @@ def _measured(arguments: argparse.Namespace, cell: Cell, method: Any, case: Any)
     return result
 
 
-def estimate_fits(
-    cases: list[str], methods: list[str], folder: Path, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Largest batches by the estimator, for machines without a GPU; kept in `fit_estimated.json`."""
+def estimate_fits(cases: list[str], methods: list[str], folder: Path) -> dict[str, Any]:
+    """Peaks and largest batches by the estimator, for machines without a GPU; kept in `estimated.json`."""
     from slimfit_ds.memory.estimator import Simulator
 
-    path = folder / "fit_estimated.json"
+    path = folder / "estimated.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     with Simulator() as simulator:
         for case in cases:
             for method in methods:
-                name = f"{case}__{method}__fit"
+                name = f"{case}__{method}"
                 if name in known or METHODS[method].strategy is None:
                     continue
                 found = estimated_batches(METHODS[method], CASES[case], simulator.run)
                 assert found is not None
-                known[name] = {"status": "failed" if "error" in found else "ok", **found}
+                known[name] = found
+                print(f"{name}: {found.get('largest', found.get('error'))}", flush=True)
                 path.write_text(json.dumps(known, indent=1) + "\n")
     return known
 
@@ -159,13 +162,16 @@ def main() -> int:
         ),
         progress=lambda text: print(text, flush=True),
     )
+    estimated = {}
     if not cuda and not arguments.no_fit:
-        results |= estimate_fits(cases, methods, output, settings)
+        shapes = choose(arguments.estimate, cases_for("cuda")[:3], CASES, "estimate")
+        estimated = estimate_fits(shapes, methods, output)
     facts = environment(arguments.device, arguments.threads)
     facts |= {"command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]])}
     facts |= {"minutes": round((time.monotonic() - started) / 60, 1)}
     (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
     text = heading(facts, results) + table(cases, methods, results) + "\n"
+    text += estimated_table(methods, estimated)
     (output / "table.md").write_text(text)
     print(text)
     return 0 if any(result["status"] == "ok" for result in results.values()) else 1

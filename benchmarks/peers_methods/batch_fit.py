@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,21 +90,25 @@ def measured_batches(method: Method, case: Case, device: torch.device, seed: int
 def estimated_batches(
     method: Method, case: Case, run: Callable[..., Any], cards: Mapping[str, int] = CARDS
 ) -> dict[str, Any] | None:
-    """The same by two simulated steps: the peak grows linearly with the batch once activations dominate.
+    """The same by two simulated steps: the peak grows linearly with the batch.
+
+    Where states are far larger than activations at small batches the line starts lower than the truth, and the
+    estimate is on the safe side.
 
     Args:
         run: `Simulator.run` of one rank.
 
     Returns:
-        None where the estimator has no such method; `largest` is capped at 2^20.
+        `largest` (at most 2^20) and `peaks` (batch -> bytes), or `error`; None where the estimator has no such method.
     """
-    from dataclasses import replace
-
-    if method.strategy is None:
+    strategy = method.strategy
+    if strategy is None:
         return None
+    if strategy.loss_chunk is not None and case.task != "causal_lm":
+        strategy = strategy.with_(loss_chunk=None)
     peaks = {}
     for batch in (case.workload.batch, 4 * case.workload.batch):
-        estimate = run(replace(case.workload, batch=batch), method.strategy, "expected")
+        estimate = run(replace(case.workload, batch=batch), strategy, "expected")
         if estimate.report is None:
             return {"error": estimate.error}
         peaks[batch] = estimate.report.peak
@@ -112,8 +117,6 @@ def estimated_batches(
     largest = {}
     for card, size in cards.items():
         room = size - RESERVE - at_small
-        if slope <= 0:
-            largest[card] = 2**20 if room >= 0 else 0
-        else:
-            largest[card] = max(0, min(2**20, int(small + room / slope)))
+        most = small + room / slope if slope > 0 else (2**20 if room >= 0 else 0)
+        largest[card] = max(0, min(2**20, int(most)))
     return {"largest": largest, "how": "estimated from two simulated steps", "peaks": peaks}

@@ -115,7 +115,7 @@ _ALL = (
         "ours, `minimal` in chunks",
         ours.ours_tuned,
         2,
-        _slim("minimal", chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}),
+        _slim("minimal", 1024, chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}),
         _ENGINE,
     ),
     Method("full_again", "full, again at the end (drift)", rivals.full, 5),

@@ -16,7 +16,7 @@ import slimfit_ds
 from peers_methods.methods import METHODS
 from peers_methods.workloads import CASES
 
-__all__ = ["environment", "hardware_name", "table"]
+__all__ = ["environment", "estimated_table", "hardware_name", "table"]
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "peft", "torchao", "bitsandbytes", "galore-torch", "badam")
 _COLUMNS = (
@@ -152,8 +152,37 @@ def _last(step: Mapping[str, Any], fit: Any) -> list[str]:
     if fit is not None:
         if fit["status"] == "ok":
             largest = " / ".join(f"{size:,}" for size in fit["largest"].values())
-            largest += " (estimated)" if fit["how"].startswith("estimated") else ""
         elif fit["status"] != "unavailable":
             largest = fit["status"]
     loss = f"{step['loss_first']:.3f}, {step['loss_last']:.3f}" if _ok(step) else ""
     return [largest, loss]
+
+
+def estimated_table(methods: Sequence[str], estimated: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the estimator says of published shapes on a GPU: nothing here was measured."""
+    parts = []
+    for case in dict.fromkeys(name.split("__")[0] for name in estimated):
+        full = _peak(estimated.get(f"{case}__full"))
+        lines = [
+            f"### {CASES[case].label}: estimated for a GPU, not measured",
+            "",
+            "| method | peak, GiB | of full | largest batch 24 GB | 32 GB |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for method in methods:
+            found = estimated.get(f"{case}__{method}")
+            if found is None:
+                continue
+            peak = _peak(found)
+            if peak is None:
+                cells = [str(found["error"]).replace("|", "/")[:100], "", "", ""]
+            else:
+                cells = [f"{peak / 2**30:.2f}", f"{peak / full:.3f}" if full else ""]
+                cells += [f"{size:,}" if size else "does not fit" for size in found["largest"].values()]
+            lines.append(_line([METHODS[method].label, *cells]))
+        parts.append("\n".join(lines))
+    return "\n" + "\n\n".join(parts) + "\n" if parts else ""
+
+
+def _peak(found: Mapping[str, Any] | None) -> int | None:
+    return next(iter(found["peaks"].values())) if found and "peaks" in found else None
