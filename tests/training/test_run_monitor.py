@@ -1,0 +1,87 @@
+"""A real run, and what it leaves: the same numbers in the history, TensorBoard, CSV, `run.json` and the page."""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "max_steps=12",
+    "eval_steps=6",
+    "train_batch_size=8",
+    "max_train_examples=64",
+    "max_eval_examples=16",
+    "save_model=false",
+    "logging_steps=4",
+]
+
+
+def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/train.py", "--config", "recipes/digits_vit.yaml", *TINY]
+    # Other tests of this session may have made a process group of one.
+    launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in launched}
+    return subprocess.run(
+        [*command, f"output_dir={folder}", *overrides],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_everything_tells_the_same_story(tmp_path):
+    done = train(tmp_path / "run", "report_to=[tensorboard, csv]")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "run"
+    lines = [json.loads(text) for text in (folder / "history.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    for line in lines:
+        assert set(line["times"]) == {"data", "forward", "backward", "step", "schedule"}
+        assert all(value > 0 for value in line["times"].values())
+        assert sum(line["times"].values()) <= line["seconds"]
+    assert [bool(line.get("memory")) for line in lines] == [step % 4 == 3 for step in range(12)]
+
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["status"], facts["steps"], facts["error"]) == ("finished", 12, None)
+    sizes = facts["layers"]
+    assert len(sizes) == 37
+    always = facts["parameters"] - sum(sizes.values())
+    for line in lines:
+        active = sum(sizes[name] for name in line["active_layers"])
+        assert line["frozen_parameters"] == pytest.approx(1 - (active + always) / facts["parameters"])
+
+    with (folder / "csv" / "train_loss.csv").open() as file:
+        logged = [(int(step), float(value)) for step, value in list(csv.reader(file))[1:]]
+    expected = [
+        (end, pytest.approx(statistics.fmean(line["loss"] for line in lines[end - 4 : end])))
+        for end in (4, 8, 12)
+    ]
+    assert logged == expected
+
+    from slimfit_ds.report.cli import main
+
+    assert main([str(folder)]) == 0
+    assert "finished" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_missing_package_is_said_before_anything_is_written(tmp_path):
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed here")
+    done = train(tmp_path / "run", "report_to=wandb")
+    assert done.returncode == 2
+    assert (
+        "report_to 'wandb' needs the package wandb, which is not installed: pip install wandb" in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
