@@ -19,6 +19,7 @@ __all__ = ["FIT_TIER", "Cell", "Plan", "plan_cells", "read_cell", "run_cells"]
 
 FIT_TIER = 2
 """The first of these cells comes after the methods of tiers 0 and 1."""
+_FIRST_CASES = 3
 _FIT_FIRST = ("full", "checkpointing", "minimal", "balanced", "lora_checkpointing", "minimal_tuned")
 
 
@@ -62,7 +63,7 @@ class Plan:
 
 
 def plan_cells(cases: Sequence[str], methods: Sequence[str], fit: bool) -> list[Cell]:
-    """All cells, the most telling first: tier by tier, in each tier case by case.
+    """All cells, the most telling first: tier by tier, case by case; all but the first cases come two tiers later.
 
     Args:
         fit: measure the largest batches too.
@@ -70,9 +71,10 @@ def plan_cells(cases: Sequence[str], methods: Sequence[str], fit: bool) -> list[
     ranked: list[tuple[int, int, int, Cell]] = []
     for row, method in enumerate(methods):
         for column, case in enumerate(cases):
-            ranked.append((METHODS[method].tier, column, row, Cell(case, method)))
+            late = 0 if column < _FIRST_CASES else 2
+            ranked.append((METHODS[method].tier + late, column, row, Cell(case, method)))
             if fit and method != "full_again":
-                tier = FIT_TIER if method in _FIT_FIRST and column < 3 else 6
+                tier = FIT_TIER if method in _FIT_FIRST and not late else 8
                 ranked.append((tier, column, row, Cell(case, method, "fit")))
     ranked.sort(key=lambda entry: entry[:3])
     return [cell for *_, cell in ranked]

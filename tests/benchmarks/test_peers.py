@@ -71,12 +71,21 @@ def test_flops_are_those_of_torch():
 def test_cells_come_in_the_order_of_their_priority():
     from peers_methods.methods import METHODS
     from peers_methods.running import plan_cells
+    from peers_methods.workloads import cases_for
 
-    cells = plan_cells(["bert-base", "vit-384"], list(METHODS), fit=True)
-    tiers = [METHODS[cell.method].tier for cell in cells if cell.kind == "step"]
-    assert tiers == sorted(tiers)
-    assert len(cells) == 2 * (2 * len(METHODS) - 1)
-    assert {cell.method for cell in cells[:8]} == {"full", "checkpointing", "balanced", "minimal"}
+    cases = cases_for("cuda")
+    cells = plan_cells(cases, list(METHODS), fit=True)
+    assert len(cells) == len(set(cells)) == len(cases) * (2 * len(METHODS) - 1)
+    core = {"full", "checkpointing", "balanced", "minimal"}
+    assert {(cell.case, cell.method) for cell in cells[:12]} == {(c, m) for c in cases[:3] for m in core}
+    assert all(cell.kind == "step" for cell in cells[:12])
+    # The presets of the first cases come before anything of the last.
+    assert cells.index(next(c for c in cells if c.method == "ultra")) < cells.index(
+        next(c for c in cells if c.case == cases[-1])
+    )
+    # Drift is told by what runs last of its kind.
+    own = [cell for cell in cells if cell.case == cases[0] and cell.kind == "step"]
+    assert own[-1].method == "full_again"
 
 
 def test_every_method_trains_the_same_batches():
