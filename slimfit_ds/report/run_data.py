@@ -44,7 +44,8 @@ class RunData:
         steps: `[n]` numbers of the steps in the history.
         columns: name -> `[n]` float64, NaN where a line does not say.
         times: phase of a step -> `[n]` seconds.
-        memory: kind -> `[n]` bytes, NaN where a line does not say.
+        memory: kind -> `[n]` bytes held between steps, NaN where a line does not say.
+        peak: kind -> `[n]` bytes at the peak of a tracked step, NaN at all others.
         layers: every layer that is known, in model order.
         trained: `[m, 2]` (row of the history, layer) of each layer that trained.
         statistics: `[m]` their statistics, NaN where there was none.
@@ -63,6 +64,7 @@ class RunData:
     columns: dict[str, np.ndarray]
     times: dict[str, np.ndarray]
     memory: dict[str, np.ndarray]
+    peak: dict[str, np.ndarray]
     layers: list[str]
     trained: np.ndarray
     statistics: np.ndarray
@@ -111,7 +113,7 @@ def read_run(folder: Path) -> RunData:
     if not is_run_folder(folder):
         raise ValueError(_not_a_run(folder))
     columns: dict[str, array] = {name: array("d") for name in SCALARS}
-    families: dict[str, _Family] = {"times": _Family(), "memory": _Family()}
+    families: dict[str, _Family] = {name: _Family() for name in ("times", "memory", "memory_at_peak")}
     steps, counts = array("q"), array("q")
     rows, names, values = array("q"), array("q"), array("d")
     facts = _load(folder / "run.json")
@@ -159,6 +161,7 @@ def read_run(folder: Path) -> RunData:
         columns={name: np.array(column, np.float64) for name, column in columns.items()},
         times=families["times"].columns(count),
         memory=families["memory"].columns(count),
+        peak=families["memory_at_peak"].columns(count),
         layers=layers,
         trained=np.stack([np.array(rows, np.int64), layer_of], axis=1),
         statistics=np.array(values, np.float64),

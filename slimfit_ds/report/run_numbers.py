@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -89,21 +90,21 @@ def frozen_share(run: RunData, *, by_parameters: bool) -> float:
 
 
 def tracked_bytes(run: RunData) -> dict[str, float]:
+    """Bytes by kind at the peak of a tracked step; empty if no step was tracked."""
     memory = run.measures.get("memory")
     peak = memory.get("at_peak") if isinstance(memory, dict) else None
-    return {k: number(v) for k, v in peak.items()} if isinstance(peak, dict) else {}
+    return {k: number(v) for k, v in peak.items()} if isinstance(peak, dict) else _latest(run.peak)
 
 
 def held_bytes(run: RunData) -> dict[str, float]:
+    """Bytes by kind that are held between steps."""
     stated = run.result.get("memory")
-    if isinstance(stated, dict):
-        return {k: number(v) for k, v in stated.items()}
-    found = {}
-    for kind, column in run.memory.items():
-        finite = column[np.isfinite(column)]
-        if finite.size:
-            found[kind] = float(finite[-1])
-    return found
+    return {k: number(v) for k, v in stated.items()} if isinstance(stated, dict) else _latest(run.memory)
+
+
+def _latest(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    known = {kind: column[np.isfinite(column)] for kind, column in columns.items()}
+    return {kind: float(values[-1]) for kind, values in known.items() if values.size}
 
 
 def median_of(values: np.ndarray) -> float:

@@ -34,6 +34,7 @@ MAY_DIFFER = frozenset(
         "rank_timeout",
         "report_to",
         "logging_steps",
+        "track_memory",
     }
 )
 """Keys that may change when a run goes on: they do not touch what is learned."""

@@ -142,6 +142,9 @@ class Recipe(_Strict):
         )
     )
     logging_steps: Count = Field(10, description="steps between two logs of `report_to`")
+    track_memory: Count | None = Field(
+        None, description="number of a step whose memory is tracked by kind, activations too; that step is slow"
+    )
 
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",

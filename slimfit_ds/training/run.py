@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ class Run:
         loader = iter(self._loader(self.first_step, self.steps))
         metrics: dict[str, float] = {}
         for step in range(self.first_step, self.steps):
-            line = self._step(step, loader)
+            line = self.monitor.watch(step, partial(self._step, step, loader))
             done = step + 1
             if self._is_due(self.recipe.eval_steps, done):
                 metrics = self._evaluate(done)

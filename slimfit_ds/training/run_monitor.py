@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,35 @@ class RunMonitor:
         if report is not None and (done % run.recipe.logging_steps == 0 or done == run.steps):
             fields["memory"] = dict(report())
         return fields
+
+    def watch(self, step: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do a step; if it is the one that the recipe names, with its memory tracked by kind.
+
+        Args:
+            step: number of the step, from 0.
+            work: does it and returns its line of the history.
+        """
+        if step + 1 != self._run.recipe.track_memory:
+            return work()
+        from slimfit_ds.memory.engine_roots import engine_roots
+        from slimfit_ds.memory.tracker import MemoryTracker
+
+        engine = self._run.engine
+        tracker = MemoryTracker(engine.module, engine_roots(engine), self._run.device)
+        plain = engine.step
+
+        def named(*arguments: Any, **options: Any) -> Any:
+            with tracker.phase("step"):
+                return plain(*arguments, **options)
+
+        engine.step = named
+        try:
+            with tracker:
+                line = work()
+        finally:
+            engine.step = plain
+        report = tracker.report()
+        return {**line, "memory_at_peak": {**report.at_peak, "optimizer_host": report.optimizer_host}}
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Take in a line of the history that is written."""
