@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimfit_ds.activations.codecs import cpu_support
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
+from slimfit_ds.activations.codecs.cpu_support import runs_in_c
 from slimfit_ds.activations.codecs.packing import (
     byte_table,
     gather_bytes,
@@ -109,7 +111,19 @@ class AbsmaxCodec(FloatCodec):
             self.encode_in_triton(flat, kept, generator)
             return
         codes, steps = kept
-        group = self.group
+        group, grid = self.group, self.grid
+        if self.rounding == "nearest" and runs_in_c(flat, grid.bits, group):
+            cpu_support.encode_absmax(
+                flat,
+                codes,
+                steps,
+                group=group,
+                bits=grid.bits,
+                zero=int(grid.zero),
+                half_width=grid.half_width,
+                tiny_peak=TINY_PEAK,
+            )
+            return
         planes = split_planes(codes, flat.numel(), self.grid.bits)
         for start, stop in chunks(flat.numel(), flat.device, group):
             padding = -(stop - start) % group
@@ -147,7 +161,10 @@ class AbsmaxCodec(FloatCodec):
             self.decode_in_triton(kept, out)
             return
         codes, steps = kept
-        group = self.group
+        group, grid = self.group, self.grid
+        if runs_in_c(out, grid.bits, group):
+            cpu_support.decode_absmax(codes, steps, out, group=group, bits=grid.bits, zero=int(grid.zero))
+            return
         # An integer of 8 bits and a bf16 step are exact in bf16, so their bf16 product is rounded once.
         work = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
         planes = split_planes(codes, out.numel(), self.grid.bits)

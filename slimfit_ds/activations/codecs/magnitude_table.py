@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimfit_ds.activations.codecs import cpu_support
 from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
+from slimfit_ds.activations.codecs.cpu_support import runs_in_c
 from slimfit_ds.activations.codecs.packing import (
     byte_table,
     gather_bytes,
@@ -106,6 +108,9 @@ class MagnitudeTableCodec(FloatCodec):
         bits = self.cells.bits
         inverse = self._store_rms(flat, kept)
         table = self._code_table(flat.device)
+        if inverse is None and runs_in_c(flat, bits):
+            cpu_support.encode_table(flat, packed, table, bits=bits)
+            return
         planes = split_planes(packed, flat.numel(), bits)
         for start, stop in chunks(flat.numel(), flat.device, 8):
             block = flat[start:stop] if inverse is None else flat[start:stop] * inverse
@@ -116,6 +121,10 @@ class MagnitudeTableCodec(FloatCodec):
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         if runs_in_triton(out):
             self.decode_in_triton(kept, out)
+            return
+        if not self.rms_scaled and runs_in_c(out, self.cells.bits):
+            levels = self._levels(out.device, out.dtype)
+            cpu_support.decode_table(kept[0], levels, out, bits=self.cells.bits)
             return
         planes = split_planes(kept[0], out.numel(), self.cells.bits)
         for start, stop in chunks(out.numel(), out.device, 8):
