@@ -64,19 +64,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     trainers = {name: METHODS[name].build(Request(case, case.workload.batch, device)) for name in names}
 
     def step(name: str, number: int) -> float:
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         trainers[name].step(batches[number % len(batches)])
         if device.type == "cuda":
             torch.cuda.synchronize()
+        cpu[name].append(time.process_time() - cpu_begin)
         return time.perf_counter() - begin
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     for number in range(arguments.warm_up + arguments.rounds):
         for name in names:
             took = step(name, number)
             if number >= arguments.warm_up:
                 seconds[name].append(took)
     reference = seconds[names[0]]
+    plain_cpu = {name: values[arguments.warm_up :] for name, values in cpu.items()}
     result: dict[str, Any] = {
         "case": arguments.case,
         "rounds": arguments.rounds,
@@ -90,6 +93,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "seconds": statistics.median(seconds[name]),
             "seconds_all": seconds[name],
             "ratio": statistics.median(a / b for a, b in zip(seconds[name], reference, strict=True)),
+            "ratio_cpu": statistics.median(
+                a / b for a, b in zip(plain_cpu[name], plain_cpu[names[0]], strict=True)
+            ),
             "schedule": _schedule_share(name, step, arguments.profiled),
             **_profiled(name, step, arguments.profiled),
         }
@@ -139,6 +145,7 @@ def table(result: dict[str, Any]) -> str:
         "| of the first, median of rounds | "
         + " | ".join(f"{m['ratio']:.3f}" for m in methods.values())
         + " |",
+        "| of the first, CPU time | " + " | ".join(f"{m['ratio_cpu']:.3f}" for m in methods.values()) + " |",
         "| under the profiler | "
         + " | ".join(f"{1000 * m['profiled_seconds']:.0f}" for m in methods.values())
         + " |",
@@ -169,6 +176,7 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
         "|---|" + "---:|" * len(header),
         row("as it is, median", lambda m: f"{1000 * m['seconds']:.0f}"),
         row("of full, median of rounds", lambda m: f"{m['ratio']:.3f}"),
+        row("of full, CPU time", lambda m: f"{m['ratio_cpu']:.3f}"),
         row("under the profiler", lambda m: f"{1000 * m['profiled_seconds']:.0f}"),
         row("operations", lambda m: f"{m['operations']:.0f}"),
     ]
