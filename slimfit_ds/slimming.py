@@ -12,6 +12,7 @@ from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.freezing import FreezeSchedule, discover
 from slimfit_ds.freezing.statistics import STATISTICS
+from slimfit_ds.optim.host_states import HostStates
 from slimfit_ds.optim.rules import rule_of
 
 __all__ = ["SlimHandle", "slim"]
@@ -36,6 +37,8 @@ class SlimHandle:
         self.compression: CompressionHandle = compress(model, config.activations)
         # Freshly discovered layers all train.
         self._applied = frozenset(range(len(self._parameters)))
+        inactive = config.optimizer_states.inactive
+        self._host_states = HostStates(self._parameters) if inactive == "host" else None
         self._stale_moments = config.optimizer_states.stale_moments
         self._before: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
@@ -71,8 +74,14 @@ class SlimHandle:
         """
         if combine is not None:
             self._combine = combine
+        if self._host_states is not None:
+            # It stays when this handle goes: the optimizer finds its states in any case.
+            optimizer.register_step_pre_hook(self._host_states.fetch)
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        if self._host_states is not None:
+            self._hooks.append(optimizer.register_step_post_hook(self._host_states.store))
+            self._host_states.store(optimizer)
         return self
 
     @torch.no_grad()

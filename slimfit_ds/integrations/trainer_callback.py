@@ -31,7 +31,7 @@ _MOVES_FROZEN_WEIGHTS = ("lomo", "schedule_free", "layerwise")
 """Optimizers of transformers that step inside the backward pass, or move weights without a gradient."""
 
 
-_IN_ANY_LOOP = {"stale_moments"}
+_IN_ANY_LOOP = {"inactive", "stale_moments"}
 """Settings of `optimizer_states` that do not need the engine."""
 
 
@@ -43,7 +43,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     At the end of training the model is restored: what is saved loads with plain transformers.
 
     Args:
-        config: the `"slimfit"` block; `optimizer_states` and `memory_budget` need the DeepSpeed engine.
+        config: the `"slimfit"` block; `memory_budget` and some of `optimizer_states` need the DeepSpeed engine.
         history: write `history.jsonl` to the output folder: a line for each step with learning rate, active layers
             and their statistics, and loss and evaluation where the Trainer reports them.
 

@@ -159,7 +159,7 @@ def options(work: Path, name: str, batch: int = BATCH) -> list[str]:
         "model_name_or_path": work / "model", "data_dir": work / "shuffled", "max_seq_length": 32,
         "output_dir": work / name, "max_steps": STEPS, "per_device_train_batch_size": batch, "learning_rate": 3e-3,
         "weight_decay": 0.01, "seed": SEED, "train_sampling_strategy": "sequential", "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none",
+        "report_to": "none",
         # Or the loss is multiplied by the number of processes, for a division that BERT does not do.
         "average_tokens_across_devices": "false",
     }  # fmt: skip
@@ -176,13 +176,13 @@ def check_outcome(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_plain_script_runs(work):
-    run(sys.executable, "examples/run_glue.py", *options(work, "plain"), "--use_cpu", "true")
+    run(sys.executable, "examples/run_glue.py", *options(work, "plain"), *NO_SAVE)
     check_outcome(work / "plain")
 
 
 @pytest.mark.slow
 def test_same_active_sets_as_launch_train(work, launched):
-    run(sys.executable, "examples/run_glue_slimfit.py", *options(work, "slim"), "--use_cpu", "true")
+    run(sys.executable, "examples/run_glue_slimfit.py", *options(work, "slim"), *NO_SAVE)
     lines = read_history(work / "slim" / "history.jsonl")
     assert len(launched) == STEPS
     assert [line["active_layers"] for line in lines] == launched
@@ -200,34 +200,45 @@ def test_same_active_sets_under_accelerate_launch(work, launched):
     launcher = [str(BIN / "accelerate"), "launch", "--config_file", "examples/accelerate_ddp.yaml"]
     # What the file says of GPUs and bf16 is overridden where there are none.
     launcher += ["--cpu", "--mixed_precision", "no", "--main_process_port", str(free_port())]
-    run(*launcher, "examples/run_glue_slimfit.py", *options(work, "ddp", BATCH // 2), "--use_cpu", "true")
+    run(*launcher, "examples/run_glue_slimfit.py", *options(work, "ddp", BATCH // 2), *NO_SAVE)
     lines = read_history(work / "ddp" / "history.jsonl")
     assert [line["active_layers"] for line in lines] == launched
     check_outcome(work / "ddp")
+
+
+def check_engine(folder: Path) -> None:
+    """The SlimFit engine wrote the checkpoint of a run on two ranks."""
+    (file,) = (folder / "checkpoint-12").glob("global_step*/slimfit.json")
+    saved = json.loads(file.read_text())
+    assert saved["world_size"] == 2
+    assert saved["zero_stage"] == 2
+    assert saved["schedule"]["step"] == 12
+    layers = len(saved["schedule"]["layers"])
+    assert len(saved["schedule"]["active"]) == layers - int(0.9 * layers)
+
+
+NO_SAVE = ("--save_strategy", "no", "--use_cpu", "true")
+SAVE = ("--save_strategy", "steps", "--save_steps", "12", "--use_cpu", "true")
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_deepspeed_variant_under_accelerate_launch(work):
     launcher = [str(BIN / "accelerate"), "launch", "--config_file", "examples/accelerate_deepspeed.yaml"]
-    launcher += ["--cpu", "--main_process_port", str(free_port())]
-    run(
-        *launcher,
-        "examples/run_glue_deepspeed.py",
-        *options(work, "ds_accelerate", BATCH // 2),
-        "--use_cpu",
-        "true",
-    )
+    launcher += ["--main_process_port", str(free_port())]
+    run(*launcher, "examples/run_glue_deepspeed.py", *options(work, "ds_accelerate", BATCH // 2), *SAVE)
     check_outcome(work / "ds_accelerate")
+    check_engine(work / "ds_accelerate")
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_deepspeed_variant_under_the_deepspeed_launcher(work):
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
-    more = ["--use_cpu", "true", "--deepspeed", "examples/slimfit_zero2_auto.json"]
+    more = [*SAVE, "--deepspeed", "examples/slimfit_zero2_auto.json"]
     run(*launcher, "examples/run_glue_deepspeed.py", *options(work, "ds", BATCH // 2), *more)
     check_outcome(work / "ds")
+    check_engine(work / "ds")
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def test_everything_that_cannot_work_is_listed_at_once(tmp_path):
         slimfit_ds.SlimFitCallback({"freeze": {"rate": 7}})
     block = {
         "freeze": {"always_active": ["*no_such_layer*"]},
-        "optimizer_states": {"inactive": "host", "precision": "8bit"},
+        "optimizer_states": {"precision": "8bit", "bf16_weights": "stochastic_rounding"},
         "memory_budget": "24GB",
     }
     with pytest.raises(ConfigError) as caught:
@@ -220,7 +220,7 @@ def test_everything_that_cannot_work_is_listed_at_once(tmp_path):
     for part in (
         "torch_compile is true",
         "optim 'schedule_free_adamw'",
-        "optimizer_states.inactive is 'host'",
+        "optimizer_states.bf16_weights is 'stochastic_rounding'",
         "optimizer_states.precision is '8bit'",
         "memory_budget is 24000000000",
         "'*no_such_layer*' matches no layer",
