@@ -39,9 +39,13 @@ def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
+def facts_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
 @pytest.mark.slow
 def test_everything_tells_the_same_story(tmp_path):
-    done = train(tmp_path / "run", "report_to=[tensorboard, csv]")
+    done = train(tmp_path / "run", "report_to=[tensorboard, csv]", "track_memory=3")
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run"
     lines = [json.loads(text) for text in (folder / "history.jsonl").read_text().splitlines()]
@@ -52,7 +56,15 @@ def test_everything_tells_the_same_story(tmp_path):
         assert sum(line["times"].values()) <= line["seconds"]
     assert [bool(line.get("memory")) for line in lines] == [step % 4 == 3 for step in range(12)]
 
-    facts = json.loads((folder / "run.json").read_text())
+    tracked = [line["step"] for line in lines if "memory_at_peak" in line]
+    assert tracked == [2]
+    peak = lines[2]["memory_at_peak"]
+    weights = facts_of(folder)["parameters"] * 4
+    # float32 weights, and buffers beside them.
+    assert weights <= peak["parameters"] <= 1.1 * weights
+    assert peak["saved_activations_static"] > 0
+
+    facts = facts_of(folder)
     assert (facts["status"], facts["steps"], facts["error"]) == ("finished", 12, None)
     sizes = facts["layers"]
     assert len(sizes) == 37
@@ -72,7 +84,9 @@ def test_everything_tells_the_same_story(tmp_path):
     from slimfit_ds.report.cli import main
 
     assert main([str(folder)]) == 0
-    assert "finished" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "finished" in page
+    assert "At the peak of a tracked step" in page
 
 
 @pytest.mark.slow
