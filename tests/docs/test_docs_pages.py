@@ -43,3 +43,39 @@ def test_the_citation_names_paper_and_software():
     paper = citation["preferred-citation"]
     assert "2305.18513" in paper["url"]
     assert paper["authors"][0]["family-names"] == "Ardakani"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_compile(page):
+    if page.name == "api.md":
+        pytest.skip("signatures")
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        compile(block, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_names_that_are_mentioned_exist(page):
+    if page.name in {"LOG.md", "CHANGELOG.md", "extending.md"}:
+        pytest.skip("speaks of what was, or of what a reader will write")
+    text = page.read_text()
+    rooms = "slimfit_ds|tests|benchmarks|recipes|ds_configs|launch|examples|docker"
+    files = {name.partition("::")[0] for name in re.findall(rf"`((?:{rooms})/[\w./-]+)`", text)}
+    files |= set(re.findall(rf"\b((?:{rooms})/[\w/-]+\.(?:py|json|yaml|md))\b", text))
+    assert not {name for name in files if not (ROOT / name).exists() and "/slimfit_ds" not in name}
+    names = set(re.findall(r"\bslimfit_ds(?:\.\w+)+", text))
+    assert not {name for name in names if not _resolves(name.removesuffix("."))}
+
+
+def _resolves(name: str) -> bool:
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            item = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(item, part):
+                return False
+            item = getattr(item, part)
+        return True
+    return False
