@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from trainer_cases import Sentences, Watch, arguments, classifier
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
 
 import slimfit_ds
 from slimfit_ds.config import ConfigError
@@ -199,6 +199,63 @@ def test_a_layer_that_no_step_uses_does_not_block_its_place():
         optimizer.zero_grad()
     assert handle.schedule.statistics[2] == 0.0
     assert "2.weight" not in handle.active_layers
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Random text for a language model."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        ids = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def language_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def losses(folder, config, model=None, **more):
+    """The loss of each of six steps."""
+    Trainer(
+        model or language_model(),
+        arguments(folder, max_steps=6, per_device_train_batch_size=4, **more),
+        train_dataset=Tokens(),
+        callbacks=[slimfit_ds.SlimFitCallback({**CONFIG, **config})],
+    ).train()
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_language_model_with_its_loss_in_chunks_and_recomputed_blocks(tmp_path):
+    """A model without biases; the losses are those of the same steps with everything kept."""
+    exact = losses(tmp_path / "exact", {})
+    chunks = losses(tmp_path / "chunks", {"activations": {"preset": "exact", "chunk_loss_tokens": 8}})
+    assert chunks == pytest.approx(exact, rel=1e-4)
+    minimal = losses(tmp_path / "minimal", {"activations": "minimal"}, bf16=True)
+    assert minimal == pytest.approx(exact, rel=5e-3)
+    checkpointed = losses(tmp_path / "checkpointed", {}, activation_checkpointing=True)
+    assert checkpointed == pytest.approx(exact, rel=1e-4)
+
+
+def test_adapters_of_peft_are_the_layers(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = language_model()
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    losses(tmp_path, {"freeze": {"rate": 0.5}}, model=model)
+    layers = {layer.name for layer in discover(model).layers}
+    assert layers
+    assert all("lora_" in name for name in layers)
+    for name, parameter in base.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, before[name.replace(".base_layer", "")]), name
 
 
 def test_everything_that_cannot_work_is_listed_at_once(tmp_path):
