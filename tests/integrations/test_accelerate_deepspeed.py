@@ -112,6 +112,18 @@ def test_a_sound_json_passes_with_its_auto_values_filled():
 
 
 @pytest.mark.usefixtures("_enabled")
+def test_a_json_of_this_repository_names_what_the_arguments_have_to_say():
+    """Its numbers are launch/train.py's defaults; those of TrainingArguments differ in one."""
+    json_file = Path(__file__).parents[2] / "ds_configs" / "slimfit_zero2.json"
+    defaults = {"per_device_train_batch_size": 8, "max_grad_norm": 1.0, "learning_rate": 5e-5}
+    with pytest.raises(ConfigError) as caught:
+        finalize(str(json_file), **defaults, weight_decay=0.0)
+    (problem,) = caught.value.problems
+    assert "optimizer.params.weight_decay=0.01 in the DeepSpeed JSON, but weight_decay=0.0" in problem
+    assert finalize(str(json_file), **defaults)["slimfit"]["freeze"]["rate"] == 0.9
+
+
+@pytest.mark.usefixtures("_enabled")
 def test_a_json_without_the_block_is_left_to_transformers():
     json = config(sparse_gradients=True)
     del json["slimfit"]
