@@ -26,7 +26,9 @@ from slimfit_ds.training.distributed import export, read_ranks
 
 __all__ = ["CHECKS", "main"]
 
-CHECKS: tuple[tuple[str, Check], ...] = (
+Checks = tuple[tuple[str, Check], ...]
+
+CHECKS: Checks = (
     ("python", python),
     ("packages", packages),
     ("tested versions", tested_versions),
@@ -90,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = f"{ranks} rank{'s' if ranks != 1 else ''} ({launcher})"
         print(as_text(f"slimfit-ds doctor: {machines}, {count}, {seconds:g} s", findings), flush=True)
 
-    code = _examine(subject, show)
+    checks = tuple(named for named in CHECKS if arguments.only is None or named[0] in arguments.only)
+    code = _examine(subject, checks, show)
     if threading.active_count() > 1:
         # A call that hangs in a driver or a library would keep the interpreter from ending.
         sys.stdout.flush()
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _examine(subject: Subject, show: Callable[..., None]) -> int:
+def _examine(subject: Subject, checks: Checks, show: Callable[..., None]) -> int:
     seconds = GROUP_LIMITS * subject.seconds
     try:
         # Under mpirun the ranks come from MPI, which talks to the other machines already.
@@ -111,18 +114,18 @@ def _examine(subject: Subject, show: Callable[..., None]) -> int:
         show([((), finding)], [socket.gethostname()])
         return 1
     if ranks.world_size == 1:
-        return _alone(subject, show)
+        return _alone(subject, checks, show)
     export(ranks)
     return examine_together(
         ranks,
         seconds,
-        lambda: examine(CHECKS, subject),
+        lambda: examine(checks, subject),
         partial(show, ranks=ranks.world_size, launcher=ranks.launcher),
     )
 
 
-def _alone(subject: Subject, show: Callable[..., None]) -> int:
-    findings: list[Located] = [((), finding) for finding in examine(CHECKS, subject)]
+def _alone(subject: Subject, checks: Checks, show: Callable[..., None]) -> int:
+    findings: list[Located] = [((), finding) for finding in examine(checks, subject)]
     show(findings, [socket.gethostname()])
     return exit_code(findings)
 
@@ -153,9 +156,24 @@ def _parser() -> argparse.ArgumentParser:
         default=8.0,
         help=f"seconds for each check (8); meeting the other ranks may take {GROUP_LIMITS} times as long",
     )
+    parser.add_argument(
+        "--only",
+        type=_names,
+        metavar="CHECK,...",
+        help=f"these checks only: {', '.join(name for name, _ in CHECKS)}",
+    )
     # The deepspeed launcher hands this to every script; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _names(text: str) -> list[str]:
+    names, known = text.split(","), [name for name, _ in CHECKS]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(
+            f"no check {', '.join(map(repr, unknown))}; there are {', '.join(known)}"
+        )
+    return names
 
 
 def _seconds(text: str) -> float:
