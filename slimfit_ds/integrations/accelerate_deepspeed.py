@@ -35,18 +35,10 @@ def enable_deepspeed() -> None:
     """
     if _restore:
         return
-    import torch
+    from slimfit_ds.engine.stand_in import stand_in_for_deepspeed
 
-    if not torch.cuda.is_available():
-        import os
-
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # Serves inference only, takes half a minute to build, and a killed build blocks the next run for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _replace_initialize(deepspeed)
-    _replace_finalize()
+    _restore.append(stand_in_for_deepspeed())
+    _restore.append(_replace_finalize())
 
 
 def disable_deepspeed() -> None:
@@ -55,26 +47,12 @@ def disable_deepspeed() -> None:
         _restore.pop()()
 
 
-def _replace_initialize(deepspeed: Any) -> None:
-    from slimfit_ds.engine.initialize import initialize
+def _replace_finalize() -> Callable[[], None]:
+    """transformers compares JSON and arguments at this point; our own findings belong into the same list.
 
-    stock = deepspeed.initialize
-
-    @functools.wraps(stock)
-    def with_slimfit(*args: Any, **kwargs: Any) -> Any:
-        # Ours ends in a call of the stock one, under the same name.
-        deepspeed.initialize = stock
-        try:
-            return initialize(*args, **kwargs)
-        finally:
-            deepspeed.initialize = with_slimfit
-
-    deepspeed.initialize = with_slimfit
-    _restore.append(lambda: setattr(deepspeed, "initialize", stock))
-
-
-def _replace_finalize() -> None:
-    """transformers compares JSON and arguments at this point; our own findings belong into the same list."""
+    Returns:
+        what puts the stock method back.
+    """
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig as TrainerConfig
 
     from slimfit_ds.engine.initialize import setting_problems
@@ -102,4 +80,4 @@ def _replace_finalize() -> None:
         return None
 
     setattr(TrainerConfig, stock.__name__, with_slimfit)
-    _restore.append(lambda: setattr(TrainerConfig, stock.__name__, stock))
+    return lambda: setattr(TrainerConfig, stock.__name__, stock)
