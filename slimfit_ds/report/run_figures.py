@@ -35,7 +35,7 @@ def figures(run: RunData) -> list[dict[str, str]]:
     best = best_metric(run)
     if best is not None:
         last = next(e for e in reversed(run.evaluations) if math.isfinite(e.metrics.get(best[0], math.nan)))
-        remark = f"after {best[2]} steps; last {last.metrics[best[0]]:.4g}"
+        remark = f"after {best[2]:,} steps; last {last.metrics[best[0]]:.4g}"
         add(f"best {best[0].replace('_', ' ')}", best[1], f"{best[1]:.4g}", remark)
     add("training loss", final_loss(run), f"{final_loss(run):.4g}", "mean of the last tenth")
     kind = run.result.get("peak_bytes_are") or run.facts.get("peak_bytes_are")

@@ -27,7 +27,7 @@ def schedule(run: RunData) -> dict[str, Any] | None:
     last[run.trained[:, 1]] = run.statistics
     sizes = run.layer_sizes
     names = shorten(run.layers)
-    height = 15 if layers <= 60 else 9 if layers <= 130 else 4
+    height = 15 if layers <= 60 else 9 if layers <= 130 else 3
     every = max(1, -(-12 // height))
     rows = [
         {
@@ -53,7 +53,7 @@ def schedule(run: RunData) -> dict[str, Any] | None:
         "last": int(run.steps[-1]) + 1,
         "per_column": per_column,
         "sizes": bool(sizes),
-        "summary": f"{layers} layers, {steps} steps. "
+        "summary": f"{layers} layers, {steps:,} steps. "
         f"A layer trained in {times.min() / steps:.1%} to {times.max() / steps:.1%} of the steps"
         + (f"; {never} never trained." if never else "; every layer trained."),
     }

@@ -25,7 +25,7 @@ def schedule_picture(run: RunData) -> tuple[str, int]:
     """A PNG as a data address: rows are layers, columns steps, clear where frozen.
 
     The colour is the largest statistic of the stretch on a logarithmic scale, its strength the share of the steps of
-    the stretch in which the layer trained.
+    the stretch in which the layer trained, against the largest such share.
 
     Returns:
         the address, and the steps that one column stands for.
@@ -41,7 +41,9 @@ def schedule_picture(run: RunData) -> tuple[str, int]:
     largest = np.zeros(layers * columns)
     np.maximum.at(largest, cell[positive], run.statistics[positive])
     shade = _shades(largest.reshape(layers, columns))
-    weight = np.minimum((share * WEIGHTS).astype(int), WEIGHTS - 1)
+    # A column of many steps is never full: its strongest cells are what strong means.
+    strongest = float(np.quantile(share[share > 0], 0.98)) if share.any() else 1.0
+    weight = np.minimum((share / strongest * WEIGHTS).astype(int), WEIGHTS - 1)
     indices = np.where(counts > 0, 1 + shade * WEIGHTS + weight, 0).astype(np.uint8)
     return _png(indices), -(-steps // columns) if steps else 1
 

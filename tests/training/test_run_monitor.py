@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,8 +25,14 @@ TINY = [
 ]
 
 
-def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/train.py", "--config", "recipes/digits_vit.yaml", *TINY]
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(folder: Path, *overrides: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, "launch/train.py", "--config", "recipes/digits_vit.yaml", *TINY]
     # Other tests of this session may have made a process group of one.
     launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in launched}
@@ -87,6 +95,19 @@ def test_everything_tells_the_same_story(tmp_path):
     page = (folder / "report.html").read_text()
     assert "finished" in page
     assert "At the peak of a tracked step" in page
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_only_the_first_of_two_ranks_writes(tmp_path):
+    """Two writers would leave two event files and each CSV row twice."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
+    done = train(tmp_path / "run", "report_to=[tensorboard, csv]", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    rows = (tmp_path / "run" / "csv" / "train_loss.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "4", "8", "12"]
+    assert facts_of(tmp_path / "run")["world_size"] == 2
 
 
 @pytest.mark.slow
