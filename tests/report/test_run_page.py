@@ -285,3 +285,24 @@ def test_a_page_is_replaced_whole(tmp_path, monkeypatch):
         write_run_page(tmp_path / "run", output)
     assert output.read_bytes() == before
     assert sorted(place.name for place in tmp_path.iterdir()) == ["page.html", "run"]
+
+
+def test_a_tracked_step_and_the_measures_of_a_comparison(tmp_path):
+    lines = write_run(tmp_path / "run", steps=10)
+    lines[3]["memory_at_peak"] = {"parameters": 3 * 2**20, "working": 2**20, "optimizer_host": 2**20}
+    (tmp_path / "run" / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(tmp_path / "compared", steps=10)
+    peak = {"parameters": 2**20, "saved_activations_static": 2**20}
+    (tmp_path / "compared" / "measures.json").write_text(json.dumps({"memory": {"at_peak": peak}}))
+    root = read_html(page_of(tmp_path / "run", tmp_path / "compared"))
+    bars = {figure.all("b")[0].text: figure for figure in root.all("figure", "bars")}
+    table = bars["At the peak of a tracked step, on the device"].all("table")[0]
+    assert rows(table) == [
+        ["", "this run", "baseline"],
+        ["weights", "3 MiB (75.0%)", "1 MiB (50.0%)"],
+        ["saved activations, static", "\N{EN DASH}", "1 MiB (50.0%)"],
+        ["working set", "1 MiB (25.0%)", "\N{EN DASH}"],
+    ]
+    widths = [[float(i.attributes["style"][6:-1]) for i in stack.all("i")] for stack in
+              bars["At the peak of a tracked step, on the device"].all("div", "stack")]  # fmt: skip
+    assert widths == [[75.0, 25.0], [25.0, 25.0]]
