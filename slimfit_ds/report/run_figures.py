@@ -9,11 +9,11 @@ from slimfit_ds.report.charts import MISSING, short_number
 from slimfit_ds.report.run_bars import HOST_KINDS, KINDS
 from slimfit_ds.report.run_data import RunData, number, steps_planned
 from slimfit_ds.report.run_numbers import (
-    LOWER_IS_BETTER,
     best_metric,
     final_loss,
     frozen_share,
     held_bytes,
+    lower_is_better,
     peak_bytes,
     tokens_per_second,
     tracked_bytes,
@@ -81,7 +81,7 @@ def comparison_rows(run: RunData, base: RunData) -> list[dict[str, str]]:
 
     mine, other = best_metric(run), best_metric(base)
     if mine is not None and other is not None and mine[0] == other[0]:
-        lower = mine[0] in LOWER_IS_BETTER
+        lower = lower_is_better(mine[0])
         add(f"best {mine[0].replace('_', ' ')}", mine[1], other[1], exact, "lower" if lower else "higher")
     add("training loss, last tenth", final_loss(run), final_loss(base), exact, "lower")
     add("time per step", typical_seconds(run), typical_seconds(base), human_seconds, "lower")

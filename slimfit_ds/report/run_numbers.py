@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,11 +11,11 @@ import numpy as np
 from slimfit_ds.report.run_data import RunData, number
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "best_metric",
     "final_loss",
     "frozen_share",
     "held_bytes",
+    "lower_is_better",
     "median_of",
     "metric_name",
     "peak_bytes",
@@ -23,7 +24,14 @@ __all__ = [
     "typical_seconds",
 ]
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+_LOWER_IS_BETTER = re.compile(r"loss$|perplexity$|error$")
+_NO_METRIC = re.compile(r"runtime$|_per_second$|_time$|^epoch$")
+"""What a Trainer reports beside the metrics."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of this metric is the better one."""
+    return _LOWER_IS_BETTER.search(metric) is not None
 
 
 def metric_name(run: RunData) -> str | None:
@@ -33,7 +41,8 @@ def metric_name(run: RunData) -> str | None:
     known = [name for e in run.evaluations for name, value in e.metrics.items() if math.isfinite(value)]
     if isinstance(named, str) and named in known:
         return named
-    return next((name for name in known if name != "loss"), known[0] if known else None)
+    known = [name for name in known if not _NO_METRIC.search(name)]
+    return next((name for name in known if not lower_is_better(name)), known[0] if known else None)
 
 
 def best_metric(run: RunData) -> tuple[str, float, int] | None:
@@ -46,7 +55,7 @@ def best_metric(run: RunData) -> tuple[str, float, int] | None:
     ]
     if not found:
         return None
-    choose = min if name in LOWER_IS_BETTER else max
+    choose = min if lower_is_better(name) else max
     value, step = choose(found, key=lambda pair: pair[0])
     return name, value, step
 

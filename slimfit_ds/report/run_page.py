@@ -126,7 +126,10 @@ def _notes(run: RunData) -> list[str]:
     if run.unreadable:
         notes.append(f"{run.unreadable} lines of history.jsonl could not be read and are left out.")
     lost = int((run.columns["loss"] != run.columns["loss"]).sum())
-    if lost:
+    if lost > len(run.steps) / 2:
+        # A Trainer reports its loss every few hundred steps only.
+        notes.append(f"The loss is known of {len(run.steps) - lost} of {len(run.steps)} steps.")
+    elif lost:
         notes.append(f"{lost} of {len(run.steps)} steps have no finite loss.")
     return notes
 

@@ -42,10 +42,10 @@ def run_status(run: RunData, now: float | None = None) -> RunStatus:
     """
     now = time.time() if now is None else now
     ago = f"{human_age(max(0.0, now - run.last_sign))} ago"
-    if run.result:
+    said, error = run.facts.get("status"), clean(run.facts.get("error") or "")
+    if run.result or said == "finished":
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.last_sign))
         return RunStatus("finished", f"finished {ago}, on {when}")
-    said, error = run.facts.get("status"), clean(run.facts.get("error") or "")
     if said == "failed":
         return RunStatus("failed", f"failed {ago}" + (f": {error}" if error else ""))
     if said == "stopped":

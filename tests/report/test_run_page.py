@@ -306,3 +306,39 @@ def test_a_tracked_step_and_the_measures_of_a_comparison(tmp_path):
     widths = [[float(i.attributes["style"][6:-1]) for i in stack.all("i")] for stack in
               bars["At the peak of a tracked step, on the device"].all("div", "stack")]  # fmt: skip
     assert widths == [[75.0, 25.0], [25.0, 25.0]]
+
+
+def test_the_history_of_a_trainer(tmp_path):
+    """`SlimFitCallback` knows the loss of few steps, and the Trainer's metrics come with its own speed."""
+    folder = tmp_path / "run"
+    write_run(folder, steps=1)
+    for name in ("metrics.json", "run.json", "recipe.yaml"):
+        (folder / name).unlink()
+    lines = [
+        {
+            "step": step,
+            "epoch": None,
+            "lr": 0.1,
+            "loss": 1.0 / (step + 1) if step % 4 == 3 else None,
+            "active_layers": ["a.0.weight"],
+            "statistics": {"a.0.weight": 0.5},
+            "seconds": 0.1,
+        }
+        for step in range(20)
+    ]
+    lines[9]["evaluation"] = {
+        "loss": 0.5,
+        "runtime": 3.0,
+        "samples_per_second": 7.0,
+        "f1": 0.25,
+        "epoch": 1.0,
+    }
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    root = read_html(page_of(folder))
+    shown = tiles(root)
+    assert shown["best f1"][0] == "0.25"
+    assert shown["training loss"][0] == f"{statistics.fmean([1 / 12, 1 / 16, 1 / 20]):.4g}"
+    assert [p.text for p in root.all("p", "note")] == ["The loss is known of 5 of 20 steps."]
+    lines[9]["evaluation"] = {"loss": 0.5, "runtime": 3.0}
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "best loss" in tiles(read_html(page_of(folder)))

@@ -66,3 +66,7 @@ def test_stopped_and_failed_say_so(tmp_path):
 )
 def test_ages(seconds, text):
     assert human_age(seconds) == text
+
+
+def test_a_card_that_says_finished_is_enough(tmp_path):
+    assert state(tmp_path / "run", {"status": "finished"}).kind == "finished"
