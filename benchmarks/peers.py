@@ -142,7 +142,7 @@ def main() -> int:
     methods = choose(arguments.methods, list(METHODS), METHODS, "methods")
     output = arguments.output or RESULTS / f"peers-{arguments.device}"
     arguments.cell_seconds = arguments.cell_seconds or (90.0 if cuda else 240.0)
-    settings = {key: getattr(arguments, key) for key in ("device", "warm_up", "seed", "threads")}
+    settings = {key: getattr(arguments, key) for key in ("device", "seed", "threads")}
     settings["format"] = FORMAT
     passed = ("device", "steps", "warm_up", "step_seconds", "threads", "seed")
     program = [sys.executable, str(Path(__file__).resolve())]
