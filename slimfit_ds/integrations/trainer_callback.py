@@ -16,6 +16,7 @@ from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.freezing import FreezeSchedule, discover
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
+from slimfit_ds.monitoring.run_card import RunCard
 from slimfit_ds.slimming import SlimHandle
 from slimfit_ds.training.history import History
 
@@ -63,6 +64,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         self._handle: SlimHandle | None = None
         self._gradients: ActiveGradients | None = None
         self._history: History | None = None
+        self._card: RunCard | None = None
         self._line: dict[str, Any] | None = None
         self._started = 0.0
 
@@ -124,12 +126,15 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         combine = self._gradients.average if self._gradients is not None else None
         self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
         if self._writes_history:
-            folder = Path(args.output_dir or "trainer_output")
-            if state.is_world_process_zero:
+            folder, writes = Path(args.output_dir or "trainer_output"), state.is_world_process_zero
+            if writes:
                 folder.mkdir(parents=True, exist_ok=True)
-            self._history = History(
-                folder / "history.jsonl", state.global_step, writes=state.is_world_process_zero
-            )
+            self._history = History(folder / "history.jsonl", state.global_step, writes=writes)
+            facts = {
+                "steps": state.max_steps,
+                "layers": {name: p.numel() for name, p in trainable.items() if name in self.layer_names},
+            }
+            self._card = RunCard(folder / "run.json", facts, writes=writes)
 
     def _resume(self, state: TrainerState) -> None:
         assert self._handle is not None
@@ -224,6 +229,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Give back the model as it was: every weight trainable, nothing compressed."""
         self._write_line()
+        if self._card is not None:
+            self._card.end("finished")
         if self._handle is not None:
             self.saved_schedule = self._handle.state_dict()
         self._remove()
@@ -236,7 +243,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             self._gradients.remove()
         if self._history is not None:
             self._history.close()
-        self._handle = self._gradients = self._history = self._line = None
+        self._handle = self._gradients = self._history = self._card = self._line = None
 
 
 def _wrapped_by_ddp() -> bool:
