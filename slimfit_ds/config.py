@@ -118,6 +118,11 @@ class FreezeConfig(_Model):
     )
     always_active: tuple[str, ...] = Field((), description="globs of layers that train at every step")
     never_active: tuple[str, ...] = Field((), description="globs of layers that never train")
+    head: Literal["scheduled", "always"] = Field(
+        "scheduled",
+        description="always: the last linear layer behind the blocks trains at every step, where it is no larger "
+        "than the layers of the blocks and takes up at most half of the budget",
+    )
     train_biases: bool = Field(True, description="biases and norm biases train at every step")
     seed: int = Field(0, ge=0, description="seed of the first, random order and of random policies")
     check_interval: int = Field(

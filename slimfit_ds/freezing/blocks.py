@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Blocks", "find_blocks"]
+from slimfit_ds.freezing.layers import Layer
+
+__all__ = ["Blocks", "find_blocks", "find_head"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ def find_blocks(names: Sequence[str]) -> Blocks:
         else:
             (after if members else before).append(layer)
     return Blocks(tuple(before), tuple(tuple(block) for block in members.values()), tuple(after))
+
+
+def find_head(layers: Sequence[Layer]) -> int | None:
+    """The task's head: the last linear layer behind the blocks, if it is no larger than the largest layer of a block.
+
+    The output embedding of a language model is larger, and it is pretrained: not a head in this sense.
+
+    Args:
+        layers: of the model, in model order.
+    """
+    parts = find_blocks([layer.name for layer in layers])
+    linear = [layer for layer in parts.after if layers[layer].kind == "linear"]
+    largest = max((layers[layer].numel for block in parts.blocks for layer in block), default=0)
+    return linear[-1] if linear and layers[linear[-1]].numel <= largest else None
 
 
 def _numbered_prefix(name: str) -> tuple[str, str] | None:

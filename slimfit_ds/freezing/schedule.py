@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.blocks import find_head
 from slimfit_ds.freezing.budget import Budget, room_at
 from slimfit_ds.freezing.layers import Layer, match_globs
 from slimfit_ds.freezing.policies import POLICIES, Selection
@@ -193,6 +194,7 @@ def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[i
             problems.append(f"slimfit.freeze.{key}: unknown {value!r}; {hint}known: {', '.join(known)}")
     always = match_globs(config.always_active, names, "slimfit.freeze.always_active", problems)
     never = match_globs(config.never_active, names, "slimfit.freeze.never_active", problems)
+    always |= _head(layers, config) - never
     problems += [
         f"slimfit.freeze: {names[layer]!r} is matched by always_active and by never_active"
         for layer in sorted(always & never)
@@ -204,6 +206,16 @@ def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[i
     if problems:
         raise ConfigError(problems)
     return always, never
+
+
+def _head(layers: Sequence[Layer], config: FreezeConfig) -> frozenset[int]:
+    """The head, where it is to train at every step and leaves at least half of the strictest budget."""
+    head = find_head(layers) if config.head == "always" else None
+    if head is None:
+        return frozenset()
+    budget = room_at(layers, config.budget, max(config.rates))
+    modest = all(2 * spent <= room for spent, room in zip(budget.spent([head]), budget.room, strict=True))
+    return frozenset([head]) if modest else frozenset()
 
 
 def _room_problems(

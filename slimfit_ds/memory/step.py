@@ -178,7 +178,13 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
     else:
         names = list(active)
     rate = (len(layers) - len(names)) / len(layers)
-    exactly = {"rate": rate, "budget": "layers", "policy": "ils", "always_active": names}
+    exactly = {
+        "rate": rate,
+        "budget": "layers",
+        "policy": "ils",
+        "always_active": names,
+        "head": "scheduled",
+    }
     return {**block, "freeze": {**block.get("freeze", {}), **exactly}}
 
 

@@ -125,8 +125,16 @@ def test_every_active_set_keeps_within_its_budget_and_every_layer_that_fits_trai
     try:
         schedule = FreezeSchedule(all_layers, config)
     except ConfigError:
-        room = math.floor((1 - rate) * sum(layer.numel for layer in all_layers))
-        assert min(layer.numel for layer in all_layers) > room
+        # No layer fits alone: each exceeds a currency (one layer of the count always fits).
+        for layer in all_layers:
+            shares = {
+                "parameters": (layer.numel, sum(other.numel for other in all_layers)),
+                "activations": (layer.inputs, sum(other.inputs for other in all_layers)),
+            }
+            assert any(
+                cost > (1 - rate) * total + 1e-6
+                for cost, total in map(shares.get, {*config.budget} & {*shares})
+            )
         return
     seen: set[int] = set()
     for _ in range(12 * count):
@@ -285,3 +293,25 @@ def test_automatic_factor_is_the_root_of_how_rarely_a_layer_trained():
         visits[layer] += 1
         schedule.advance({layer: 1.0 if layer == 4 else 0.1})
     assert visits[4] > 20
+
+
+def with_head(size: int) -> list[Layer]:
+    return [*layers(19), Layer("head.weight", "linear", size, 1)]
+
+
+def test_the_head_always_trains_where_it_leaves_half_of_the_budget():
+    for rate, expected in ((0.9, {19}), (0.95, set())):
+        schedule = FreezeSchedule(with_head(5), FreezeConfig(rate=rate, head="always"))
+        always = frozenset.intersection(
+            schedule.active,
+            *(schedule.advance({i: 0.0 if i == 19 else 1.0 for i in schedule.active}) for _ in range(40)),
+        )
+        assert always == expected
+        assert 19 in schedule.lr_factors() or not expected
+
+
+def test_a_head_that_never_trains_or_is_an_output_embedding():
+    never = FreezeSchedule(with_head(5), FreezeConfig(rate=0.5, head="always", never_active=("head*",)))
+    assert 19 not in never.active
+    large = FreezeSchedule(with_head(11), FreezeConfig(rate=0.5, head="always", always_lr_scale=7.0))
+    assert 7.0 not in {factor for layer, factor in large.lr_factors().items() if layer is not None}
