@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -105,6 +106,7 @@ class Liveness:
         texts = self._store.multi_get([f"here/{rank}" for rank in others])
         self._places = {rank: _Place(**json.loads(text)) for rank, text in zip(others, texts, strict=True)}
         self._neighbours = [rank for rank in others if self._places[rank].host == here.host]
+        self._last_answer = time.monotonic()
         for work in (self._pulse, self._judge):
             threading.Thread(target=work, name=f"slimfit-{work.__name__}", daemon=True).start()
 
@@ -180,15 +182,22 @@ class Liveness:
         return self._store.check([f"end/{rank}"])
 
     def _tell(self, rank: int, how: str, what: str) -> None:
-        """Write down how a rank ended; the store may be gone with it."""
+        """Write down how a rank ended, for the others to read; the store may be gone with it."""
         if how != "followed" and rank != self._ranks.rank:
             self._found[rank] = f"rank {rank} was lost: {what}"
             self._is_found.set()
-        try:
-            self._store.set(f"end/{rank}", json.dumps({"how": how, "what": what}))
-            self._store.add("ends", 1)
-        except Exception:
+        if self._store_lost is not None:
             return
+
+        def write() -> None:
+            with suppress(Exception):
+                self._store.set(f"end/{rank}", json.dumps({"how": how, "what": what}))
+                self._store.add("ends", 1)
+
+        # A store whose process is stopped takes requests and never answers.
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(2.0)
 
     def _read_ends(self) -> None:
         for rank in self._places:
@@ -203,13 +212,11 @@ class Liveness:
             self._is_found.set()
 
     def _blame_store(self, what: str) -> None:
+        self._store_lost = what
+        self._blame_neighbours()
         if self._launcher_holds_store:
             # Without its launcher a rank is asked to stop (see `stop_signals`); the ranks can still do that together.
-            if any(self._places[rank].is_gone() for rank in self._neighbours):
-                self._blame_neighbours()
-            self._store_lost = what
             return
-        self._blame_neighbours()
         if self._ranks.rank != 0 and 0 not in self._found:
             host = self._places[0].host.split()[0]
             self._found[0] = f"rank 0 was lost: the store that it holds on {host} does not answer ({what})"
@@ -227,8 +234,13 @@ class Liveness:
 
     def _judge(self) -> None:
         """End this process where the main thread cannot, because it waits inside a collective."""
+        looked = time.monotonic()
         while not self._is_found.wait(self._beat):
-            silence = time.monotonic() - self._last_answer
+            pause, looked = time.monotonic() - looked, time.monotonic()
+            if pause > 2 * self._beat + 1.0:
+                # This process itself was stopped (a suspended job): nobody else's silence can be told from its own.
+                self._last_answer = looked
+            silence = looked - self._last_answer
             if self._store_lost is None and silence > self._limit + 5 * self._beat:
                 self._blame_store(f"silent for {silence:.0f} s")
         if self._taken_over.wait(GRACE):

@@ -143,7 +143,8 @@ class Recipe(_Strict):
     )
     logging_steps: Count = Field(10, description="steps between two logs of `report_to`")
     track_memory: Count | None = Field(
-        None, description="number of a step whose memory is tracked by kind, activations too; that step is slow"
+        None,
+        description="number of a step whose memory is tracked by kind, activations too; that step is slow",
     )
 
     on_nonfinite: Literal["stop", "skip"] = Field(
@@ -154,7 +155,7 @@ class Recipe(_Strict):
         10, description="skipped steps in a row after which the run stops all the same"
     )
     rank_timeout: Annotated[float, Field(ge=1, le=86400)] = Field(
-        30.0, description="seconds without a sign of life after which a rank counts as lost"
+        60.0, description="seconds without a sign of life after which a rank counts as lost"
     )
 
     deepspeed: Annotated[Any, BeforeValidator(_path_or_mapping)] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -119,15 +120,20 @@ class RunMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-        if self._card is None:
-            return
         if error is None:
-            self._card.end("finished")
-        elif getattr(error, "exit_code", 1) == 0:
-            self._card.end("stopped")
-        else:
-            self._card.end("failed", f"{type(error).__name__}: {error}"[:500])
+            self._end("finished")
+            return
+        # Whatever goes wrong here (a full disk, most likely) must not hide why the run ends.
+        with suppress(Exception):
+            if getattr(error, "exit_code", 1) == 0:
+                self._end("stopped")
+            else:
+                self._end("failed", f"{type(error).__name__}: {error}"[:500])
+
+    def _end(self, status: str, error: str | None = None) -> None:
+        self.close()
+        if self._card is not None:
+            self._card.end(status, error)
 
     def _make_sink(self) -> Any:
         from slimfit_ds.engine.monitors import make_monitors

@@ -30,11 +30,18 @@ def test_a_signal_on_any_rank_saves_and_exits_0_everywhere(server, whole, name, 
     assert ("SIGUSR1" in text) == (rank == "all")
     assert "stopped on request" not in done.logs[1], "one rank speaks for all"
     command = text.split("to go on: ")[1].split("\n")[0]
-    assert command.endswith("launch/train.py --config recipe.yaml output_dir=" + name + " resume=none resume=auto")
+    assert command.endswith(
+        "launch/train.py --config recipe.yaml output_dir=" + name + " resume=none resume=auto"
+    )
     resumed = server.launch(*command.split("train.py ")[1].split())
     assert resumed.codes == [0, 0], resumed.logs
     assert resumed.events[0].count("step") == 3
-    assert contents(folder) == contents(server.folder / "whole")
+    now, expected = contents(folder), contents(server.folder / "whole")
+    # The best evaluation was that of step 3, and this time there is a checkpoint of it: it stays beyond keep_last=1.
+    assert expected["best_metric"]["step"] == 3
+    assert now.pop("checkpoints") == ["latest", "step_3", "step_6"]
+    assert expected.pop("checkpoints") == ["latest", "step_6"]
+    assert now == expected
 
 
 def test_a_second_signal_ends_at_once(server):
