@@ -1,4 +1,4 @@
-"""Seconds of a step on this CPU: methods take turns in one process; ranks are real gloo processes."""
+"""CPU seconds of a step: methods take turns in one process. Wall time of real gloo ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RANKS = (1, 2, 4)
 
 
 def time_sweep(known: dict[str, Any], save: Callable[[], None], rounds: int, threads: int) -> None:
-    """Fill `known`: `time/sweep/x` -> method -> seconds (median) and the ratio to full (median of rounds)."""
+    """Fill `known`: `time/sweep/x` -> method -> CPU seconds (median) and the ratio to full (median of rounds)."""
     torch.set_num_threads(threads)
     for sweep, (_, _, points) in SWEEPS.items():
         for x, case in points:
@@ -73,10 +73,11 @@ def _turns(case: Case, rounds: int, warm_up: int = 2) -> dict[str, dict[str, flo
     seconds: dict[str, list[float]] = {name: [] for name in METHOD_NAMES}
     for number in range(warm_up + rounds):
         for name, trainer in trainers.items():
-            begin = time.perf_counter()
+            # CPU time: what other jobs of the machine do counts least.
+            begin = time.process_time()
             trainer.step(batches[number % len(batches)])
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.process_time() - begin)
     reference = seconds["full"]
     return {
         name: {

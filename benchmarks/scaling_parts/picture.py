@@ -54,7 +54,7 @@ def draw(known: Mapping[str, Any], path: Path) -> None:
         for method in measured.METHOD_NAMES:
             ys = [_value(known, f"time/{sweep}/{x}", method, "ratio") for x, _ in points]
             _curve(axis, [x for x, _ in points], ys, method, method)
-        _label(axis, f"time, measured on a CPU:\n{title}", label, "of full fine-tuning")
+        _label(axis, f"CPU time, measured:\n{title}", label, "of full fine-tuning")
     for method in ("full, ZeRO 1", "balanced, ZeRO 1", "minimal, ZeRO 1"):
         ys = [_value(known, f"time/ranks/{n}", method, "seconds") for n in measured.RANKS]
         _curve(axes[1][3], measured.RANKS, ys, method.split(",")[0], method)
@@ -103,7 +103,7 @@ def tables(known: Mapping[str, Any]) -> str:
     )
     parts.append("## Bytes sent by a rank per step, pretended worlds, BERT-base, MB of payload")
     parts.append(_traffic(known))
-    parts.append("## Time of a step, measured on a CPU")
+    parts.append("## CPU time of a step, measured, one thread")
     for sweep, (title, label, points) in measured.SWEEPS.items():
         parts.append(_time(known, sweep, title, label, [x for x, _ in points]))
     parts.append(_rank_time(known))
