@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ class RunCard:
             error: the reason of a failure.
         """
         self._content |= {"status": status, "error": error, "ended": time.time()}
-        self._write()
+        try:
+            self._write()
+        except OSError as problem:
+            # The reason of the end is on its way up; a full disk must not take its place.
+            print(f"{self._path} could not be written: {problem}", file=sys.stderr)
 
     def _write(self) -> None:
         if not self._writes:
