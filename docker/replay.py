@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -159,18 +160,25 @@ class Image:
             **more,
         }
         program = shutil.which(words[0], path=environment["PATH"]) or words[0]
-        done = subprocess.run(
+        running = subprocess.Popen(
             [program, *words[1:]],
             cwd=self._absolute(self.folder),
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
-        if done.returncode != 0:
-            raise SystemExit(
-                f"failed with {done.returncode}: {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-            )
-        return done.stdout
+        try:
+            output, errors = running.communicate()
+        except BaseException:
+            # The shell's children too, or they write on while the folder is removed.
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            raise
+        if running.returncode != 0:
+            raise SystemExit(f"failed with {running.returncode}: {shlex.join(words)}\n{output}\n{errors}")
+        return output
 
     def _path(self) -> str:
         # The base image's `python` is the one that runs this.
@@ -184,14 +192,26 @@ class Image:
         return f"{self.root}{os.path.normpath(os.path.join(self.folder, place))}"
 
 
+def _give_up(seconds: int) -> None:
+    print(f"given up after {seconds} s: this machine is too slow or too busy to tell")
+    sys.exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dockerfile", type=Path)
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="SECONDS", help="give up then, without a verdict"
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
+    # Ending by an exception removes the gigabytes of the temporary folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    signal.signal(signal.SIGALRM, lambda *_: _give_up(arguments.limit))
+    signal.alarm(arguments.limit)
     with tempfile.TemporaryDirectory(prefix="slimfit-image-") as root:
         image = Image(
             Path(root),
