@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from slimfit_ds.activations.config import ActivationsConfig
 
 __all__ = [
+    "RECOMMENDED",
     "ConfigError",
     "FreezeConfig",
     "OptimizerStatesConfig",
@@ -86,10 +87,17 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+RECOMMENDED: Mapping[str, Any] = {"policy": "ils", "head": "always"}
+"""What `policy: auto` stands for; the evidence is in docs/fidelity.md. Fields that the block states itself win."""
+
+
 class FreezeConfig(_Model):
     """Which layers train at each step."""
 
-    policy: str = Field("ils", description="a registered policy: ils, random, none, ...")
+    policy: str = Field(
+        "ils",
+        description="a registered policy: ils, random, none, ...; auto: the recommended policy and settings",
+    )
     rate: Annotated[float, Field(ge=0, lt=1)] | RateSchedule = Field(
         0.9, description="share of the layers that is frozen at each step, in [0, 1), or a schedule"
     )
@@ -128,6 +136,14 @@ class FreezeConfig(_Model):
     check_interval: int = Field(
         1, ge=0, description="compare the active set across ranks every this many steps; 0: never"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recommended(cls, data: Any) -> Any:
+        """`policy: auto` fills in what the block does not say."""
+        if isinstance(data, Mapping) and data.get("policy") == "auto":
+            return {**RECOMMENDED, **{key: value for key, value in data.items() if key != "policy"}}
+        return data
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -76,3 +76,13 @@ def problems_of(block) -> list[str]:
     except ConfigError as error:
         return error.problems or ["a ConfigError without a problem"]
     return []
+
+
+def test_auto_fills_in_what_the_block_does_not_say():
+    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "rate": 0.95}}).freeze
+    assert (freeze.policy, freeze.head, freeze.rate) == ("ils", "always", 0.95)
+    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "head": "scheduled"}}).freeze
+    assert (freeze.policy, freeze.head) == ("ils", "scheduled")
+    # Without it nothing changes: the paper's schedule.
+    freeze = SlimFitConfig.parse({}).freeze
+    assert (freeze.policy, freeze.head, freeze.lr_scale, freeze.refresh) == ("ils", "scheduled", 1.0, None)

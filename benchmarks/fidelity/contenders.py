@@ -23,6 +23,7 @@ def frozen(policy: str, rate: float, **freeze: Any) -> dict[str, Any]:
 _POLICIES: dict[str, dict[str, Any]] = {
     # The paper, and the same with learning rates of its own for rarely trained layers.
     "ils": frozen("ils", 0.9),
+    "ours": frozen("ils", 0.9, head="always"),
     "random": frozen("random", 0.9),
     "lisa": frozen("lisa", 0.9, interval=20),
     "badam": frozen("badam", 0.9, interval=20, optimizer_states={"stale_moments": "reset"}),
@@ -57,7 +58,8 @@ _LEVERS: dict[str, dict[str, Any]] = {
     "refresh=40": {"refresh": 40},
     "interval=5": {"interval": 5},
     "interval=20": {"interval": 20},
-    "head": {"always_active": ["classifier*"]},
+    "head": {"head": "always"},
+    "head, biases x3": {"head": "always", "always_lr_scale": 3.0},
     "warm start": {"rate": {"start": 0.5, "end": 0.9, "steps": 60}},
     "moments reset": {"optimizer_states": {"stale_moments": "reset"}},
     "moments decay": {"optimizer_states": {"stale_moments": "decay"}},

@@ -26,7 +26,7 @@ from contenders import CONTENDERS, LEVERS
 from problems import PROBLEMS
 from training import Run, train
 
-GRID = (1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
+GRID = (2.5e-4, 6e-4, 1.5e-3)
 RESULTS = Path(__file__).with_name("results")
 
 
