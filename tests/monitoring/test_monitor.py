@@ -1,6 +1,7 @@
 """What is logged, when, and that a broken backend ends nothing."""
 
 import statistics
+import time
 
 import numpy as np
 import pytest
@@ -187,3 +188,35 @@ def test_tensorboard_through_deepspeed(tmp_path):
     csv = (tmp_path / "csv" / "freeze_frozen_layers.csv").read_text().splitlines()
     assert csv[0] == "step,frozen_layers"
     assert [row.split(",")[0] for row in csv[1:]] == ["5", "10", "15", "20"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_rank")
+def test_wandb_offline(tmp_path, monkeypatch):
+    """A whole run without a network: its record and the pictures lie in the run's folder."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    from slimfit_ds.engine.monitors import make_monitors
+    from slimfit_ds.monitoring.backends import monitor_blocks, settle_wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "WANDB_NAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    settle_wandb(tmp_path)
+    lines: list[dict] = []
+    blocks = monitor_blocks(["wandb"], {}, tmp_path)
+    share = FrozenShare(Engine())
+    logs = Monitor(lambda: make_monitors(blocks), share, steps=20, every=5, history=lambda: lines)
+    for step in range(20):
+        lines.append(line(step))
+        logs.log(lines[-1])
+    logs.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (record,) = run.glob("run-*.wandb")
+    # Its own process writes the record, a moment after `finish` has returned.
+    until = time.monotonic() + 20
+    while b"train/loss" not in record.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert b"train/loss" in record.read_bytes()
+    assert 1 <= len(list(run.rglob("schedule_*.png"))) <= 10
