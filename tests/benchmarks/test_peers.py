@@ -169,3 +169,36 @@ def test_the_gpu_suite_runs_dry_on_a_cpu(tmp_path):
     assert "peers: exit code 0" in done.stdout, done.stdout
     assert "codec_speed: exit code 0" in done.stdout, done.stdout
     assert "BERT 2 x h64" in (tmp_path / "peers.md").read_text()
+
+
+def test_measured_batches_stay_under_each_cap(monkeypatch):
+    """A card and a method that are only pretended: what is asked of them, and what comes of running out of memory."""
+    from peers_methods import batch_fit
+    from peers_methods.methods import Method
+    from peers_methods.workloads import CASES
+
+    total, cap, recovered = 80 * 10**9, {}, []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: cap.update(bytes=share * total)
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    class Pretended:
+        def __init__(self):
+            self.facts = {}
+
+        def step(self, batch):
+            if 10**10 + 10**9 * len(batch["input_ids"]) > cap["bytes"]:
+                raise torch.OutOfMemoryError("pretended")
+
+        def recover(self):
+            recovered.append(True)
+
+    method = Method("pretended", "pretended", lambda request: Pretended(), 0)
+    found = batch_fit.measured_batches(method, CASES["tiny"], torch.device("cpu"))
+    assert found["largest"] == {"24 GB": 13, "32 GB": 21}
+    assert recovered
