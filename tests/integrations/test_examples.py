@@ -198,11 +198,14 @@ def test_same_active_sets_as_launch_train(work, launched):
 @pytest.mark.distributed
 def test_same_active_sets_under_accelerate_launch(work, launched):
     launcher = [str(BIN / "accelerate"), "launch", "--config_file", "examples/accelerate_ddp.yaml"]
-    # What the file says of GPUs and bf16 is overridden where there are none.
-    launcher += ["--cpu", "--mixed_precision", "no", "--main_process_port", str(free_port())]
+    # Not --cpu, with which accelerate starts one process whatever the file says; the script's --use_cpu is enough.
+    launcher += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     run(*launcher, "examples/run_glue_slimfit.py", *options(work, "ddp", BATCH // 2), *NO_SAVE)
     lines = read_history(work / "ddp" / "history.jsonl")
     assert [line["active_layers"] for line in lines] == launched
+    # The mean over both ranks: one of them alone would have seen half of each batch.
+    for ours, theirs in zip(lines, read_history(work / "launched" / "history.jsonl"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     check_outcome(work / "ddp")
 
 
