@@ -37,10 +37,11 @@ def launched(words: Sequence[str]) -> None:
         words = (" ".join(words[:2]), *words[2:])
     place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     assert place is not None, "no script"
-    options = [word for word in words[1:place] if word.startswith("-")]
-    # srun is not here, and python has no options in the documentation.
-    if words[0] in {"srun", "python", "python3"}:
-        assert words[0] == "srun" or not options
+    # A word with spaces is the value of one, such as --launcher_args.
+    options = [word for word in words[1:place] if word.startswith("-") and " " not in word]
+    # srun is not here, mpirun's package has no help text, and python has no options in the documentation.
+    if words[0] in {"srun", "mpirun", "python", "python3"}:
+        assert words[0] in {"srun", "mpirun"} or not options
     else:
         # torchrun takes both spellings.
         known = usage(words[0]).replace("_", "-")
@@ -173,6 +174,18 @@ TABLE: dict[str, Callable[[Sequence[str]], None]] = {
         "tests/docs/test_docs_commands.py::test_the_quick_start"
     ),
     "slimfit-ds report outputs/digits_vit*": run_by("tests/docs/test_docs_commands.py::test_the_quick_start"),
+    "torchrun --nnodes 2 * launch/train.py *": run_by("tests/launch/test_two_hosts.py::test_torchrun"),
+    "deepspeed --hostfile * --no_ssh * launch/train.py *": run_by(
+        "tests/launch/test_two_hosts.py::test_deepspeed_without_ssh"
+    ),
+    "deepspeed --hostfile * --launcher openmpi * launch/train.py *": run_by(
+        "tests/launch/test_two_hosts.py::test_deepspeed_by_openmpi"
+    ),
+    "deepspeed --hostfile * launch/train.py *": run_by(
+        "tests/launch/test_two_hosts.py::test_deepspeed_by_pdsh"
+    ),
+    "mpirun --host host-a* launch/train.py *": run_by("tests/launch/test_two_hosts.py::test_mpirun"),
+    "torchrun * launch/doctor.py": run_by("tests/doctor/test_doctor.py::test_torchrun_gives_one_report"),
     "torchrun * launch/train.py *": run_by("tests/launch/test_train.py::test_torchrun_with_accumulation"),
     "deepspeed * launch/train.py *": run_by("tests/launch/test_train.py::test_deepspeed"),
     "mpirun * launch/train.py *": run_by("tests/launch/test_train.py::test_mpirun"),
@@ -207,6 +220,9 @@ TABLE: dict[str, Callable[[Sequence[str]], None]] = {
     "pytest *": pytest_files,
     ".venv/bin/python -m *": python_module,
     "make *": make,
+    "sbatch *": exists,
+    "kubectl *": exists,
+    "docker *": exists,
     "pip install *": pip,
     "python3 -m venv .venv": python_module,
     ". .venv/bin/activate": exists,
