@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.freezing import FreezeSchedule, discover
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
-from slimfit_ds.monitoring.run_card import RunCard
+from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.slimming import SlimHandle
-from slimfit_ds.training.history import History
 
 __all__ = ["SlimFitCallback"]
 
@@ -45,8 +43,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
 
     Args:
         config: the `"slimfit"` block; `memory_budget` and some of `optimizer_states` need the DeepSpeed engine.
-        history: write `history.jsonl` to the output folder: a line for each step with learning rate, active layers
-            and their statistics, and loss and evaluation where the Trainer reports them.
+        history: write `history.jsonl` and `run.json` to the output folder, for `slimfit-ds report`: for each step the
+            learning rate, active layers and their statistics, loss and evaluation where the Trainer reports them.
 
     Raises:
         ConfigError: all problems of the block, or (when the Trainer is made) of the block with this model and
@@ -63,10 +61,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         self._writes_history = history
         self._handle: SlimHandle | None = None
         self._gradients: ActiveGradients | None = None
-        self._history: History | None = None
-        self._card: RunCard | None = None
-        self._line: dict[str, Any] | None = None
-        self._started = 0.0
+        self._run_log: RunLog | None = None
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -126,21 +121,18 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         combine = self._gradients.average if self._gradients is not None else None
         self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
         if self._writes_history:
-            folder, writes = Path(args.output_dir or "trainer_output"), state.is_world_process_zero
-            if writes:
-                folder.mkdir(parents=True, exist_ok=True)
-            self._history = History(folder / "history.jsonl", state.global_step, writes=writes)
-            facts = {
-                "steps": state.max_steps,
-                "layers": {name: p.numel() for name, p in trainable.items() if name in self.layer_names},
-            }
-            self._card = RunCard(folder / "run.json", facts, writes=writes)
+            self._run_log = RunLog(
+                Path(args.output_dir or "trainer_output"),
+                self._handle.schedule,
+                state.global_step,
+                {"steps": state.max_steps, "world_size": args.world_size, "seed": args.seed},
+                writes=state.is_world_process_zero,
+            )
 
     def _resume(self, state: TrainerState) -> None:
         assert self._handle is not None
-        states: Any = (
-            state.stateful_callbacks
-        )  # a list until the Trainer has made it the mapping that it saves
+        # Declared as a list of callbacks; by now it is the mapping that the Trainer saves.
+        states: Any = state.stateful_callbacks
         entry = states.get(type(self).__name__) or {}
         saved = (entry[0] if isinstance(entry, list) else entry).get("attributes", {}).get("saved_schedule")
         if saved is None:
@@ -155,17 +147,10 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._write_line()
-        assert self._handle is not None
-        active = self.active_layers
-        self._line = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "loss": None,
-            "lr": float(kwargs["optimizer"].param_groups[0]["lr"]),
-            "active_layers": [name for name in self.layer_names if name in active],
-        }
-        self._started = time.perf_counter()
+        if self._run_log is not None:
+            self._run_log.begin(
+                state.global_step, state.epoch, float(kwargs["optimizer"].param_groups[0]["lr"])
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,12 +165,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self._handle is not None
-        assert self._line is not None
-        schedule = self._handle.schedule
-        statistics = {schedule.names[i]: value for i, value in schedule.statistics.items()}
-        self._line["statistics"] = {name: statistics.get(name) for name in self._line["active_layers"]}
-        self._line["seconds"] = time.perf_counter() - self._started
+        if self._run_log is not None:
+            self._run_log.end()
 
     def on_log(
         self,
@@ -195,8 +176,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._line is not None and logs and "loss" in logs:
-            self._line["loss"] = float(logs["loss"])
+        if self._run_log is not None and logs and "loss" in logs:
+            self._run_log.add(loss=float(logs["loss"]))
 
     def on_evaluate(
         self,
@@ -206,33 +187,24 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._line is not None and metrics:
-            self._line["evaluation"] = {
-                name.removeprefix("eval_"): value
-                for name, value in metrics.items()
-                if isinstance(value, int | float)
-            }
+        if self._run_log is not None and metrics:
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self._run_log.add(evaluation={n.removeprefix("eval_"): value for n, value in numbers.items()})
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._write_line()
-
-    def _write_line(self) -> None:
-        """The line of the last step: loss and metrics are known only after the step's end."""
-        if self._line is not None and self._history is not None:
-            self._history.add(self._line)
-        self._line = None
+        if self._run_log is not None:
+            self._run_log.flush()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give back the model as it was: every weight trainable, nothing compressed."""
-        self._write_line()
-        if self._card is not None:
-            self._card.end("finished")
         if self._handle is not None:
             self.saved_schedule = self._handle.state_dict()
+        if self._run_log is not None:
+            self._run_log.close("finished" if state.global_step >= state.max_steps else "stopped")
         self._remove()
         show_to_ddp(kwargs["model"])
 
@@ -241,9 +213,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             self._handle.remove()
         if self._gradients is not None:
             self._gradients.remove()
-        if self._history is not None:
-            self._history.close()
-        self._handle = self._gradients = self._history = self._card = self._line = None
+        self._handle = self._gradients = self._run_log = None
 
 
 def _wrapped_by_ddp() -> bool:
