@@ -48,13 +48,12 @@ def planned_writes(recipe: Recipe, parameters: int) -> Writes:
     weights = parameters * BYTES[recipe.dtype]
     # Two moments, and a master of 16-bit weights, in float32; adapters train next to nothing.
     states = 0 if recipe.lora is not None else parameters * (8 if recipe.dtype == "fp32" else 12)
-    saves = recipe.keep_last + 1
-    if recipe.save_steps is None:
-        saves = 1
-    elif recipe.max_steps is not None:
-        saves = -(-recipe.max_steps // recipe.save_steps)
     # A new one is whole before an old one goes, and the best one stays.
-    checkpoints = min(saves, recipe.keep_last + 1 + (recipe.eval_steps is not None))
+    checkpoints = recipe.keep_last + 1 + (recipe.eval_steps is not None)
+    if recipe.save_steps is None:
+        checkpoints = 1
+    elif recipe.max_steps is not None:
+        checkpoints = min(checkpoints, -(-recipe.max_steps // recipe.save_steps))
     models = (3 if recipe.eval_steps is not None else 1) if recipe.save_model else 0
     return Writes(checkpoints, weights + states, models, weights)
 
