@@ -118,6 +118,18 @@ _ALL = (
         "cpu",
         Workload("bert-base-uncased", 8, 128, "question_answering"),
     ),
+    # The width of BERT-base and its share of embeddings, a third of its depth: for profiles.
+    Case(
+        "bert-768",
+        "BERT 4 x h768, b8 s128",
+        "profile",
+        Workload(
+            {"model_type": "bert", "num_hidden_layers": 4, "vocab_size": 10000},
+            8,
+            128,
+            "question_answering",
+        ),
+    ),
     # For tests: seconds on any machine.
     Case(
         "tiny",
