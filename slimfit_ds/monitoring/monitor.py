@@ -15,7 +15,7 @@ from slimfit_ds.monitoring.pictures import schedule_image
 
 __all__ = ["PICTURES", "Monitor", "events_of_lines"]
 
-PICTURES = 10
+PICTURES = 5
 """Pictures of the schedule in the course of a run; each reads the whole history."""
 
 Event = tuple[str, float, int]

@@ -15,7 +15,7 @@ SMALL, LARGE = np.array([253, 231, 37]), np.array([68, 1, 84])
 """Colours of the smallest and the largest update."""
 
 
-def schedule_image(history: Sequence[Mapping[str, Any]], layers: Sequence[str], scale: int = 4) -> np.ndarray:
+def schedule_image(history: Sequence[Mapping[str, Any]], layers: Sequence[str], scale: int = 3) -> np.ndarray:
     """`[height, width, 3]` uint8: rows are layers, columns steps; white is frozen.
 
     Args:
@@ -33,5 +33,6 @@ def schedule_image(history: Sequence[Mapping[str, Any]], layers: Sequence[str], 
     size = (np.log(np.where(trained & (matrix > 0), matrix, np.exp(low))) - low) / max(high - low, 1e-9)
     colours = SMALL + size[..., None] * (LARGE - SMALL)
     picture = np.where(trained[..., None], colours, 255).astype(np.uint8)
-    across = max(1, min(scale, 1200 // max(1, matrix.shape[1])))
+    # Narrow is enough for many steps: encoding a large picture takes as long as a small step.
+    across = max(1, min(scale, 600 // max(1, matrix.shape[1])))
     return picture.repeat(scale, axis=0).repeat(across, axis=1)

@@ -71,7 +71,7 @@ def comparison_rows(run: RunData, base: RunData) -> list[dict[str, str]]:
                 "name": name,
                 "mine": texts[0],
                 "other": texts[1],
-                "ratio": f"{ratio:.2f}\N{MULTIPLICATION SIGN}" if math.isfinite(ratio) else MISSING,
+                "ratio": _times(ratio),
                 "verdict": verdict,
             }
         )
@@ -126,3 +126,11 @@ def human_time(seconds: float) -> str:
         return human_seconds(seconds)
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _times(ratio: float) -> str:
+    """`0.56x` with a proper sign; small ones keep two digits."""
+    if not math.isfinite(ratio):
+        return MISSING
+    text = f"{ratio:.2f}" if abs(ratio) >= 0.1 else short_number(float(f"{ratio:.2g}"))
+    return f"{text}\N{MULTIPLICATION SIGN}"

@@ -183,7 +183,7 @@ def test_tensorboard_through_deepspeed(tmp_path):
     ]
     images = events.Images("freeze/schedule")
     assert [image.step for image in images][-1] == 20
-    assert len(events.Images("freeze/schedule")) <= 10
+    assert len(events.Images("freeze/schedule")) <= 5
     assert events.Histograms("freeze/log10_statistic")
     csv = (tmp_path / "csv" / "freeze_frozen_layers.csv").read_text().splitlines()
     assert csv[0] == "step,frozen_layers"
@@ -219,4 +219,4 @@ def test_wandb_offline(tmp_path, monkeypatch):
     while b"train/loss" not in record.read_bytes() and time.monotonic() < until:
         time.sleep(0.1)
     assert b"train/loss" in record.read_bytes()
-    assert 1 <= len(list(run.rglob("schedule_*.png"))) <= 10
+    assert 1 <= len(list(run.rglob("schedule_*.png"))) <= 5
