@@ -15,6 +15,7 @@ _STYLE = {
     "checkpointing": ("#d08020", "s"),
     "balanced": ("#3070c0", "^"),
     "minimal": ("#1a9050", "D"),
+    "minimal, loss in chunks": ("#80c060", "v"),
 }
 GIB = 2**30
 
