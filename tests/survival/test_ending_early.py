@@ -69,6 +69,13 @@ def test_a_rank_that_falls_silent_is_named_in_time(server, rank):
     assert "Traceback" not in done.logs[other]
 
 
+def test_a_job_that_is_suspended_for_longer_than_the_limit_goes_on(server, whole):
+    fault = {"rank": "all", "kind": "step", "number": 3, "how": "suspend"}
+    done = server.launch("--config", "recipe.yaml", "output_dir=suspended", fault=fault)
+    assert done.codes == [0, 0], done.logs
+    assert contents(server.folder / "suspended") == contents(server.folder / "whole")
+
+
 def test_a_rank_that_fails_is_named_with_its_reason(server):
     fault = {"rank": 1, "kind": "backward", "number": 2, "how": "fail"}
     done = server.launch("--config", "recipe.yaml", "output_dir=failed", fault=fault)

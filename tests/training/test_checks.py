@@ -61,6 +61,19 @@ def problems_of(path, *overrides, ranks=Ranks()):  # noqa: B008
     return caught.value.problems
 
 
+def test_plain_deepspeed_cannot_leave_steps_out(good):
+    (problem,) = problems_of(good, "on_nonfinite=skip", "slimfit=null")
+    assert problem.startswith("on_nonfinite 'skip' needs a slimfit block")
+    assert inspect(read_recipe(good, ["on_nonfinite=stop", "slimfit=null"]), Ranks()).recipe.slimfit is None
+
+
+def test_a_disk_that_is_too_small_is_among_the_problems(good, monkeypatch):
+    monkeypatch.setattr("slimfit_ds.training.checks.space.free_bytes", lambda folder: 10000)
+    problems = problems_of(good, "gradient_clipping=-1")
+    assert len(problems) == 2
+    assert "GiB free, and this run writes up to" in problems[1]
+
+
 def test_the_sound_recipe_passes_and_knows_its_data(good):
     found = inspect(read_recipe(good), Ranks())
     assert (len(found.splits.train), len(found.splits.evaluation)) == (16, 7)
@@ -77,6 +90,8 @@ def test_the_sound_recipe_passes_and_knows_its_data(good):
         ("train_batch_size=64", ["train_batch_size", "16 training examples"]),
         ("warmup_steps=2", ["warmup_steps", "2"]),
         ("lr=-1", ["lr", "-1"]),
+        ("on_nonfinite=retry", ["on_nonfinite", "stop", "skip", "retry"]),
+        ("rank_timeout=0", ["rank_timeout", "0"]),
         ("slimfit.freeze.rate=1.5", ["slimfit.freeze.rate must be in [0, 1)", "1.5"]),
         ("slimfit.freeze.rate=1.0", ["slimfit.freeze.rate", "1.0"]),
         ("slimfit.freeze.polcy=ils", ["slimfit.freeze.polcy", "'policy'"]),

@@ -95,6 +95,19 @@ def slimfit_values(found: Inspection) -> None:
         raise ConfigError(problems)
 
 
+@needs("on_nonfinite", "slimfit", after=("deepspeed_file",))
+def steps_left_out(found: Inspection) -> None:
+    from slimfit_ds.training.deepspeed_config import slimfit_block
+
+    if found.recipe.on_nonfinite == "skip" and slimfit_block(found.recipe, found.base) is None:
+        raise ConfigError(
+            [
+                "on_nonfinite 'skip' needs a slimfit block: plain DeepSpeed has moved the weights before a loss can be "
+                "looked at; use stop, or slimfit={freeze: {policy: none}} for full fine-tuning"
+            ]
+        )
+
+
 @needs("dtype", "deepspeed", "slimfit", after=("deepspeed_file",))
 def precision_and_stage(found: Inspection) -> None:
     from slimfit_ds.training.deepspeed_config import slimfit_block
