@@ -35,9 +35,12 @@ def hide_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
     setattr(model, _IGNORED, [*getattr(model, _IGNORED, ()), *ranked[1:]])
 
 
-def show_to_ddp(model: nn.Module) -> None:
-    """Undo `hide_from_ddp` for wrappers made from now on."""
-    if hasattr(model, _IGNORED):
+def show_to_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Undo `hide_from_ddp` for wrappers made from now on; what others have hidden stays so."""
+    others = set(getattr(model, _IGNORED, ())) - set(names)
+    if others:
+        setattr(model, _IGNORED, sorted(others))
+    elif hasattr(model, _IGNORED):
         delattr(model, _IGNORED)
 
 

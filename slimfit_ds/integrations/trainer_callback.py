@@ -93,7 +93,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         self._check(args, model)
         if _wrapped_by_ddp():
-            hide_from_ddp(model, [name for name, p in model.named_parameters() if p.requires_grad])
+            hide_from_ddp(model, _trainable(model))
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
         problems = _argument_problems(args, self.config)
@@ -112,7 +112,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._remove()
         self._check(args, model)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = _trainable(model)
         self._handle = SlimHandle(model, self.config)
         if state.global_step:
             self._resume(state)
@@ -206,7 +206,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._run_log is not None:
             self._run_log.close("finished" if state.global_step >= state.max_steps else "stopped")
         self._remove()
-        show_to_ddp(kwargs["model"])
+        show_to_ddp(kwargs["model"], _trainable(kwargs["model"]))
 
     def _remove(self) -> None:
         if self._handle is not None:
@@ -214,6 +214,10 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._gradients is not None:
             self._gradients.remove()
         self._handle = self._gradients = self._run_log = None
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _wrapped_by_ddp() -> bool:

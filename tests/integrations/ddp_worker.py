@@ -40,7 +40,13 @@ if differing and os.environ["RANK"] == "1":
             parameter.add_(0.1)
 trainer = Trainer(
     model,
-    arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no"),
+    arguments(
+        folder,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=6,
+    ),
     train_dataset=Sentences(),
     callbacks=[callback, watch, CountBytes()],
 )
@@ -53,6 +59,18 @@ try:
     refusal = ""
 except RuntimeError as error:
     refusal = str(error)
+again = slimfit_ds.SlimFitCallback({"freeze": {"rate": 0.8}, "activations": activations})
+rest = Watch(lambda: again.active_layers)
+resumed = Trainer(
+    classifier(),
+    arguments(folder / "rest", per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    train_dataset=Sentences(),
+    callbacks=[again, rest],
+)
+resumed.model_accepts_loss_kwargs = False
+resumed.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+pairs = zip(resumed.model.parameters(), trainer.model.parameters(), strict=True)
+same = rest.sets == watch.sets[6:] and all(torch.equal(a, b) for a, b in pairs)
 state = {name: p.detach().double().sum().item() for name, p in trainer.model.named_parameters()}
 everyone: list = [None] * dist.get_world_size()
 dist.all_gather_object(everyone, (watch.sets, watch.moved, state))
@@ -66,6 +84,7 @@ if dist.get_rank() == 0:
                 "sent": sent,
                 "reduced_by_ddp": sum(p.numel() for p in wrapper._module_parameters if p.requires_grad),
                 "refusal": refusal,
+                "resumed_as_whole": same,
             }
         ),
         flush=True,

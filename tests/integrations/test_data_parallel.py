@@ -10,11 +10,13 @@ from test_trainer_callback import assert_same_weights, reference
 from trainer_cases import classifier
 
 from slimfit_ds.freezing import discover
+from slimfit_ds.integrations.data_parallel import hide_from_ddp, show_to_ddp
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("differing", ["0", "1"], ids=["same start", "other start on rank 1"])
 def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
     found = run_ranks(WORKER, str(tmp_path), differing, "exact")
@@ -36,4 +38,19 @@ def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
     assert steps == [4 * (biases + sum(layers[name] for name in active)) for active in sets]
     # DDP holds buckets for the smallest parameter alone.
     assert found["reduced_by_ddp"] == min(p.numel() for p in model.parameters())
+    assert found["resumed_as_whole"]
     assert "wrap the model anew" in found["refusal"]
+
+
+def test_hiding_parameters_leaves_what_others_have_hidden():
+    model = classifier()
+    names = [name for name, _ in model.named_parameters()]
+    hide_from_ddp(model, names)
+    hidden = set(model._ddp_params_and_buffers_to_ignore)
+    assert len(hidden) == len(names) - 1
+    show_to_ddp(model, names)
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+    model._ddp_params_and_buffers_to_ignore = ["mine"]
+    hide_from_ddp(model, names)
+    show_to_ddp(model, names)
+    assert model._ddp_params_and_buffers_to_ignore == ["mine"]
