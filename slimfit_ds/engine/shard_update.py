@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.units import Piece, pieces
@@ -165,18 +166,14 @@ class ShardUpdater(Generic[_Unit]):
             for state, piece, shard in zip(states, bucket, shards, strict=True)
         ]
         moments = self._layout.load(states, bucket, options)
-        if factor != 1.0:
-            torch._foreach_mul_(updates, factor)
-        if self._statistic.of_gradient:
-            self._measure(bucket, updates, weights, sums)
-        self._rule.update(updates, weights, moments, [state.step for state in states], options)
-        for piece, update in zip(bucket, updates, strict=True):
-            # Every rule's update is proportional to the learning rate.
-            if (scale := self.lr_factors.get(piece.unit.layer, 1.0)) != 1.0:
-                update.mul_(scale)
-        if not self._statistic.of_gradient:
-            self._measure(bucket, updates, weights, sums)
-        torch._foreach_add_(weights, updates)
+        steps = [state.step for state in states]
+        # Every rule's update is proportional to the learning rate.
+        scales = [self.lr_factors.get(piece.unit.layer, 1.0) for piece in bucket]
+        if self._rule.fused is not None and self._statistic.sums and runs_in_triton(updates[0]):
+            found = self._rule.fused(updates, weights, moments, steps, options, factor=factor, scales=scales)
+            self._add(bucket, found[:, list(self._statistic.sums)], sums)
+        else:
+            self._step_in_torch(bucket, updates, weights, moments, steps, options, factor, scales, sums)
         self._layout.store(states, moments)
         for shard, weight in zip(shards, weights, strict=True):
             if shard.data_ptr() == weight.data_ptr():
@@ -184,6 +181,31 @@ class ShardUpdater(Generic[_Unit]):
             if shard.dtype is torch.bfloat16 and self._config.bf16_weights == "stochastic_rounding":
                 weight = stochastic_round_bf16(weight, self._rounding)
             shard.copy_(weight)
+
+    def _step_in_torch(
+        self,
+        bucket: Sequence[Piece[_Unit]],
+        updates: list[Tensor],
+        weights: list[Tensor],
+        moments: Mapping[str, Sequence[Tensor]],
+        steps: Sequence[int],
+        options: Mapping[str, Any],
+        factor: float,
+        scales: Sequence[float],
+        sums: dict[int, Tensor],
+    ) -> None:
+        """Turn gradients into updates in place, measure them, and add them to the weights."""
+        if factor != 1.0:
+            torch._foreach_mul_(updates, factor)
+        if self._statistic.of_gradient:
+            self._measure(bucket, updates, weights, sums)
+        self._rule.update(updates, weights, moments, steps, options)
+        for update, scale in zip(updates, scales, strict=True):
+            if scale != 1.0:
+                update.mul_(scale)
+        if not self._statistic.of_gradient:
+            self._measure(bucket, updates, weights, sums)
+        torch._foreach_add_(weights, updates)
 
     def _measure(
         self,
@@ -193,9 +215,15 @@ class ShardUpdater(Generic[_Unit]):
         sums: dict[int, Tensor],
     ) -> None:
         """Add up the statistic of updates or gradients, before the weights change."""
-        for piece, change, weight in zip(bucket, changes, weights, strict=True):
+        layers = [i for i, piece in enumerate(bucket) if piece.unit.layer is not None]
+        parts = [self._statistic.of_update(changes[i], weights[i]) for i in layers]
+        self._add([bucket[i] for i in layers], parts, sums)
+
+    @staticmethod
+    def _add(bucket: Sequence[Piece[_Unit]], parts: Iterable[Tensor], sums: dict[int, Tensor]) -> None:
+        """Add partial sums of the statistic of each piece to those of its unit, if that is a layer."""
+        for piece, part in zip(bucket, parts, strict=True):
             if piece.unit.layer is not None:
-                part = self._statistic.of_update(change, weight)
                 known = sums.get(piece.unit.index)
                 sums[piece.unit.index] = part if known is None else known + part
 

@@ -29,6 +29,9 @@ class Statistic:
     """(totals of the sums, elements of the whole layer) -> the statistic."""
     of_gradient: bool = False
     """Whether `partial` takes the gradient (after loss scale and clipping) instead of the update."""
+    sums: tuple[int, ...] = ()
+    """Which of the sums |dW| / max(|W|, |dW|), dW^2 and W^2 `partial` gives, where it gives these: an optimizer
+    step that leaves all three behind measures for free."""
 
     def of_update(self, update: Tensor, weight: Tensor) -> Tensor:
         """`partial`, a cache's worth of elements at a time: the intermediates never reach main memory.
@@ -89,11 +92,11 @@ STATISTICS: dict[str, Statistic] = {
     # The paper's mean(|dW / W|) divides by zero where a weight is zero, and a single weight near zero
     # outweighs a million others. Here each element counts |dW| / max(|W|, |dW|): the same number
     # wherever the update is smaller than the weight, at most 1 elsewhere, and no epsilon to tune.
-    "relative_update": Statistic(1, _relative_update, lambda sums, numel: sums[0] / max(numel, 1)),
+    "relative_update": Statistic(1, _relative_update, lambda sums, numel: sums[0] / max(numel, 1), sums=(0,)),
     # ||dW|| / ||W||: large weights count more than small ones.
-    "relative_norm": Statistic(2, _squared_norms, _ratio_of_norms),
+    "relative_norm": Statistic(2, _squared_norms, _ratio_of_norms, sums=(1, 2)),
     # ||dW||
-    "update_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0])),
+    "update_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0]), sums=(1, 2)),
     # ||g||
     "gradient_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0]), True),
     # ||g|| / ||W||

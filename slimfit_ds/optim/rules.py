@@ -36,6 +36,8 @@ class UpdateRule:
     """(states of one layer, missed steps, hyperparameters): what zero gradients would have made of them."""
     unsupported: tuple[str, ...] = ()
     """Options of the torch optimizer that must be off."""
+    fused: Callable[..., Tensor] | None = None
+    """The update, its addition to the weights and the sums of statistics in one kernel: `triton_adam.adam_step`."""
 
 
 def _adam_update(
@@ -70,6 +72,18 @@ def _adamw_update(gradients, weights, states, steps, options) -> None:
 
 def _adam_l2_update(gradients, weights, states, steps, options) -> None:
     _adam_update(gradients, weights, states, steps, options, decoupled=False)
+
+
+def _fused_adamw(*args: Any, **kwargs: Any) -> Tensor:
+    from slimfit_ds.optim.triton_adam import adam_step
+
+    return adam_step(*args, **kwargs, decoupled=True)
+
+
+def _fused_adam_l2(*args: Any, **kwargs: Any) -> Tensor:
+    from slimfit_ds.optim.triton_adam import adam_step
+
+    return adam_step(*args, **kwargs, decoupled=False)
 
 
 def _adam_decay(states: Mapping[str, Tensor], missed: int, options: Hyperparameters) -> None:
@@ -117,7 +131,12 @@ RULES: dict[str, UpdateRule] = {
     for rule in (
         # Loshchilov and Hutter, "Decoupled Weight Decay Regularization", as torch.optim.AdamW.
         UpdateRule(
-            "AdamW", lambda o: _ADAM_STATES, _adamw_update, _adam_decay, ("amsgrad", "maximize", "capturable")
+            "AdamW",
+            lambda o: _ADAM_STATES,
+            _adamw_update,
+            _adam_decay,
+            ("amsgrad", "maximize", "capturable"),
+            _fused_adamw,
         ),
         UpdateRule(
             "Adam",
@@ -125,6 +144,7 @@ RULES: dict[str, UpdateRule] = {
             _adam_l2_update,
             _adam_decay,
             ("amsgrad", "maximize", "capturable"),
+            _fused_adam_l2,
         ),
         UpdateRule("SGD", _sgd_states, _sgd_update, _sgd_decay, ("maximize",)),
     )
