@@ -163,7 +163,10 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     rows: dict[str, dict[str, list[float]]] = {
         m: {"step": [], "processor": [], "schedule": []} for m in options.methods
     }
+    start = time.perf_counter()
     for number in range(options.warm_up + options.rounds):
+        if time.perf_counter() - start > options.seconds and number > options.warm_up:
+            break
         for method in options.methods:
             taken = run(method)
             if number >= options.warm_up:
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--rate", type=float, default=0.95)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=200, help="start no new round after this time")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rows", type=int, default=8)
@@ -244,6 +248,7 @@ def main() -> None:
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key != "json"}
         settings |= {
+            "rounds": len(rows["full"]["step"]),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "machine": platform.processor() or platform.machine(),

@@ -42,7 +42,8 @@ class NormKind:
         """x_hat and the reciprocal deviation, both fp32 (fp64 for fp64), of x [..., hidden]: [..., hidden], [..., 1]."""
         x = x.to(_working_dtype(x))
         if self.centred:
-            x = x - x.mean(-1, keepdim=True)
+            x_hat, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
+            return x_hat, rstd
         rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return x * rstd, rstd
 
@@ -112,19 +113,47 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy):
         x_hat, rstd, *affine = SavedTensors.restore(ctx.records, ctx.saved_tensors)
         dy = dy.to(x_hat.dtype)
-        rows = tuple(range(dy.dim() - 1))
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[1]:
-            dweight = (dy * x_hat).sum(rows).to(affine[0].dtype)
-        if ctx.needs_input_grad[2]:
-            dbias = dy.sum(rows).to(affine[-1].dtype)
-        if ctx.needs_input_grad[0]:
-            g = dy * (affine[0].to(dy.dtype) + ctx.kind.offset) if ctx.has_weight else dy
-            dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
-            if ctx.kind.centred:
-                dx -= g.mean(-1, keepdim=True)
-            dx = (dx * rstd).to(ctx.dtype)
+        scale = affine[0].to(dy.dtype) + ctx.kind.offset if ctx.has_weight else None
+        gradients = _of_layer_norm if ctx.kind.centred else _of_rms_norm
+        dx, dweight, dbias = gradients(dy, x_hat, scale, ctx.needs_input_grad[:3])
+        if dx is not None:
+            dx = dx.mul_(rstd).to(ctx.dtype)
+        if dweight is not None:
+            dweight = dweight.to(affine[0].dtype)
+        if dbias is not None:
+            dbias = dbias.to(affine[-1].dtype)
         return dx, dweight, dbias, None, None, None, None, None
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _of_layer_norm(
+    dy: Tensor, x_hat: Tensor, scale: Tensor | None, needed: tuple[bool, bool, bool]
+) -> _Gradients:
+    """dx / rstd, dscale and dbias (where needed) of LayerNorm, in one pass: x_hat is its own normalised input."""
+    zeros = dy.new_zeros((*dy.shape[:-1], 1))
+    # Where the scale is needed it is there; PyTorch's kernel wants one for the gradient of the bias too.
+    bias = scale if scale is not None or not needed[2] else torch.ones_like(dy[(0,) * (dy.dim() - 1)])
+    return torch.ops.aten.native_layer_norm_backward(
+        dy.contiguous(), x_hat, dy.shape[-1:], zeros, zeros + 1, scale, bias, list(needed)
+    )
+
+
+def _of_rms_norm(
+    dy: Tensor, x_hat: Tensor, scale: Tensor | None, needed: tuple[bool, bool, bool]
+) -> _Gradients:
+    """The same of RMSNorm."""
+    rows = tuple(range(dy.dim() - 1))
+    dx = dscale = dbias = None
+    if needed[1]:
+        dscale = (dy * x_hat).sum(rows)
+    if needed[2]:
+        dbias = dy.sum(rows)
+    if needed[0]:
+        g = dy if scale is None else dy * scale
+        dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+    return dx, dscale, dbias
 
 
 @dataclasses.dataclass(frozen=True)
