@@ -161,7 +161,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Both in one table, a pair of columns for each method."""
+    """Both in one table, a pair of columns for each method, in per cent of a step of the first method of the same run.
+
+    Each part is its share of its own step under the profiler times the step's CPU time against the first method's
+    without it: so neither the load of the machine nor the cost of the profiler as a whole moves the columns.
+    """
     names = [name for name in after["methods"] if name in before["methods"]]
     pairs = [(before["methods"][name], after["methods"][name]) for name in names]
     header = [f"{name}, {when}" for name in names for when in ("before", "after")]
@@ -169,21 +173,23 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
     def row(label: str, text: Any) -> str:
         return f"| {label} | " + " | ".join(text(one) for pair in pairs for one in pair) + " |"
 
+    def per_cent(one: dict[str, Any], part: str) -> float:
+        return 100 * one["ratio_cpu"] * one["parts"].get(part, 0.0) / one["profiled_seconds"]
+
+    facts = after["environment"]
     lines = [
-        f"before: {before['environment']['commit']}, after: {after['environment']['commit']}",
+        f"{CASES[after['case']].label}, {facts['threads']} thread(s), {facts['hardware']}; before: "
+        f"{before['environment']['commit']}, after: {facts['commit']}.",
         "",
-        "| ms per step | " + " | ".join(header) + " |",
+        "| % of a step of full | " + " | ".join(header) + " |",
         "|---|" + "---:|" * len(header),
-        row("as it is, median", lambda m: f"{1000 * m['seconds']:.0f}"),
-        row("of full, median of rounds", lambda m: f"{m['ratio']:.3f}"),
-        row("of full, CPU time", lambda m: f"{m['ratio_cpu']:.3f}"),
-        row("under the profiler", lambda m: f"{1000 * m['profiled_seconds']:.0f}"),
-        row("operations", lambda m: f"{m['operations']:.0f}"),
+        row("CPU time of a step, median of rounds", lambda m: f"**{100 * m['ratio_cpu']:.0f}**"),
     ]
     for part in PARTS:
-        if any(one["parts"].get(part, 0.0) > 5e-4 for pair in pairs for one in pair):
-            lines.append(row(part, lambda m, part=part: f"{1000 * m['parts'].get(part, 0.0):.1f}"))
-    lines.append(row("schedule, share of a step", lambda m: f"{own_share(m['schedule'])[0]:.2%}"))
+        if any(per_cent(one, part) >= 0.1 for pair in pairs for one in pair):
+            lines.append(row(part, lambda m, part=part: f"{per_cent(m, part):.1f}"))
+    lines.append(row("operations per step", lambda m: f"{m['operations']:,.0f}"))
+    lines.append(row("schedule, share of its own step", lambda m: f"{own_share(m['schedule'])[0]:.2%}"))
     lines.append(row("with the statistic", lambda m: f"{own_share(m['schedule'])[1]:.2%}"))
     return "\n".join(lines)
 
