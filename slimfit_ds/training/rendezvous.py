@@ -177,18 +177,18 @@ def _source_towards(address: str) -> str | None:
 
 
 def _interface_addresses() -> list[tuple[str, str]]:
-    """(interface, address) of everything that is up and leads outside."""
+    """(interface, address) of everything that leads outside, what is connected first."""
     import psutil
 
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    return [
+    # A cable that was plugged in a moment ago counts as not connected for a second: such ones are last, not left out.
+    connected = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = [
         (interface, address.address)
         for interface, addresses in psutil.net_if_addrs().items()
         for address in addresses
-        if interface in up
-        and address.family in (socket.AF_INET, socket.AF_INET6)
-        and _is_routable(address.address)
+        if address.family in (socket.AF_INET, socket.AF_INET6) and _is_routable(address.address)
     ]
+    return sorted(found, key=lambda each: each[0] not in connected)
 
 
 def _resolved(name: str) -> list[str]:

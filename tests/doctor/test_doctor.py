@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 import two_hosts
 
 from slimfit_ds.doctor import cli
 from slimfit_ds.doctor.findings import Subject, ok, problem
+from slimfit_ds.training.rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

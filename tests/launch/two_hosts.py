@@ -86,6 +86,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
             _ip("-n", space, "addr", "add", f"{address}/24", "dev", CABLE)
             _ip("-n", space, "link", "set", CABLE, "up")
             _ip("-n", space, "link", "set", "lo", "up")
+        _wait_for_the_cable(spaces)
         yield _scripts(folder, names, addresses)
     finally:
         for space in spaces:
@@ -136,6 +137,20 @@ def _scripts(folder: Path, names: tuple[str, str], addresses: tuple[str, str]) -
     for script in (on, ssh):
         script.chmod(0o755)
     return TwoHosts(names, addresses, on, ssh)
+
+
+def _wait_for_the_cable(spaces: list[str]) -> None:
+    """The kernel tells that both ends are plugged in with a delay of up to a second or two."""
+    state = ["cat", f"/sys/class/net/{CABLE}/operstate"]
+    for _ in range(100):
+        ends = [
+            subprocess.check_output(["ip", "netns", "exec", space, *state], text=True).strip()
+            for space in spaces
+        ]
+        if ends == ["up", "up"]:
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"the ends of the cable stay {ends}")
 
 
 def _ip(*arguments: str) -> None:
