@@ -214,8 +214,10 @@ class Liveness:
     def _blame_store(self, what: str) -> None:
         self._store_lost = what
         self._blame_neighbours()
-        if self._launcher_holds_store:
+        is_on_this_machine = self._ranks.rank == 0 or 0 in self._neighbours
+        if self._launcher_holds_store and is_on_this_machine:
             # Without its launcher a rank is asked to stop (see `stop_signals`); the ranks can still do that together.
+            # On another machine the launcher lives on, and waits for the store itself.
             return
         if self._ranks.rank != 0 and 0 not in self._found:
             host = self._places[0].host.split()[0]

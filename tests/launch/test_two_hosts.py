@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,6 +185,52 @@ def test_torchrun(hosts, work, one_host, crossed):
     found = read(work / "torchrun")
     assert_same_run(one_host, found, "torchrun")
     crossed(found[1])
+
+
+def test_a_cable_that_is_pulled_ends_the_run_on_both_hosts(hosts, work):
+    """Within the stated time, each with the rank that it misses and how to go on."""
+
+    def node(rank: int) -> list:
+        rendezvous = ("--master_addr", hosts.names[0], "--master_port", "29504")
+        more = ("max_steps=100000", "save_steps=5", "rank_timeout=6")
+        return [
+            *(hosts.on, hosts.names[rank], sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1", *rendezvous),
+            *train("pulled"), *more,
+        ]  # fmt: skip
+
+    logs = [work / f"pulled-{name}.log" for name in hosts.names]
+    nodes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [str(word) for word in node(rank)]
+            nodes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=work,
+                    env=environment(work, "pulled"),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        history = work / "pulled" / "history.jsonl"
+        deadline = time.monotonic() + 150
+        while not (history.is_file() and history.read_text().count("\n") > 10):
+            assert time.monotonic() < deadline, "\n".join(log.read_text() for log in logs)
+            time.sleep(0.2)
+        subprocess.run([hosts.on, "host-b", "ip", "link", "set", CABLE, "down"], check=True)
+        # The silence, its confirmation, and what torchrun takes to end.
+        codes = [process.wait(90) for process in nodes]
+    finally:
+        for process in nodes:
+            process.kill()
+        subprocess.run([hosts.on, "host-b", "ip", "link", "set", CABLE, "up"], check=True)
+    assert all(codes)
+    texts = [log.read_text() for log in logs]
+    assert "rank 0 ends: rank 1 was lost" in texts[0], texts[0][-3000:]
+    assert "rank 1 ends: rank 0 was lost" in texts[1], texts[1][-3000:]
+    assert all("the last checkpoint is pulled/checkpoints/step_" in text for text in texts)
 
 
 def test_mpirun(hosts, work, one_host, crossed):
