@@ -16,9 +16,31 @@ from slimfit_ds.activations.codecs.triton_channels import apply_channels, channe
 from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
-__all__ = ["decode_absmax", "encode_absmax"]
+__all__ = ["decode_absmax", "encode_absmax", "step_of", "to_nearest"]
 
 _TILE = 4096
+
+
+@triton.jit
+def step_of(x, reciprocal, tiny_peak, ROWS: tl.constexpr):
+    """fp32 step (a bf16 value) and inverse step [ROWS] of fp32 groups `x` [ROWS, BLOCK]."""
+    # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
+    pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    peak = tl.max(pattern, axis=1).to(tl.float32, bitcast=True)
+    raw = (peak * reciprocal).to(tl.int32, bitcast=True)
+    step = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    tiny = peak < tiny_peak
+    inverse = tl.where(tiny, 0.0, tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(tiny, 1.0, step)))
+    step = tl.where(tiny, 0.0, step)
+    step = tl.where(peak < float("inf"), step, float("nan"))
+    return step, inverse
+
+
+@triton.jit
+def to_nearest(y):
+    """int32 of fp32 values below 2^22."""
+    # Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest, ties to even.
+    return ((y + 12582912.0) - 12582912.0).to(tl.int32)
 
 
 @triton.jit
@@ -72,15 +94,7 @@ def _encode_kernel(
             x_ptr.dtype.element_ty,
         )
 
-    # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
-    pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    peak = tl.max(pattern, axis=1).to(tl.float32, bitcast=True)
-    raw = (peak * reciprocal).to(tl.int32, bitcast=True)
-    step = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
-    tiny = peak < tiny_peak
-    inverse = tl.where(tiny, 0.0, tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(tiny, 1.0, step)))
-    step = tl.where(tiny, 0.0, step)
-    step = tl.where(peak < float("inf"), step, float("nan"))
+    step, inverse = step_of(x, reciprocal, tiny_peak, ROWS)
     tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=row < groups)
 
     y = x * inverse[:, None]
@@ -90,9 +104,7 @@ def _encode_kernel(
         noise = tl.load(noise_ptr + offset, mask=inside, other=0).to(tl.float32)
         y = y + noise * (1.0 / 65536.0)
         y = tl.minimum(tl.maximum(y, LOW - WHOLE), HIGH - WHOLE)
-    # Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest, ties to even.
-    y = (y + 12582912.0) - 12582912.0
-    code = y.to(tl.int32) + WHOLE
+    code = to_nearest(y) + WHOLE
     if BITS == 8:
         tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
     else:

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimfit_ds.activations.codecs import Codec
+from slimfit_ds.activations.codecs import Codec, Encoded
+from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
+from slimfit_ds.activations.codecs.base import is_fake
+from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 from slimfit_ds.activations.storing import RECIPE, SHARED, Payload, SavedTensors
 
 __all__ = ["NormKind", "compressed_norm"]
@@ -95,8 +98,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, affine, kept: list[Any]):
         y = forward(x)
-        x_hat, rstd = kind.statistics(x)
-        encoded = codec.encode(x_hat)
+        ctx.fused = _runs_fused(x, codec)
+        if ctx.fused:
+            encoded, rstd = _encode_fused(x, kind, codec)
+        else:
+            x_hat, rstd = kind.statistics(x)
+            encoded = codec.encode(x_hat)
         kept.append(encoded)
         saved = SavedTensors()
         saved.add_payload(Payload(codec, encoded, x.shape))
@@ -111,6 +118,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        if ctx.fused and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]:
+            return *_gradient_fused(ctx, dy), None, None, None, None, None
         x_hat, rstd, *affine = SavedTensors.restore(ctx.records, ctx.saved_tensors)
         dy = dy.to(x_hat.dtype)
         scale = affine[0].to(dy.dtype) + ctx.kind.offset if ctx.has_weight else None
@@ -123,6 +132,72 @@ class _Norm(torch.autograd.Function):
         if dbias is not None:
             dbias = dbias.to(affine[-1].dtype)
         return dx, dweight, dbias, None, None, None, None, None
+
+
+def _runs_fused(x: Tensor, codec: Codec) -> bool:
+    """Whether one kernel normalises and packs: groups of integers, a power of two long, that do not cross rows.
+
+    Fake tensors stand for a device with the kernels.
+    """
+    return (
+        isinstance(codec, AbsmaxCodec)
+        and codec.rounding == "nearest"
+        and codec.grid.zero == int(codec.grid.zero)
+        and codec.group & (codec.group - 1) == 0
+        and x.shape[-1] % codec.group == 0
+        and x.is_contiguous()
+        and x.numel() > 0
+        and (runs_in_triton(x) or (is_fake(x) and x.dtype != torch.float64))
+    )
+
+
+def _encode_fused(x: Tensor, kind: NormKind, codec: Codec) -> tuple[Encoded, Tensor]:
+    """The payload of x_hat, as fp32, and the reciprocal deviation [..., 1]."""
+    assert isinstance(codec, AbsmaxCodec)
+    layout = codec.storage(x.numel(), torch.float32)
+    codes, steps = (x.new_empty(n, dtype=dtype) for dtype, n in layout)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    if not is_fake(x):
+        from slimfit_ds.activations.functions.triton_norm import encode_norm
+
+        encode_norm(
+            x.view(-1, x.shape[-1]),
+            codes,
+            steps,
+            rstd,
+            centred=kind.centred,
+            eps=kind.eps,
+            grid=codec.grid,
+            group=codec.group,
+        )
+    return Encoded((codes, steps), x.shape, torch.float32), rstd
+
+
+def _gradient_fused(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    """dx, nothing for the frozen weight, and dbias where it is needed, without writing x_hat out."""
+    codes, steps, rstd, *affine = ctx.saved_tensors
+    kind, codec = ctx.kind, ctx.records[0].payload.codec
+    dy = dy.contiguous()
+    dx = torch.empty_like(dy, dtype=ctx.dtype)
+    if not is_fake(dy):
+        from slimfit_ds.activations.functions.triton_norm import norm_gradient
+
+        norm_gradient(
+            dy.view(-1, dy.shape[-1]),
+            codes,
+            steps,
+            rstd,
+            affine[0] if ctx.has_weight else None,
+            dx.view(-1, dy.shape[-1]),
+            centred=kind.centred,
+            offset=kind.offset,
+            grid=codec.grid,
+            group=codec.group,
+        )
+    dbias = None
+    if ctx.needs_input_grad[2]:
+        dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=torch.float32).to(affine[-1].dtype)
+    return dx, None, dbias
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

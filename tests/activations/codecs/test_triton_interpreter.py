@@ -19,6 +19,7 @@ INTERPRETED = (
     "test_triton_fixed_and_masks.py",
     "test_triton_channels.py",
     "test_triton_pruning.py",
+    "test_triton_norm.py",
 )
 
 
