@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import free_port
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
 
 from slimfit_ds.training.batches import BatchPlan
 from slimfit_ds.training.history import read_history
+from slimfit_ds.training.rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

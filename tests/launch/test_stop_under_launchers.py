@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port
 from test_train import BIN, RECIPE, SCRIPT, environment
+
+from slimfit_ds.training.rendezvous import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(280)]
 

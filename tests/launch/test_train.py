@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+
+from slimfit_ds.training.rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "train.py")
