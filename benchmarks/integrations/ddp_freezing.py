@@ -46,7 +46,8 @@ class Ways:
         wrapper = DistributedDataParallel(model, find_unused_parameters=unused)
         sent = [0]
 
-        def count(state, bucket):  # no annotations: DDP reads them, and as text they are not the types it wants
+        # No annotations: DDP reads them, and as text they are not the types it wants.
+        def count(state, bucket):
             buffer = bucket.buffer().div_(dist.get_world_size())
             sent[0] += buffer.numel() * buffer.element_size()
             work = dist.all_reduce(buffer, async_op=True)
