@@ -160,6 +160,13 @@ def run_by(place: str) -> Callable[[Sequence[str]], None]:
     return check
 
 
+def shell_script(words: Sequence[str]) -> None:
+    """A script for a machine with a GPU: it is there, can be started, and the shell can read it."""
+    path = ROOT / words[0]
+    assert os.access(path, os.X_OK), f"{words[0]} is not there or not executable"
+    run(["bash", "-n", str(path)])
+
+
 def exists(words: Sequence[str]) -> None:
     """Shell commands whose program cannot be here: the files of this repository that they name are."""
     for word in words[1:]:
@@ -220,6 +227,7 @@ TABLE: dict[str, Callable[[Sequence[str]], None]] = {
     "pytest *": pytest_files,
     ".venv/bin/python -m *": python_module,
     "make *": make,
+    "benchmarks/*.sh*": shell_script,
     "sbatch *": exists,
     "kubectl *": exists,
     "docker *": exists,
