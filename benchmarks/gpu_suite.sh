@@ -44,9 +44,12 @@ left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))
 chosen=()
 [ -n "${MODELS:-}" ] && chosen+=(--models "$MODELS")
 [ -n "${METHODS:-}" ] && chosen+=(--methods "$METHODS")
+[ "$device" = cpu ] && chosen+=(--no-fit)
 LINES_SHOWN=40 part peers "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/peers.py --device "$device" \
   --budget-minutes "$left" --output "$OUT/peers" "${chosen[@]}"
-# Some places bring only a handful of files back.
-tar -C "$OUT" -czf "$OUT/results.tar.gz" --exclude results.tar.gz . && cp "$OUT/peers/table.md" "$OUT/peers.md"
+# Some places bring only a handful of files back. Packed elsewhere: tar must not meet its own output.
+packed=$(mktemp)
+tar -C "$OUT" -czf "$packed" . && mv "$packed" "$OUT/results.tar.gz"
+cp "$OUT/peers/table.md" "$OUT/peers.md"
 echo "results: $OUT/results.tar.gz, worst exit code $worst, $((SECONDS - started)) s"
 exit "$worst"
