@@ -83,7 +83,8 @@ def _label(axis: Any, title: str, x: str, y: str) -> None:
     axis.set_ylabel(y)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
 
 
@@ -112,6 +113,11 @@ def tables(known: Mapping[str, Any]) -> str:
 
 
 def _grid(title: str, first: str, columns: list[str], rows: list[list[str]]) -> str:
+    rows = [row for row in rows if any(row[1:])]
+    if not rows:
+        return f"{title[0].upper()}{title[1:]}: not run"
+    kept = [i for i in range(len(columns)) if any(row[i + 1] for row in rows)]
+    columns, rows = [columns[i] for i in kept], [[row[0], *(row[i + 1] for i in kept)] for row in rows]
     lines = [f"{title[0].upper()}{title[1:]}:", "", "| " + " | ".join([first, *columns]) + " |"]
     lines += ["|---|" + "---:|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows)]
     return "\n".join(lines)

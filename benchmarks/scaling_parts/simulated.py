@@ -53,7 +53,7 @@ SWEEPS: dict[str, tuple[str, str, list[tuple[Any, Workload]]]] = {
         [(size, replace(_LLAMA, seq=size)) for size in (1024, 4096, 16384)],
     ),
 }
-RANKS = (1, 2, 4, 8, 64)
+RANKS = (1, 8, 64)
 
 
 def memory_sweep(known: dict[str, Any], save: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ def _estimate(
 
 def traffic(known: dict[str, Any], save: Callable[[], None]) -> None:
     """Bytes sent per step in pretended worlds, in a process for each: `traffic/ranks/method`."""
-    for ranks in (2, 8, 64):
+    for ranks in (2, 64):
         for name in ("full, ZeRO 1", "full, ZeRO 3", "minimal, ZeRO 1", "minimal, ZeRO 3"):
             key = f"traffic/{ranks}/{name}"
             if key in known:
