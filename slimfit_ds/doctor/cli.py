@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slimfit_ds.doctor.building import compiler, locks
 from slimfit_ds.doctor.devices import devices, mpi_library
-from slimfit_ds.doctor.findings import Check, Subject, examine, problem
+from slimfit_ds.doctor.findings import THREADS, Check, Subject, examine, problem
 from slimfit_ds.doctor.group import TooLate, limited
 from slimfit_ds.doctor.hostfile import hostfile
 from slimfit_ds.doctor.machine import disks, limits, shared_memory
@@ -24,7 +24,7 @@ from slimfit_ds.doctor.software import constraints_file, packages, python, teste
 from slimfit_ds.doctor.together import examine_together
 from slimfit_ds.training.distributed import export, read_ranks
 
-__all__ = ["CHECKS", "main"]
+__all__ = ["CHECKS", "main", "run"]
 
 Checks = tuple[tuple[str, Check], ...]
 
@@ -61,6 +61,17 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`run` as a whole program: what hangs in a check does not keep it from ending."""
+    code = run(argv)
+    if any(thread.name == THREADS for thread in threading.enumerate()):
+        # A call that hangs in a driver or a library would keep the interpreter from ending.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def run(argv: Sequence[str] | None = None) -> int:
     """Examine this machine, and under a launcher all machines of the run together.
 
     Args:
@@ -93,13 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_text(f"slimfit-ds doctor: {machines}, {count}, {seconds:g} s", findings), flush=True)
 
     checks = tuple(named for named in CHECKS if arguments.only is None or named[0] in arguments.only)
-    code = _examine(subject, checks, show)
-    if threading.active_count() > 1:
-        # A call that hangs in a driver or a library would keep the interpreter from ending.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return _examine(subject, checks, show)
 
 
 def _examine(subject: Subject, checks: Checks, show: Callable[..., None]) -> int:

@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Check", "Finding", "Subject", "examine", "ok", "problem", "warning"]
+__all__ = ["THREADS", "Check", "Finding", "Subject", "examine", "ok", "problem", "warning"]
 
 Status = Literal["ok", "warning", "problem"]
+
+THREADS = "slimfit doctor"
+"""Name of the threads that run what may hang."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def examine(checks: Sequence[tuple[str, Check]], subject: Subject) -> list[Findi
 
     # Daemons: a call that hangs in a driver or a file system must not keep the process alive.
     threads = [
-        threading.Thread(target=run, args=(number, *named), daemon=True)
+        threading.Thread(target=run, args=(number, *named), daemon=True, name=THREADS)
         for number, named in enumerate(checks)
     ]
     for thread in threads:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from slimfit_ds.doctor.findings import THREADS
 from slimfit_ds.doctor.members import Member
 from slimfit_ds.training.distributed import Ranks
 
@@ -40,7 +41,7 @@ def limited(seconds: float, call: Callable[[], Any]) -> Any:
         except BaseException as error:  # handed to the caller
             box["error"] = error
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, daemon=True, name=THREADS)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from threading import Thread
 
-from slimfit_ds.doctor.findings import Finding, problem
+from slimfit_ds.doctor.findings import THREADS, Finding, problem
 from slimfit_ds.doctor.group import meet, own_device
 from slimfit_ds.doctor.members import Member, compare_members
 from slimfit_ds.doctor.report import Located, exit_code, merge
@@ -36,7 +36,7 @@ def examine_together(
     """
     host = socket.gethostname()
     local: list[Finding] = []
-    checks = Thread(target=lambda: local.extend(examine_machine()), daemon=True)
+    checks = Thread(target=lambda: local.extend(examine_machine()), daemon=True, name=THREADS)
     if ranks.local_rank == 0:
         checks.start()
     device, backend = own_device(ranks, os.environ)

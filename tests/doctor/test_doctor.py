@@ -99,10 +99,10 @@ def quick(monkeypatch):
 
 def test_exit_code_and_json_in_this_process(quick, capsys):
     quick(("a", lambda subject: [ok("a", "fine")]))
-    assert cli.main(["--json"]) == 0
+    assert cli.run(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == 0
     quick(("a", lambda subject: [problem("a", "bad", "do")]))
-    assert cli.main([]) == 1
+    assert cli.run([]) == 1
     assert "1 problem, no warnings" in capsys.readouterr().out
 
 
@@ -120,7 +120,7 @@ def test_options_reach_the_checks(quick, tmp_path):
         "3",
         "--local_rank=0",
     ]
-    assert cli.main(options) == 0
+    assert cli.run(options) == 0
     assert (seen[0].output_dir, seen[0].hostfile) == (Path("/o"), Path("/h"))
     assert (seen[0].ssh_port, seen[0].seconds) == (2222, 3.0)
 
@@ -128,7 +128,7 @@ def test_options_reach_the_checks(quick, tmp_path):
 @pytest.mark.parametrize("limit", ["0", "-1", "soon", "inf"])
 def test_a_time_limit_that_is_none(limit, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--time-limit", limit])
+        cli.run(["--time-limit", limit])
     assert stop.value.code == 2
 
 
