@@ -77,7 +77,7 @@ def test_column_row_sampling_leaves_only_weight_gradients_to_chance():
     }
     batch = batch_for("bert")
     _, expected = gradients(model, batch)
-    sampling = {"name": "crs", "keep": 0.5}
+    sampling = {"name": "crs", "keep": 0.5, "seed": 7}
     handle = compress(model, ActivationsConfig(operations={"linear": sampling, "wide_linear": sampling}))
     draws = [gradients(model, batch)[1] for _ in range(60)]
     handle.remove()
@@ -86,8 +86,8 @@ def test_column_row_sampling_leaves_only_weight_gradients_to_chance():
         if name not in linears:
             torch.testing.assert_close(found[0], gradient)
             continue
-        assert not torch.equal(found[0], found[1]), name
-        single = (found - gradient).norm(dim=(1, 2)).mean()
+        single = (found - gradient).norm(dim=(1, 2)).square().mean().sqrt()
+        assert single > 0.01 * gradient.norm(), name
         # The mean of n independent draws is off by 1 / sqrt(n) of a single one; a biased one stays off.
         assert (found.mean(0) - gradient).norm() < 3 * single / 60**0.5, name
 
