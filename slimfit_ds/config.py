@@ -87,7 +87,12 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-RECOMMENDED: Mapping[str, Any] = {"policy": "ils", "head": "always", "always_lr_scale": 3.0}
+RECOMMENDED: Mapping[str, Any] = {
+    "policy": "ils",
+    "statistic": "gradient_norm",
+    "head": "always",
+    "always_lr_scale": 3.0,
+}
 """What `policy: auto` stands for; the evidence is in docs/fidelity.md. Fields that the block states itself win."""
 
 

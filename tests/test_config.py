@@ -81,7 +81,7 @@ def problems_of(block) -> list[str]:
 def test_auto_fills_in_what_the_block_does_not_say():
     freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "rate": 0.95}}).freeze
     assert (freeze.policy, freeze.head, freeze.rate) == ("ils", "always", 0.95)
-    assert freeze.always_lr_scale == 3.0
+    assert (freeze.always_lr_scale, freeze.statistic) == (3.0, "gradient_norm")
     freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "head": "scheduled"}}).freeze
     assert (freeze.policy, freeze.head) == ("ils", "scheduled")
     # Without it nothing changes: the paper's schedule.

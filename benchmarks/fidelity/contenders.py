@@ -23,7 +23,9 @@ def frozen(policy: str, rate: float, **freeze: Any) -> dict[str, Any]:
 _POLICIES: dict[str, dict[str, Any]] = {
     # The paper, and the same with learning rates of its own for rarely trained layers.
     "ils": frozen("ils", 0.9),
-    "ours": frozen("ils", 0.9, head="always"),
+    "ils+head": frozen("ils", 0.9, head="always", always_lr_scale=3.0),
+    # `policy: auto`, spelled out so that old results keep their meaning.
+    "ours": frozen("ils", 0.9, head="always", always_lr_scale=3.0, statistic="gradient_norm"),
     "random": frozen("random", 0.9),
     "lisa": frozen("lisa", 0.9, interval=20),
     "badam": frozen("badam", 0.9, interval=20, optimizer_states={"stale_moments": "reset"}),
@@ -42,6 +44,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         for name, block in _POLICIES.items()
         for rate in (0.9, 0.95)
     },
+    **{
+        f"ils+head-90-{preset}": {"slimfit": {**_POLICIES["ils+head"], "activations": preset}}
+        for preset in ("balanced", "lean", "minimal")
+    },
 }
 """The table of the issue: name -> fields of `Run`."""
 
@@ -59,7 +65,13 @@ _LEVERS: dict[str, dict[str, Any]] = {
     "interval=5": {"interval": 5},
     "interval=20": {"interval": 20},
     "head": {"head": "always"},
-    "head, biases x3": {"head": "always", "always_lr_scale": 3.0},
+    "head 95": {"head": "always", "rate": 0.95},
+    "norms, bytes": {
+        "head": "always",
+        "always_lr_scale": 3.0,
+        "always_active": ["*norm*"],
+        "budget": ["activations", "parameters"],
+    },
     "warm start": {"rate": {"start": 0.5, "end": 0.9, "steps": 60}},
     "moments reset": {"optimizer_states": {"stale_moments": "reset"}},
     "moments decay": {"optimizer_states": {"stale_moments": "decay"}},
