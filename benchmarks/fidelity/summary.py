@@ -112,8 +112,9 @@ def draw(found: Sequence[Mapping[str, Any]], problem: str, steps: int, path: Pat
 
     metric = PROBLEMS[problem].metric
     table = {name: row for name, row in rows(found, problem, steps).items() if name in CONTENDERS}
+    colours = plt.get_cmap("tab20").colors
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for name, row in table.items():
+    for number, (name, row) in enumerate(table.items()):
         runs = [
             r
             for r in found
@@ -123,10 +124,10 @@ def draw(found: Sequence[Mapping[str, Any]], problem: str, steps: int, path: Pat
         value = np.mean([[100 * point[metric] for point in r["curve"]] for r in runs], axis=0)
         for axis, what in zip(axes, ("step", "seconds"), strict=True):
             at = np.mean([[point[what] for point in r["curve"]] for r in runs], axis=0)
-            axis.plot(at, value, marker=".", label=f"{name} ({len(runs)})")
-    axes[0].set(xlabel="optimizer step", ylabel=f"{metric}, points (a part of the held-out examples)")
+            axis.plot(at, value, marker=".", color=colours[number % 20], label=f"{name} ({len(runs)})")
+    axes[0].set(xlabel="optimizer step", ylabel=f"{metric}, points (last: all held-out, before: a sixth)")
     axes[1].set(xlabel="CPU seconds in training steps")
-    axes[1].legend(fontsize="small", title="contender (seeds)")
+    axes[1].legend(fontsize="small", title="contender (seeds)", bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.suptitle(problem)
     figure.savefig(path, dpi=120)
     plt.close(figure)
