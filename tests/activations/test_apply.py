@@ -96,7 +96,9 @@ def test_values_may_be_stored_apart_from_queries_and_keys():
     config = ActivationsConfig(preset="balanced", operations={"values": "int4", "active_norm": None})
     assert config.table().values == "int4"
     assert config.table().active_norm is None
-    with pytest.raises(ValueError, match="'norm' needs a codec, got null; only active_norm and values may be"):
+    with pytest.raises(
+        ValueError, match="'norm' needs a codec, got null; only active_norm and values may be"
+    ):
         ActivationsConfig(operations={"norm": None})
 
 
