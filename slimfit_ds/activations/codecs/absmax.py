@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimfit_ds.activations.codecs import cpu_support
-from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.base import Encoded, FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.cpu_support import runs_in_c
 from slimfit_ds.activations.codecs.packing import (
@@ -105,6 +106,24 @@ class AbsmaxCodec(FloatCodec):
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         groups = -(-numel // self.group)
         return (self.grid.code_dtype, packed_bytes(numel, self.grid.bits)), (torch.bfloat16, groups)
+
+    def part(self, e: Encoded, start: int, stop: int) -> Encoded:
+        """The payload of the elements `start` to `stop` in memory order, [stop - start], whole groups."""
+        codes, steps = e.tensors
+        planes = [
+            plane[start * width // 8 : -(-stop * width // 8)]
+            for width, plane in split_planes(codes, e.shape.numel(), self.grid.bits)
+        ]
+        kept = planes[0] if len(planes) == 1 else torch.cat(planes)
+        return Encoded(
+            (kept, steps[start // self.group : -(-stop // self.group)]), torch.Size([stop - start]), e.dtype
+        )
+
+    def join(self, parts: Sequence[Encoded], shape: torch.Size) -> Encoded:
+        """The payload of a contiguous tensor of this shape, from those of consecutive parts, whole groups each."""
+        planes = [split_planes(part.tensors[0], part.shape.numel(), self.grid.bits) for part in parts]
+        codes = torch.cat([plane for same in zip(*planes, strict=True) for _, plane in same])
+        return Encoded((codes, torch.cat([part.tensors[1] for part in parts])), shape, parts[0].dtype)
 
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         if runs_in_triton(flat):

@@ -22,6 +22,12 @@ from slimfit_ds.activations.codecs import Codec, Encoded
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
 from slimfit_ds.activations.codecs.base import is_fake
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
+from slimfit_ds.activations.functions.norm_rows import (
+    encode_rows,
+    gradients_of_rows,
+    layer_norm_gradients,
+    rms_norm_gradients,
+)
 from slimfit_ds.activations.storing import RECIPE, SHARED, Payload, SavedTensors
 
 __all__ = ["NormKind", "compressed_norm"]
@@ -102,8 +108,7 @@ class _Norm(torch.autograd.Function):
         if ctx.fused:
             encoded, rstd = _encode_fused(x, kind, codec)
         else:
-            x_hat, rstd = kind.statistics(x)
-            encoded = codec.encode(x_hat)
+            encoded, rstd = encode_rows(x, kind.statistics, codec)
         kept.append(encoded)
         saved = SavedTensors()
         saved.add_payload(Payload(codec, encoded, x.shape))
@@ -120,18 +125,26 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy):
         if ctx.fused and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]:
             return *_gradient_fused(ctx, dy), None, None, None, None, None
-        x_hat, rstd, *affine = SavedTensors.restore(ctx.records, ctx.saved_tensors)
-        dy = dy.to(x_hat.dtype)
-        scale = affine[0].to(dy.dtype) + ctx.kind.offset if ctx.has_weight else None
-        gradients = _of_layer_norm if ctx.kind.centred else _of_rms_norm
-        dx, dweight, dbias = gradients(dy, x_hat, scale, ctx.needs_input_grad[:3])
-        if dx is not None:
-            dx = dx.mul_(rstd).to(ctx.dtype)
+        payload, encoded = _payload(ctx)
+        rstd, *affine = SavedTensors.restore(ctx.records[1:], ctx.saved_tensors)
+        # In fp32, or fp64 with an fp64 x_hat; the offset of Gemma's norms would be lost in bf16.
+        scale = affine[0].to(encoded.dtype) + ctx.kind.offset if ctx.has_weight else None
+        formulas = layer_norm_gradients if ctx.kind.centred else rms_norm_gradients
+        dx, dweight, dbias = gradients_of_rows(
+            formulas, dy, encoded, payload.codec, rstd, scale, ctx.needs_input_grad[:3], ctx.dtype
+        )
         if dweight is not None:
             dweight = dweight.to(affine[0].dtype)
         if dbias is not None:
             dbias = dbias.to(affine[-1].dtype)
         return dx, dweight, dbias, None, None, None, None, None
+
+
+def _payload(ctx: Any) -> tuple[Payload, Encoded]:
+    """How x_hat is stored, and what is stored."""
+    record = ctx.records[0]
+    kept = tuple(ctx.saved_tensors[: record.count])
+    return record.payload, dataclasses.replace(record.payload.encoded, tensors=kept)
 
 
 def _runs_fused(x: Tensor, codec: Codec) -> bool:
@@ -198,37 +211,6 @@ def _gradient_fused(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
     if ctx.needs_input_grad[2]:
         dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=torch.float32).to(affine[-1].dtype)
     return dx, None, dbias
-
-
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _of_layer_norm(
-    dy: Tensor, x_hat: Tensor, scale: Tensor | None, needed: tuple[bool, bool, bool]
-) -> _Gradients:
-    """dx / rstd, dscale and dbias (where needed) of LayerNorm, in one pass: x_hat is its own normalised input."""
-    zeros = dy.new_zeros((*dy.shape[:-1], 1))
-    # Where the scale is needed it is there; PyTorch's kernel wants one for the gradient of the bias too.
-    bias = scale if scale is not None or not needed[2] else torch.ones_like(dy[(0,) * (dy.dim() - 1)])
-    return torch.ops.aten.native_layer_norm_backward(
-        dy.contiguous(), x_hat, dy.shape[-1:], zeros, zeros + 1, scale, bias, list(needed)
-    )
-
-
-def _of_rms_norm(
-    dy: Tensor, x_hat: Tensor, scale: Tensor | None, needed: tuple[bool, bool, bool]
-) -> _Gradients:
-    """The same of RMSNorm."""
-    rows = tuple(range(dy.dim() - 1))
-    dx = dscale = dbias = None
-    if needed[1]:
-        dscale = (dy * x_hat).sum(rows)
-    if needed[2]:
-        dbias = dy.sum(rows)
-    if needed[0]:
-        g = dy if scale is None else dy * scale
-        dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
-    return dx, dscale, dbias
 
 
 @dataclasses.dataclass(frozen=True)
