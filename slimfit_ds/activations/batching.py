@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["Chunks", "plan_chunks"]
+__all__ = ["Chunks", "Merged", "plan_chunks"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,59 @@ class Chunks:
         """Whether a result of the whole batch has a row for each sample."""
         return whole.dim() > 0 and whole.shape[0] == self.batch
 
-    def merge(self, results: Sequence[Sequence[Any]]) -> list[Any]:
-        """Results of the whole batch from those of the chunks; what has no batch dimension is the first chunk's."""
-        return [self._merge_one(column) for column in zip(*results, strict=True)]
 
-    def _merge_one(self, column: tuple[Any, ...]) -> Any:
-        rows = [stop - start for start, stop in self.bounds]
-        by_sample = (
-            all(isinstance(v, Tensor) and v.dim() > 0 for v in column)
-            and [v.shape[0] for v in column] == rows
+class Merged:
+    """Results of the whole batch, filled in chunk by chunk, so that no chunk's own result outlives it.
+
+    A tensor with a row for each sample of its chunk is joined; of anything else the first chunk's is kept.
+
+    Args:
+        plan: the chunks.
+    """
+
+    def __init__(self, plan: Chunks):
+        self._plan = plan
+        self._joins: list[bool] = []
+        self.values: list[Any] = []
+
+    @property
+    def by_row(self) -> bool:
+        """Whether every tensor so far has a row for each sample, or there is one chunk only."""
+        return len(self._plan) == 1 or all(
+            joins or not isinstance(value, Tensor)
+            for value, joins in zip(self.values, self._joins, strict=True)
         )
-        return torch.cat(column) if by_sample else column[0]
+
+    def add(self, index: int, results: Sequence[Any]) -> None:
+        """Take in the results of chunk `index`; the chunks come in order.
+
+        Raises:
+            ValueError: results of two chunks differ in more than their rows.
+        """
+        start, stop = self._plan.bounds[index]
+        if not index:
+            self._joins = [len(self._plan) > 1 and _has_rows(v, stop - start) for v in results]
+            self.values = [
+                v.new_empty((self._plan.batch, *v.shape[1:])) if joins else v
+                for v, joins in zip(results, self._joins, strict=True)
+            ]
+        for i, value in enumerate(results):
+            if not self._joins[i]:
+                continue
+            whole = self.values[i]
+            if not _has_rows(value, stop - start):
+                # Its length was that of the first chunk by chance.
+                self._joins[i], self.values[i] = False, whole[: self._plan.bounds[0][1]]
+                continue
+            if value.shape[1:] != whole.shape[1:]:
+                raise ValueError(
+                    f"results of two chunks differ: shapes {[*whole.shape[1:]]} and {[*value.shape[1:]]} of a sample"
+                )
+            whole[start:stop] = value
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
 
 
 def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None) -> Chunks:

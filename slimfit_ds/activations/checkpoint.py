@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from slimfit_ds.activations import channels as _registers_codecs  # noqa: F401
 from slimfit_ds.activations import graph, rng
 from slimfit_ds.activations.autocast import AutocastState
-from slimfit_ds.activations.batching import Chunks, plan_chunks
+from slimfit_ds.activations.batching import Chunks, Merged, plan_chunks
 from slimfit_ds.activations.codecs import Codec, get_codec
 from slimfit_ds.activations.forward_pass import Call, Outcome, as_leaves, run_forward
 from slimfit_ds.activations.storing import RECIPE, SHARED, SavedTensors, Stored
@@ -156,12 +156,12 @@ class _Record:
         """The first result of the function again, from what was saved."""
         inputs = SavedTensors.restore(self.stored, tensors)
         plan = self.plan if len(self.states) == len(self.plan) else self.plan.undivided()
-        results = []
+        merged = Merged(plan)
         for index, state in enumerate(self.states):
             with torch.no_grad(), self.autocast.entered(), rng.replay(state):
                 leaves = pytree.tree_leaves(self.call.run_again(plan.slice(inputs, index)))
-            results.append([next(leaf for leaf in leaves if isinstance(leaf, Tensor))])
-        return results[0][0] if len(results) == 1 else plan.merge(results)[0]
+            merged.add(index, [next(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+        return merged.values[0]
 
     def chunks_for(self, gradients: Sequence[Tensor | None]) -> tuple[Chunks, list[rng.RngState | None]]:
         """The chunks to recompute, with the random state of each."""

@@ -12,13 +12,15 @@ from torch.utils import _pytree as pytree
 
 from slimfit_ds.activations import graph, rng
 from slimfit_ds.activations.autocast import AutocastState
-from slimfit_ds.activations.batching import Chunks
+from slimfit_ds.activations.batching import Chunks, Merged
 from slimfit_ds.activations.scope import recomputed_part
 
 __all__ = ["Call", "Outcome", "as_leaves", "run_forward"]
 
 # Functions and modules that drew random numbers when they last ran: they start out in chunks the next time.
 _DRAWING: weakref.WeakSet = weakref.WeakSet()
+# Those with a result that belongs to no sample: it must be that of the whole batch.
+_JOINT: weakref.WeakSet = weakref.WeakSet()
 
 
 class Call:
@@ -66,11 +68,15 @@ class Outcome:
     """
 
     def __init__(
-        self, plan: Chunks, results: list[list[Any]], structure: Any, parameters: list[Tensor], states: list
+        self,
+        merged: list[Any],
+        differentiable: list[bool],
+        structure: Any,
+        parameters: list[Tensor],
+        states: list,
     ):
-        merged = results[0] if len(results) == 1 else plan.merge(results)
         self._positions = [i for i, value in enumerate(merged) if isinstance(value, Tensor)]
-        self.differentiable = [any(result[i].requires_grad for result in results) for i in self._positions]
+        self.differentiable = [differentiable[i] for i in self._positions]
         self.values: Sequence[Tensor] = [merged[i].detach() for i in self._positions]
         self.parameters, self.states = parameters, states
         self._rest = [None if isinstance(value, Tensor) else value for value in merged]
@@ -86,24 +92,40 @@ class Outcome:
 
 
 def run_forward(call: Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool) -> Outcome:
-    """Run the function on exact values, in chunks where it must be, keeping nothing for backward."""
-    divide = chunk_forward or (preserve_rng_state and call.owner in _DRAWING)
-    pieces = plan if divide else plan.undivided()
+    """Run the function on exact values, keeping nothing for backward.
+
+    In chunks where it must be, and where it may be and every result has a row for each sample: any other may depend
+    on all of them (the load balance of a mixture of experts).
+    """
+    draws = preserve_rng_state and call.owner in _DRAWING
     before = rng.capture(call.tensors) if preserve_rng_state else None
-    outcome = _run(call, pieces, preserve_rng_state)
+    outcome = None
+    if chunk_forward and not draws and call.owner not in _JOINT:
+        try:
+            outcome = _run(call, plan, preserve_rng_state, by_row=True)
+        except _Joint:
+            _JOINT.add(call.owner)
+            rng.restore(before)
+    if outcome is None:
+        outcome = _run(call, plan if draws else plan.undivided(), preserve_rng_state)
     if any(state is not None for state in outcome.states):
         _DRAWING.add(call.owner)
     else:
         _DRAWING.discard(call.owner)
-    if len(pieces) < len(plan) and outcome.states[0] is not None:
+    if len(outcome.states) < len(plan) and outcome.states[0] is not None:
         # A chunk cannot repeat its part of a dropout mask drawn for the whole batch.
         rng.restore(before)
         outcome = _run(call, plan, preserve_rng_state)
     return outcome
 
 
-def _run(call: Call, plan: Chunks, preserve_rng_state: bool) -> Outcome:
-    results, states = [], []
+class _Joint(Exception):
+    """A chunk gave a result without a row for each sample."""
+
+
+def _run(call: Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = False) -> Outcome:
+    merged, states = Merged(plan), []
+    differentiable: list[bool] = []
     parameters: dict[int, Tensor] = {}
     autocast = AutocastState.capture(call.tensors)
     for index in range(len(plan)):
@@ -116,11 +138,14 @@ def _run(call: Call, plan: Chunks, preserve_rng_state: bool) -> Outcome:
         for leaf in graph.leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
             if not any(leaf is tensor for tensor in inputs):
                 parameters.setdefault(id(leaf), leaf)
-        results.append(
-            [v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
-        )
-    with torch.no_grad():
-        return Outcome(plan, results, structure, list(parameters.values()), states)
+        carry = [isinstance(v, Tensor) and v.requires_grad for v in leaves]
+        differentiable = [a or b for a, b in zip(differentiable or carry, carry, strict=True)]
+        with torch.no_grad():
+            merged.add(index, [v.detach() if isinstance(v, Tensor) else v for v in leaves])
+        if by_row and not merged.by_row:
+            raise _Joint
+        del leaves
+    return Outcome(merged.values, differentiable, structure, list(parameters.values()), states)
 
 
 def as_leaves(tensors: Sequence[Tensor], needs_gradient: Sequence[bool]) -> list[Tensor]:

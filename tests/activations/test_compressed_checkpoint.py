@@ -320,3 +320,45 @@ def test_chunks_bound_the_working_set():
         sizes.append(mode.elements)
     assert sizes[0] == 64 * S * 4 * H
     assert sizes[1] == 64 * S * H
+
+
+def test_a_forward_pass_in_chunks_gives_the_same_and_never_holds_the_inside_of_the_whole_batch():
+    module, x = model_and_input()
+    expected = run(module, module, x.clone().requires_grad_())
+    widest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (4 * H,):
+                widest.append(result.numel() // (4 * H))
+            return result
+
+    wrapped = functools.partial(checkpoint, module, codec="exact", chunk_tokens=10, chunk_forward=True)
+    with Watch():
+        found = run(wrapped, module, x.clone().requires_grad_())
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1:], expected[1:])
+    tokens = [n for n in widest if n != 1]
+    assert tokens
+    assert max(tokens) <= max(10, H)  # the weights are [4 H, H] and [H, 4 H]
+
+
+def test_a_result_of_all_samples_is_never_that_of_a_chunk():
+    """A mixture of experts returns the load of all tokens: a forward pass in chunks must not give that of some."""
+    module, x = model_and_input()
+
+    def block(t):
+        return module(t), module.inner(t).square().mean()
+
+    def total(function, at):
+        module.zero_grad()
+        y, load = function(at)
+        (y.sum() + load).backward()
+        return load.detach(), at.grad, module.inner.weight.grad
+
+    for _ in range(2):  # the second time the function is known
+        wrapped = functools.partial(checkpoint, block, codec="exact", chunk_tokens=10, chunk_forward=True)
+        expected = total(block, x.clone().requires_grad_())
+        found = total(wrapped, x.clone().requires_grad_())
+        torch.testing.assert_close(found, expected)
