@@ -39,6 +39,9 @@ class Problem(Protocol):
     """Key of `classification_metrics`."""
     autocast: bool
     """Whether bf16 is faster than float32 on a CPU with AMX: for MiniLM it is, for matrices as small as the ViT's not."""
+    steps: int
+    batch_size: int
+    """Optimizer steps of a run and examples of each."""
 
     def lengths(self) -> np.ndarray:
         """`[examples]` tokens of each training example; batches are made of examples of like length."""
@@ -73,6 +76,8 @@ class TextProblem:
     held_out: int
     max_length: int = 64
     autocast: bool = True
+    steps: int = 300
+    batch_size: int = 16
 
     @cache  # noqa: B019 - one process holds a problem for its life
     def _rows(self) -> tuple[list[list[int]], list[int], list[list[int]], list[int]]:
@@ -194,6 +199,8 @@ class ImageProblem:
     metric: str = "accuracy"
     held_out: int = 1200
     autocast: bool = False
+    steps: int = 300
+    batch_size: int = 16
 
     @cache  # noqa: B019
     def _images(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,7 +245,7 @@ PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in (
         TextProblem("sst2", "accuracy", ("sentence",), held_out=1128),
-        TextProblem("cola", "matthews_correlation", ("sentence",), held_out=957),
+        TextProblem("cola", "matthews_correlation", ("sentence",), held_out=957, batch_size=32, steps=400),
         TextProblem("mrpc", "accuracy", ("sentence1", "sentence2"), held_out=592),
         ImageProblem(),
     )

@@ -1,13 +1,13 @@
 """Run the study, or as much of it as there is time for: one JSON per run, resumable, any number of workers.
 
-    python benchmarks/fidelity/study.py --stage tune --problems cifar --seeds 0       # the learning rates
+    python benchmarks/fidelity/study.py --stage tune --problems cifar                 # the learning rates
     python benchmarks/fidelity/study.py --stage compare --problems cifar --seeds 0 1 2
     python benchmarks/fidelity/summary.py                                             # tables and pictures
 
-Stages: `tune` runs every contender of the table at each learning rate of the grid; `compare` runs each at its own
-best rate on more seeds; `levers` runs the paper's schedule with one thing changed at a time. A run is claimed by a lock
-file, so several workers may share a folder; a claim without a result older than `--stale` minutes is taken over.
-Single-threaded; run it under `nice`.
+Stages: `tune` looks for the best learning rate of every contender on seed 0: the two rates in the middle of the ladder,
+then outwards for as long as the outermost rate that was tried is the best one, the same way for everybody. `compare`
+runs each contender at its own best rate on more seeds. A run is claimed by a lock file, so several workers may share a
+folder; a claim without a result older than `--stale` minutes is taken over. Single-threaded; run it under `nice`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from contenders import CONTENDERS, LEVERS
 from problems import PROBLEMS
 from training import Run, train
 
-GRID = (2.5e-4, 6e-4, 1.5e-3)
+LADDER = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
+# Where the search begins: what full fine-tuning and a tenth of the layers liked best on the first problems.
+START = (2.5e-4, 6e-4)
+TUNING_SEED = 0
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -41,36 +44,71 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def best_rates(found: Sequence[Mapping[str, Any]], steps: int, seed: int = 0) -> dict[tuple[str, str], float]:
+def best_rates(
+    found: Sequence[Mapping[str, Any]], steps: int, seed: int = TUNING_SEED
+) -> dict[tuple[str, str], float]:
     """(problem, contender) -> the learning rate with the best metric on the tuning seed."""
-    best: dict[tuple[str, str], tuple[float, float]] = {}
+    best: dict[tuple[str, str], tuple[float, float, float]] = {}
     for result in found:
         run = result["run"]
         if run["seed"] == seed and run["steps"] == steps:
             place = (run["problem"], run["contender"])
-            best[place] = max(best.get(place, (-1.0, 0.0)), (result["value"], run["lr"]))
-    return {place: lr for place, (_, lr) in best.items()}
+            best[place] = max(best.get(place, merit(result)), merit(result))
+    return {place: -lr for place, (_, _, lr) in best.items()}
 
 
-def tuning(
-    problem: str, names: Sequence[str], steps: int, seeds: Sequence[int], rates: Sequence[float]
-) -> Iterator[Run]:
-    """Every contender at every rate; a rate at a time, so that an unfinished study is a fair one."""
-    for seed in seeds:
-        for lr in rates:
-            for name in names:
-                yield Run(problem, name, lr, seed, steps=steps, **fields(name))
+def merit(result: Mapping[str, Any]) -> tuple[float, float, float]:
+    """What a learning rate is chosen by: the metric; of equals, the lower held-out loss; of equals, the lower rate."""
+    return result["value"], -result["metrics"]["loss"], -result["run"]["lr"]
+
+
+def next_rate(tried: Mapping[float, Any], ladder: Sequence[float] = LADDER) -> float | None:
+    """The rate to try next, or None when the best one lies between two worse ones or at the end of the ladder.
+
+    Args:
+        tried: rate -> merit, what is known.
+        ladder: rates in ascending order; `START` is part of it.
+    """
+    for lr in START:
+        if lr not in tried:
+            return lr
+    at = ladder.index(max(tried, key=tried.__getitem__))
+    neighbours = [ladder[i] for i in (at - 1, at + 1) if 0 <= i < len(ladder)]
+    return next((lr for lr in neighbours if lr not in tried), None)
+
+
+def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) -> Iterator[Run]:
+    """Every contender at the rates that its search asks for, one rate at a time around the contenders."""
+    searching = list(names)
+    while searching:
+        still = []
+        for name in searching:
+            lengths = Run(problem, name, 0.0, steps=steps, **fields(name)).sized()
+            tried = {
+                r["run"]["lr"]: merit(r)
+                for r in results(folder)
+                if (r["run"]["problem"], r["run"]["contender"], r["run"]["steps"], r["run"]["seed"])
+                == (problem, name, lengths.steps, TUNING_SEED)
+            }
+            lr = next_rate(tried)
+            if lr is None:
+                continue
+            run = Run(problem, name, lr, TUNING_SEED, steps=steps, **fields(name)).sized()
+            if not (folder / f"{key(run)}.claim").exists():
+                still.append(name)
+                yield run
+        searching = still
 
 
 def comparison(
-    problem: str, names: Sequence[str], steps: int, seeds: Sequence[int], folder: Path
+    problem: str, names: Sequence[str], steps: int | None, seeds: Sequence[int], folder: Path
 ) -> Iterator[Run]:
     """Every contender at its own best rate; a seed at a time."""
-    rates = best_rates(results(folder), steps)
+    rates = best_rates(results(folder), steps or PROBLEMS[problem].steps)
     for seed in seeds:
         for name in names:
             if (problem, name) in rates:
-                yield Run(problem, name, rates[problem, name], seed, steps=steps, **fields(name))
+                yield Run(problem, name, rates[problem, name], seed, steps=steps, **fields(name)).sized()
 
 
 def fields(name: str) -> dict[str, Any]:
@@ -107,9 +145,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=("tune", "compare"), required=True)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--names", nargs="+", default=list(CONTENDERS), help="contenders or levers")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rates", nargs="+", type=float, default=list(GRID))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `compare`")
+    parser.add_argument("--steps", type=int, help="instead of each problem's own number")
     parser.add_argument("--stale", type=float, default=60, help="minutes after which a claim is taken over")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -117,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for problem in options.problems:
         if options.stage == "tune":
-            runs = tuning(problem, options.names, options.steps, options.seeds, options.rates)
+            runs = tuning(problem, options.names, options.steps, options.results)
         else:
             runs = comparison(problem, options.names, options.steps, options.seeds, options.results)
         work(runs, options.results, options.stale)

@@ -1,6 +1,6 @@
 """Tables and pictures of the study's results.
 
-    python benchmarks/fidelity/summary.py [--results benchmarks/fidelity/results] [--steps 300]
+    python benchmarks/fidelity/summary.py [--results benchmarks/fidelity/results]
 
 `summary.md`: for each problem and contender the learning rate that was best on the tuning seed, and over all seeds at
 that rate the mean and the standard deviation of the held-out metric in points, the paired difference to full
@@ -138,18 +138,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="instead of each problem's own number")
     options = parser.parse_args()
     found = results(options.results)
     present = [
         p
         for p in PROBLEMS
-        if any(r["run"]["problem"] == p and r["run"]["steps"] == options.steps for r in found)
+        if any(
+            r["run"]["problem"] == p and r["run"]["steps"] == (options.steps or PROBLEMS[p].steps)
+            for r in found
+        )
     ]
-    text = "\n\n".join(markdown(found, problem, options.steps) for problem in present) + "\n"
+    steps = {problem: options.steps or PROBLEMS[problem].steps for problem in present}
+    text = "\n\n".join(markdown(found, problem, steps[problem]) for problem in present) + "\n"
     (options.results / "summary.md").write_text(text)
     for problem in present:
-        draw(found, problem, options.steps, options.results / f"curve_{problem}.png")
+        draw(found, problem, steps[problem], options.results / f"curve_{problem}.png")
     print(text)
 
 

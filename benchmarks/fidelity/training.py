@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Run:
         seed: of the data order, the new head, dropout and the schedule.
         slimfit: the `slimfit` block; None: everything trains.
         lora: options of PEFT's adapters.
-        steps, batch: optimizer steps and examples of each.
+        steps, batch: optimizer steps and examples of each; None: the problem's own.
         evaluations: how often the held-out examples are scored, at equal distances; the last one at the end.
     """
 
@@ -49,10 +49,15 @@ class Run:
     seed: int = 0
     slimfit: Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
-    steps: int = 300
-    batch: int = 16
+    steps: int | None = None
+    batch: int | None = None
     weight_decay: float = 0.01
     evaluations: int = 5
+
+    def sized(self) -> Run:
+        """The same with the problem's number of steps and batch where none is given."""
+        problem = PROBLEMS[self.problem]
+        return replace(self, steps=self.steps or problem.steps, batch=self.batch or problem.batch_size)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -60,6 +65,7 @@ def train(run: Run) -> dict[str, Any]:
 
     Seconds are CPU seconds of this process in training steps, without the evaluations.
     """
+    run = run.sized()
     problem = PROBLEMS[run.problem]
     torch.manual_seed(run.seed)
     model = problem.model().train()

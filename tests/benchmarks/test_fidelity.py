@@ -50,6 +50,22 @@ def test_the_best_rate_is_that_of_the_tuning_seed():
     assert study.best_rates(FOUND, 300) == {("sst2", "full"): 3e-4, ("sst2", "ils-90"): 6e-4}
 
 
+@pytest.mark.parametrize("best", range(len(study.LADDER)))
+def test_the_search_ends_at_the_best_rate_of_a_hill(best):
+    tried: dict[float, float] = {}
+    while (lr := study.next_rate(tried)) is not None:
+        assert lr not in tried
+        tried[lr] = -abs(study.LADDER.index(lr) - best)
+    assert max(tried, key=tried.get) == study.LADDER[best]
+    # Its neighbours were looked at.
+    assert {*study.LADDER[max(best - 1, 0) : best + 2]} <= tried.keys()
+
+
+def test_equal_metrics_are_told_apart_by_the_loss():
+    found = [outcome("full", 1e-4, 0, 0.0, loss=0.7), outcome("full", 3e-4, 0, 0.0, loss=0.6)]
+    assert study.best_rates(found, 300) == {("sst2", "full"): 3e-4}
+
+
 def test_mean_spread_and_paired_difference_by_hand():
     table = summary.rows(FOUND, "sst2", 300)
     full, ils = table["full"], table["ils-90"]
@@ -95,6 +111,7 @@ class Head(nn.Module):
 
 class Separable:
     name, metric, autocast = "separable", "accuracy", False
+    steps, batch_size = 300, 16
     inputs = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
     labels = (inputs[:, 0] > 0).long()
 
