@@ -9,15 +9,17 @@ tensor, and leave the codec something close to N(0, 1).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from slimfit_ds.activations.codecs import Codec, Encoded, get_codec, register_codec
+from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
 from slimfit_ds.activations.codecs.base import flatten, is_dense, is_fake, unflatten
 from slimfit_ds.activations.codecs.channel_affine import ChannelAffine, FusesChannels
+from slimfit_ds.activations.codecs.rows import row_bounds
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["StandardisedChannels"]
@@ -45,8 +47,7 @@ class StandardisedChannels(Codec):
         if self._runs_in_one_pass(x) and is_dense(x):
             encoded = self._encode_in_one_pass(x, ChannelAffine.of(x, inverse, offset), generator)
         else:
-            values = torch.addcmul(offset, x, inverse, out=torch.empty_like(x))
-            encoded = self.inner.encode(values, generator=generator)
+            encoded = self._encode_in_parts(x, inverse, offset, generator)
         return dataclasses.replace(encoded, tensors=(*encoded.tensors, mean, deviation))
 
     @torch.no_grad()
@@ -59,8 +60,41 @@ class StandardisedChannels(Codec):
                 channels = ChannelAffine.of(x, deviation, mean)
                 cast(FusesChannels, self.inner).decode_in_triton(tuple(inner), flat, channels)
             return x
-        values = self.inner.decode(dataclasses.replace(e, tensors=tuple(inner)))
-        return torch.addcmul(mean.float(), values, deviation.float(), out=values)
+        encoded = dataclasses.replace(e, tensors=tuple(inner))
+        bounds = list(self._parts(e.shape, contiguous=not e.meta))
+        if len(bounds) == 1:
+            values = self.inner.decode(encoded)
+            return torch.addcmul(mean.float(), values, deviation.float(), out=values)
+        assert isinstance(self.inner, AbsmaxCodec)
+        width = e.shape[-1]
+        mean, deviation = mean.float().view(width), deviation.float().view(width)
+        whole = mean.new_empty(e.shape, dtype=e.dtype)
+        rows = whole.view(-1, width)
+        for start, stop in bounds:
+            values = self.inner.decode(self.inner.part(encoded, start * width, stop * width))
+            torch.addcmul(mean, values.view(-1, width), deviation, out=rows[start:stop])
+        return whole
+
+    def _parts(self, shape: torch.Size, contiguous: bool) -> Iterator[tuple[int, int]]:
+        """Rows to standardise at a time: a CPU mixes dtypes in fp32 copies of all operands."""
+        whole = not contiguous or len(shape) in (0, 4) or not shape.numel()
+        width = 1 if whole else shape[-1]
+        return iter([(0, 0)]) if whole else row_bounds(self.inner, shape.numel() // width, width)
+
+    def _encode_in_parts(
+        self, x: Tensor, inverse: Tensor, offset: Tensor, generator: torch.Generator | None
+    ) -> Encoded:
+        bounds = list(self._parts(x.shape, x.is_contiguous()))
+        if len(bounds) == 1:
+            values = torch.addcmul(offset, x, inverse, out=torch.empty_like(x))
+            return self.inner.encode(values, generator=generator)
+        assert isinstance(self.inner, AbsmaxCodec)
+        rows, inverse, offset = x.view(-1, x.shape[-1]), inverse.view(-1), offset.view(-1)
+        parts = []
+        for start, stop in bounds:
+            part = rows[start:stop]
+            parts.append(self.inner.encode(torch.addcmul(offset, part, inverse, out=torch.empty_like(part))))
+        return self.inner.join(parts, x.shape)
 
     def _runs_in_one_pass(self, x: Tensor) -> bool:
         """Whether the inner codec's kernels standardise too; x or its mean, which keeps its dimensions."""

@@ -7,6 +7,7 @@ import torch
 
 from slimfit_ds.activations import channels  # noqa: F401  registers the codecs
 from slimfit_ds.activations.codecs import get_codec
+from slimfit_ds.activations.codecs import rows as row_parts
 
 
 def with_outliers(*shape, dtype=torch.float32):
@@ -63,3 +64,31 @@ def test_bytes():
     x = torch.randn(64, 16, 64, dtype=torch.bfloat16)
     codec = get_codec("int8_channel")
     assert codec.encode(x).nbytes == codec.nbytes(x.shape, x.dtype) + 2 * 64 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int6", "int4"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_parts_give_the_bits_of_the_whole(name, dtype, rows, monkeypatch):
+    x = with_outliers(7, 9, 64, dtype=dtype)
+    codec = get_codec(f"{name}_channel")
+    whole = codec.encode(x)
+    decoded = codec.decode(whole)
+    monkeypatch.setattr(row_parts, "_ELEMENTS", rows * 64)
+    parts = codec.encode(x)
+    assert (parts.shape, parts.dtype, parts.meta) == (whole.shape, whole.dtype, whole.meta)
+    for found, expected in zip(parts.tensors, whole.tensors, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(codec.decode(parts), decoded)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 64), (3, 4, 12)])
+def test_what_cannot_be_divided_is_taken_whole(shape, monkeypatch):
+    monkeypatch.setattr(row_parts, "_ELEMENTS", 64)
+    codec = get_codec("int8_channel")
+    x = torch.randn(shape)
+    found = codec.decode(codec.encode(x))
+    assert found.shape == x.shape
+    torch.testing.assert_close(found, x, rtol=0, atol=0.05)
+    turned = torch.randn(5, 6, 64).transpose(0, 1)
+    torch.testing.assert_close(codec.decode(codec.encode(turned)), turned, rtol=0, atol=0.05)

@@ -6,29 +6,19 @@ for all rows at once. What is worked on in fp32 is then a few MiB, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from slimfit_ds.activations.codecs import Codec, Encoded
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
+from slimfit_ds.activations.codecs.rows import row_bounds
 
 __all__ = ["Gradients", "encode_rows", "gradients_of_rows", "layer_norm_gradients", "rms_norm_gradients"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of a norm's input, scale and bias, each where it is needed."""
-
-# Elements of x_hat that are there in fp32 at a time: 8 MiB, and twice that for dy and dx beside it.
-_ELEMENTS = 1 << 21
-
-
-def _bounds(rows: int, width: int, codec: Codec) -> Iterator[tuple[int, int]]:
-    """First row and end of each part; one part where groups of the codec may cross rows or draw random bits."""
-    divides = isinstance(codec, AbsmaxCodec) and codec.rounding == "nearest" and width % codec.group == 0
-    size = max(1, _ELEMENTS // max(width, 1)) if divides else max(rows, 1)
-    for start in range(0, max(rows, 1), size):
-        yield start, min(start + size, rows)
 
 
 def encode_rows(
@@ -43,7 +33,7 @@ def encode_rows(
     """
     width = x.shape[-1]
     flat = x.reshape(-1, width)
-    bounds = list(_bounds(len(flat), width, codec))
+    bounds = list(row_bounds(codec, len(flat), width))
     if len(bounds) == 1:
         x_hat, rstd = statistics(x)
         return codec.encode(x_hat), rstd
@@ -79,7 +69,7 @@ def gradients_of_rows(
         dtype: of dx.
     """
     width = dy.shape[-1]
-    bounds = list(_bounds(dy.numel() // max(width, 1), width, codec))
+    bounds = list(row_bounds(codec, dy.numel() // max(width, 1), width))
     if len(bounds) == 1:
         x_hat = codec.decode(encoded).view(dy.shape)
         dx, dscale, dbias = formulas(dy.to(x_hat.dtype), x_hat, scale, needed)

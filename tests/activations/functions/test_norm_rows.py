@@ -8,7 +8,7 @@ from torch import nn
 
 from slimfit_ds.activations import channels as _registers_codecs  # noqa: F401
 from slimfit_ds.activations.codecs import get_codec
-from slimfit_ds.activations.functions import norm_rows
+from slimfit_ds.activations.codecs import rows as row_parts
 from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
 from slimfit_ds.activations.storing import SavedTensors
 
@@ -28,7 +28,7 @@ def norm_and_input(centred, dtype):
 
 def run(module, kind, x, codec, monkeypatch, rows):
     """Payload, result and gradients with so many rows at a time."""
-    monkeypatch.setattr(norm_rows, "_ELEMENTS", rows * H)
+    monkeypatch.setattr(row_parts, "_ELEMENTS", rows * H)
     kept = []
     add = SavedTensors.add_payload
     monkeypatch.setattr(SavedTensors, "add_payload", lambda self, p: (kept.append(p.encoded), add(self, p)))
@@ -76,7 +76,7 @@ def test_a_codec_that_looks_across_rows_gets_them_all(codec, monkeypatch):
     seen = []
     made = get_codec(name, **options)
     encode = made.encode
-    monkeypatch.setattr(norm_rows, "_ELEMENTS", H)
+    monkeypatch.setattr(row_parts, "_ELEMENTS", H)
     monkeypatch.setattr(made, "encode", lambda t: (seen.append(t.shape), encode(t))[1])
     module, kind, x = norm_and_input(True, torch.float32)
     compressed_norm(module, x, module.weight, module.bias, kind, made).sum().backward()
@@ -89,7 +89,7 @@ def test_at_most_a_part_is_there_in_fp32():
     from slimfit_ds.memory.tracker import MemoryTracker
 
     module = nn.LayerNorm(H, dtype=torch.bfloat16)
-    rows = 8 * norm_rows._ELEMENTS // H
+    rows = 8 * row_parts._ELEMENTS // H
     x = torch.zeros(rows, H, dtype=torch.bfloat16, requires_grad=True)
     with MemoryTracker(module) as tracker:
         y = compressed_norm(module, x, module.weight, module.bias, NormKind(True, 1e-5), get_codec("int8"))
@@ -97,4 +97,4 @@ def test_at_most_a_part_is_there_in_fp32():
     elements = rows * H
     kept = elements + elements // 32  # codes and steps
     # x, y, dy and dx in bf16; x_hat, dy and dx of a part in fp32, and one to spare. At once it would be 12 * elements.
-    assert tracker.report().peak < 8 * elements + kept + 4.5 * 4 * norm_rows._ELEMENTS
+    assert tracker.report().peak < 8 * elements + kept + 4.5 * 4 * row_parts._ELEMENTS
