@@ -1,15 +1,20 @@
 """Every way to train the same model with less memory, side by side: memory, time, throughput, largest batch.
 
     python benchmarks/peers.py --device cuda --budget-minutes 9     # on a GPU: published shapes
-    python benchmarks/peers.py --device cpu                         # small shapes of the same families
+    python benchmarks/peers.py --device cpu --threads 1             # small shapes of the same families
     python benchmarks/peers.py --device cpu --models bert-small --methods full,minimal
+    python benchmarks/peers.py --device cuda --plan                 # what would run, and about how long; runs nothing
 
 Each method trains the same model (random weights, the same seed) on the same random batches in a fresh process with a
 time limit of its own. bf16 arithmetic everywhere: under autocast with fp32 weights, or with bf16 weights where the
-method is made for that; the label or `weights` in the JSON says which. Peak: CUDA's own counter over all steps, on a
-CPU the storages of a step (slimfit_ds.memory.tracker). FLOPs: torch's FlopCounterMode over a step, recomputation
-included. Writes one folder (`--output`): a JSON per cell, `table.md`, `environment.json`. Run again with the same
-folder to add what is missing; cells that the budget cuts off are the least telling ones, and the table says so.
+method is made for that; the label or `weights` in the JSON says which. Time: a second process trains the same model in
+full, and both take turns, a few steps each; the ratio is that of the medians of these steps, so that neither a busy
+machine nor a warm card moves it. `full` itself takes turns with its twin: what its ratio differs from 1 is noise.
+Peak: CUDA's own counter over all steps, on a CPU the storages of a step (slimfit_ds.memory.tracker). FLOPs: torch's
+FlopCounterMode over a step, recomputation included. Writes one folder (`--output`): a JSON per cell, `table.md`,
+`environment.json`. Run again with the same folder to add what is missing, after an interruption too; cells that the
+budget cuts off are the least telling ones, and the table says so. `--publish FILE,...` writes the tables into documents,
+between the marks `<!-- peers-...: begin -->` and `end`.
 """
 
 from __future__ import annotations
@@ -19,21 +24,23 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers_methods.batch_fit import estimated_batches, measured_batches
-from peers_methods.building import Unavailable
-from peers_methods.cell import Effort, measure
+from peers_methods.budget import planned
+from peers_methods.cell import Bench
 from peers_methods.methods import METHODS, get_method
-from peers_methods.running import Cell, Plan, plan_cells, read_cell, run_cells
-from peers_methods.tables import environment, estimated_table, table
+from peers_methods.publish import publish
+from peers_methods.running import Plan, plan_cells, read_cell, run_cells
+from peers_methods.tables import environment, estimated_table, heading, table
+from peers_methods.turns import Turns
+from peers_methods.worker import serve
 from peers_methods.workloads import CASES, cases_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FORMAT = 2
+FORMAT = 3
 """Of a cell's JSON: older ones are measured again."""
 
 
@@ -45,21 +52,24 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--models", help=f"comma-separated, of: {', '.join(CASES)}")
     made.add_argument("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
-    made.add_argument("--budget-minutes", type=float, default=9.0)
-    made.add_argument("--cell-seconds", type=float, help="limit of one process (cuda 90, cpu 240)")
-    made.add_argument("--steps", type=int, default=10, help="timed steps at most (10)")
+    made.add_argument("--budget-minutes", type=float, help="of all cells (cuda 9, cpu 240)")
+    made.add_argument("--cell-seconds", type=float, help="limit of one cell (cuda 90, cpu 900)")
+    made.add_argument("--rounds", type=int, help="turns of a method and of full fine-tuning (cuda 3, cpu 5)")
+    made.add_argument("--steps", type=int, default=2, help="timed steps of a turn (2)")
     made.add_argument("--warm-up", type=int, default=3)
-    made.add_argument("--step-seconds", type=float, default=20.0, help="time for the timed steps (20)")
+    made.add_argument("--turn-seconds", type=float, default=20.0, help="no further round after this (20)")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--no-fit", action="store_true", help="leave the largest batches out")
     made.add_argument(
         "--estimate",
-        help="cpu: published shapes whose largest batches are estimated (bert-base,vit-384,llama-8b)",
+        help="cpu: models whose largest batches are simulated (those measured, bert-base, vit-384, llama-8b)",
     )
     made.add_argument("--output", type=Path, help="default: benchmarks/results/peers-DEVICE")
+    made.add_argument("--publish", help="comma-separated documents that the tables are written into")
+    made.add_argument("--plan", action="store_true", help="print the cells and their estimated seconds only")
     made.add_argument("--cell", help=argparse.SUPPRESS)
-    made.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    made.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     return made
 
 
@@ -77,38 +87,27 @@ def choose(text: str | None, default: list[str], known: dict[str, Any], what: st
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """The worker: import, wait for the word, measure one cell, write it."""
+    """The worker: import, wait for orders about one cell, carry them out."""
     cell = read_cell(arguments.cell)
     method, case = get_method(cell.method), CASES[cell.case]
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    device = torch.device(arguments.device)
     method.import_ahead()
-    sys.stdin.readline()
-    try:
-        result = {"status": "ok", **_measured(arguments, cell, method, case)}
-    except Unavailable as error:
-        result = {"status": "unavailable", "error": str(error)}
-    except torch.OutOfMemoryError as error:
-        result = {"status": "out of memory", "error": str(error).split(". ")[0]}
-    except Exception as error:
-        traceback.print_exc()
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        result = {"status": "failed", "error": f"{type(error).__name__}: {first}"[:300]}
-    arguments.into.write_text(json.dumps(result, indent=1) + "\n")
-    # Engines and compiled kernels leave threads behind; everything has been written.
+    bench = Bench(method, case, device, arguments.warm_up, arguments.seed, progress=print)
+    serve(
+        arguments.answers,
+        {
+            "build": bench.build,
+            "turn": bench.turn,
+            "finish": bench.finish,
+            "fit": lambda: measured_batches(method, case, device, arguments.seed),
+        },
+    )
+    # Engines and compiled kernels leave threads behind; everything has been answered.
     sys.stdout.flush()
     os._exit(0)
-
-
-def _measured(arguments: argparse.Namespace, cell: Cell, method: Any, case: Any) -> dict[str, Any]:
-    device = torch.device(arguments.device)
-    if cell.kind == "fit":
-        return measured_batches(method, case, device, arguments.seed)
-    effort = Effort(arguments.warm_up, arguments.steps, arguments.step_seconds)
-    result = measure(method, case, device, effort, arguments.seed, progress=print)
-    result["peak"] = result.get("cuda_peak_allocated") or result["tracked_peak"]
-    return result
 
 
 def estimate_fits(cases: list[str], methods: list[str], folder: Path) -> dict[str, Any]:
@@ -136,58 +135,56 @@ def main() -> int:
     if arguments.cell:
         return work(arguments)
     cuda = arguments.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device")
     cases = choose(arguments.models, cases_for(arguments.device), CASES, "models")
     methods = choose(arguments.methods, list(METHODS), METHODS, "methods")
     output = arguments.output or RESULTS / f"peers-{arguments.device}"
-    arguments.cell_seconds = arguments.cell_seconds or (90.0 if cuda else 240.0)
+    arguments.cell_seconds = arguments.cell_seconds or (90.0 if cuda else 900.0)
+    minutes = arguments.budget_minutes or (9.0 if cuda else 240.0)
+    cells = plan_cells(cases, methods, fit=cuda and not arguments.no_fit, by_case=not cuda)
+    turns = Turns(arguments.rounds or (3 if cuda else 5), arguments.steps, arguments.turn_seconds)
+    if arguments.plan:
+        print(planned(cells, turns, arguments.warm_up, minutes))
+        return 0
+    if cuda and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
     settings = {key: getattr(arguments, key) for key in ("device", "seed", "threads")}
     settings["format"] = FORMAT
-    passed = ("device", "steps", "warm_up", "step_seconds", "threads", "seed")
+    passed = ("device", "warm_up", "threads", "seed")
     program = [sys.executable, str(Path(__file__).resolve())]
     program += [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in passed]
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    facts = environment(arguments.device, arguments.threads)
+    facts |= {"command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]])}
     results = run_cells(
         Plan(
-            plan_cells(cases, methods, fit=cuda and not arguments.no_fit),
+            cells,
             output,
             program,
             settings,
             arguments.device,
+            turns,
             arguments.cell_seconds,
-            60 * arguments.budget_minutes,
+            60 * minutes,
             prepare=cuda,
+            folder=Path(__file__).resolve().parent.parent,
+            circumstances={"commit": facts["commit"], "command": facts["command"]},
         ),
         progress=lambda text: print(text, flush=True),
     )
     estimated = {}
     if not cuda and not arguments.no_fit:
-        shapes = choose(arguments.estimate, cases_for("cuda")[:3], CASES, "estimate")
+        shapes = choose(arguments.estimate, [*cases, *cases_for("cuda")[:3]], CASES, "estimate")
         estimated = estimate_fits(shapes, methods, output)
-    facts = environment(arguments.device, arguments.threads)
-    facts |= {"command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]])}
     facts |= {"minutes": round((time.monotonic() - started) / 60, 1)}
     (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    text = heading(facts, results) + table(cases, methods, results) + "\n"
+    text = heading(facts, results) + table(cases, methods, results, estimated) + "\n"
     text += estimated_table(methods, estimated)
     (output / "table.md").write_text(text)
     print(text)
+    for document in filter(None, (arguments.publish or "").split(",")):
+        publish(Path(document.strip()), cases, methods, results, estimated, facts)
     return 0 if any(result["status"] == "ok" for result in results.values()) else 1
-
-
-def heading(facts: dict[str, Any], results: dict[str, Any]) -> str:
-    """What the tables below were run on, and what the budget left out."""
-    dropped = [name for name, result in results.items() if result["status"] == "dropped"]
-    lines = [
-        f"{facts['hardware']}, {facts['threads']} CPU threads, torch {facts['versions']['torch']}, commit "
-        f"{facts['commit']}; bf16 arithmetic, seed 0; `{facts['command']}`",
-        "",
-    ]
-    if dropped:
-        lines += [f"Dropped, because the time budget was spent: {', '.join(dropped)}", ""]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -101,11 +101,9 @@ def estimated_batches(
     Returns:
         `largest` (at most 2^20) and `peaks` (batch -> bytes), or `error`; None where the estimator has no such method.
     """
-    strategy = method.strategy
-    if strategy is None:
+    if method.strategy is None:
         return None
-    if strategy.loss_chunk is not None and case.task != "causal_lm":
-        strategy = strategy.with_(loss_chunk=None)
+    strategy = method.strategy(case)
     peaks = {}
     for batch in (case.workload.batch, 4 * case.workload.batch):
         estimate = run(replace(case.workload, batch=batch), strategy, "expected")

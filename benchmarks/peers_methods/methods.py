@@ -12,6 +12,7 @@ from functools import partial
 from peers_methods import ours, rivals
 from peers_methods.building import Request
 from peers_methods.trainers import Trainer
+from peers_methods.workloads import Case
 from slimfit_ds.memory.strategy import Strategy, slimfit_block
 
 __all__ = ["METHODS", "Method", "get_method"]
@@ -26,16 +27,18 @@ class Method:
         label: what the table calls it.
         build: makes the trainer; may raise `Unavailable`.
         tier: 0 is measured first; the budget drops the last.
-        strategy: the same for the memory estimator; None: it knows no such thing.
+        strategy: of a case, the same for the memory estimator; None: it knows no such thing.
         packages: imported ahead where they are installed, so that a prepared process is ready when its turn comes.
+        tracked: steps whose storages are tracked; more where what trains changes from step to step.
     """
 
     name: str
     label: str
     build: Callable[[Request], Trainer]
     tier: int
-    strategy: Strategy | None = None
+    strategy: Callable[[Case], Strategy] | None = None
     packages: tuple[str, ...] = ()
+    tracked: int = 2
 
     def import_ahead(self) -> None:
         """Import what the method will need; what is missing is told when it is built."""
@@ -46,6 +49,11 @@ class Method:
 
 _ENGINE = ("deepspeed", "slimfit_ds.engine.engine")
 _PLAIN = Strategy("plain", stage=None, dtype="bf16_autocast")
+_LORA = Strategy("lora", None, lora=8, dtype="bf16")
+
+
+def _always(strategy: Strategy) -> Callable[[Case], Strategy]:
+    return lambda case: strategy
 
 
 def _slim(preset: str, loss_chunk: int | None = None, **activations) -> Strategy:
@@ -53,37 +61,41 @@ def _slim(preset: str, loss_chunk: int | None = None, **activations) -> Strategy
     return Strategy(preset, stage=0, slimfit=block, dtype="bf16", loss_chunk=loss_chunk)
 
 
+def _tuned(case: Case) -> Strategy:
+    loss_chunk, options = ours.tuned(case)
+    return _slim("minimal", loss_chunk, **options)
+
+
 def _ours(preset: str, tier: int) -> Method:
     label = f"ours, `{preset}`" if preset != "paper" else "the paper's codecs, our engine"
-    return Method(preset, label, partial(ours.ours, preset=preset), tier, _slim(preset), _ENGINE)
+    build = partial(ours.ours, preset=preset)
+    return Method(preset, label, build, tier, _always(_slim(preset)), _ENGINE, tracked=4)
 
 
 _ALL = (
-    Method("full", "full: fused AdamW, SDPA, bf16 autocast", rivals.full, 0, _PLAIN),
+    Method("full", "full: fused AdamW, SDPA, bf16 autocast", rivals.full, 0, _always(_PLAIN)),
     Method(
         "full_bf16",
         "full, weights and states bf16 (no masters)",
         partial(rivals.full, dtype="bf16"),
         2,
-        Strategy("bf16", stage=None, dtype="bf16"),
+        _always(Strategy("bf16", stage=None, dtype="bf16")),
     ),
     Method(
         "checkpointing",
         "full + gradient checkpointing",
         rivals.gradient_checkpointing,
         0,
-        _PLAIN.with_(gradient_checkpointing=True),
+        _always(_PLAIN.with_(gradient_checkpointing=True)),
     ),
     Method("accumulation", "full + accumulation, micro-batch 8", rivals.accumulation, 1),
-    Method(
-        "lora", "LoRA r 8 (PEFT), bf16 base", rivals.lora, 1, Strategy("lora", None, lora=8, dtype="bf16")
-    ),
+    Method("lora", "LoRA r 8 (PEFT), bf16 base", rivals.lora, 1, _always(_LORA), ("peft",)),
     Method(
         "lora_checkpointing",
         "LoRA r 8 + gradient checkpointing",
         partial(rivals.lora, checkpointing=True),
         1,
-        Strategy("lora", None, lora=8, dtype="bf16", gradient_checkpointing=True),
+        _always(_LORA.with_(gradient_checkpointing=True)),
         ("peft",),
     ),
     Method("torchao_8bit", "torchao AdamW8bit", rivals.torchao_8bit, 3, packages=("torchao.optim",)),
@@ -103,8 +115,8 @@ _ALL = (
     Method("galore", "GaLore, rank h/4", rivals.galore, 3, packages=("galore_torch",)),
     Method("apollo", "APOLLO, rank h/4", rivals.apollo, 3, packages=("apollo_torch",)),
     Method("apollo_mini", "APOLLO-Mini, rank 1", partial(rivals.apollo, mini=True), 4),
-    Method("badam", "BAdam, a block at a time", rivals.badam, 3, packages=("badam",)),
-    Method("lisa", "LISA, 2 blocks at a time (own lines)", rivals.lisa, 3),
+    Method("badam", "BAdam, a block at a time", rivals.badam, 3, packages=("badam",), tracked=4),
+    Method("lisa", "LISA, 2 blocks at a time (own lines)", rivals.lisa, 3, tracked=4),
     _ours("paper", 1),
     _ours("balanced", 0),
     _ours("lean", 1),
@@ -115,10 +127,11 @@ _ALL = (
         "ours, `minimal` in chunks",
         ours.ours_tuned,
         2,
-        _slim("minimal", 1024, chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}),
+        _tuned,
         _ENGINE,
+        tracked=4,
     ),
-    Method("full_again", "full, again at the end (drift)", rivals.full, 5),
+    Method("full_again", "full, once more at the end (noise)", rivals.full, 5),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

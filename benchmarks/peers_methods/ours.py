@@ -7,9 +7,10 @@ from typing import Any
 
 from peers_methods.building import LEARNING_RATE, Request, adamw, build_model, make_engine
 from peers_methods.trainers import EngineTrainer, PlainTrainer, Trainer
+from peers_methods.workloads import Case
 from slimfit_ds.memory.strategy import Strategy, slimfit_block
 
-__all__ = ["RATE", "ours", "ours_tuned"]
+__all__ = ["RATE", "ours", "ours_tuned", "tuned"]
 
 RATE = 0.95
 
@@ -23,12 +24,17 @@ def ours(request: Request, preset: str, loss_chunk: int | None = None, **activat
     return trainer
 
 
+def tuned(case: Case) -> tuple[int | None, dict[str, Any]]:
+    """`minimal` in chunks: tokens of a chunk of the loss (language models), and the options of the activations."""
+    recomputed, loss = case.chunk
+    options = {"chunk_tokens": recomputed, "chunk_forward": True, "operations": {"norm": "exact"}}
+    return loss if case.task == "causal_lm" else None, options
+
+
 def ours_tuned(request: Request) -> Trainer:
-    """`minimal` with recomputation in chunks of 4096 tokens, norms outside of blocks exact, the loss in chunks."""
-    chunk = 1024 if request.case.task == "causal_lm" else None
-    return ours(
-        request, "minimal", chunk, chunk_tokens=4096, chunk_forward=True, operations={"norm": "exact"}
-    )
+    """`minimal` with recomputation and loss in the case's chunks, norms outside of blocks exact."""
+    loss_chunk, options = tuned(request.case)
+    return ours(request, "minimal", loss_chunk, **options)
 
 
 def _model(request: Request, dtype: str, loss_chunk: int | None) -> Any:

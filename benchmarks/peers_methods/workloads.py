@@ -18,6 +18,7 @@ _GPT2_MEDIUM = {
     "n_head": 16,
 }
 _SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+_WORDS = {"vocab_size": 4096}
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Case:
         label: what tables call it.
         device: `cuda` or `cpu`, where it belongs by default.
         workload: model, batch and sequence length; the dtype is the method's choice.
+        chunk: tokens at a time where a method works in chunks: of the recomputation, and of a language model's loss.
     """
 
     name: str
     label: str
     device: str
     workload: Workload
+    chunk: tuple[int, int] = (4096, 1024)
 
     @property
     def unit(self) -> str:
@@ -53,6 +56,10 @@ class Case:
     def with_batch(self, batch: int) -> Case:
         """The same with another batch size."""
         return replace(self, workload=replace(self.workload, batch=batch))
+
+
+def _small(name: str, label: str, workload: Workload) -> Case:
+    return Case(name, label, "cpu", workload, chunk=(256, 256))
 
 
 _ALL = (
@@ -75,40 +82,66 @@ _ALL = (
     Case(
         "llama-8b-b8", "Llama-3-8B shape, b8 s2048", "cuda", Workload("meta-llama/Meta-Llama-3-8B", 8, 2048)
     ),
-    # 21 % of the weights in the embeddings, as in BERT-base.
-    Case(
+    # The small ones: 4 blocks of 256, about 1000 tokens per step; a quarter of BERT's weights are embeddings, near the
+    # 22 % of the full size.
+    _small(
         "bert-small",
-        "BERT 4 x h256, b8 s128",
-        "cpu",
+        "BERT QA 4 x h256, b8 s128",
         Workload(
-            {"model_type": "bert", **_SMALL, "intermediate_size": 1024, "vocab_size": 4096},
+            {"model_type": "bert", **_SMALL, "intermediate_size": 1024, **_WORDS},
             8,
             128,
             "question_answering",
         ),
     ),
-    Case(
+    _small(
         "vit-small",
         "ViT 4 x h256, 128 px, b16",
-        "cpu",
         Workload(
             {"model_type": "vit", **_SMALL, "intermediate_size": 1024, "image_size": 128}, 16, labels=100
         ),
     ),
-    Case(
+    _small(
+        "gpt2-small",
+        "GPT-2 4 x h256, b8 s128",
+        Workload(
+            {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 256, **_WORDS},
+            8,
+            128,
+            "causal_lm",
+        ),
+    ),
+    _small(
+        "qwen-small",
+        "Qwen3 4 x h256, b8 s128",
+        Workload(
+            {
+                "model_type": "qwen3",
+                **_SMALL,
+                "num_key_value_heads": 2,
+                "head_dim": 64,
+                "intermediate_size": 768,
+                "tie_word_embeddings": True,
+                **_WORDS,
+            },
+            8,
+            128,
+            "causal_lm",
+        ),
+    ),
+    _small(
         "llama-small",
-        "Llama 4 x h256, b4 s256",
-        "cpu",
+        "Llama 4 x h256, b8 s128",
         Workload(
             {
                 "model_type": "llama",
                 **_SMALL,
                 "num_key_value_heads": 2,
                 "intermediate_size": 896,
-                "vocab_size": 4096,
+                **_WORDS,
             },
-            4,
-            256,
+            8,
+            128,
             "causal_lm",
         ),
     ),
@@ -178,7 +211,7 @@ def make_batches(
         if case.task == "image_classification":
             size = config.image_size
             pixels = torch.rand(batch, config.num_channels, size, size, generator=generator)
-            inputs = {"pixel_values": pixels, "labels": integers(config.num_labels, batch)}
+            inputs = {"pixel_values": pixels, "labels": integers(case.workload.labels, batch)}
         else:
             inputs = {"input_ids": integers(config.vocab_size, batch, seq)}
             if case.task == "causal_lm":
