@@ -20,6 +20,7 @@ from slimfit_ds.activations.blocks import (
 )
 from slimfit_ds.activations.checkpoint import make_checkpoint, resolve_codec
 from slimfit_ds.activations.codecs import Codec
+from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
 from slimfit_ds.activations.functions.norm import NormKind
 from slimfit_ds.activations.modules import (
@@ -63,6 +64,9 @@ class Installer:
         tables = {name: self._config.table(name) for name, _ in self._model.named_modules()}
         if all(table == OperationTable() for table in tables.values()):
             self.rows.append(Row("", "model", "exact", "the preset stores everything as autograd does"))
+            if self._config.compile:
+                for name, block in self._blocks.items():
+                    self._compile(name, block, _plain)
             return
         for name, block in self._blocks.items():
             self._block(name, block, tables[name])
@@ -97,12 +101,22 @@ class Installer:
             return
         spec = "exact" if table.block == "recompute" else table.block
         run = make_checkpoint(spec, self._config.chunk_tokens, self._config.chunk_forward)
-        if has_checkpoint_seam(block):
+        if self._config.compile:
+            self._compile(name, block, run)
+        elif has_checkpoint_seam(block):
             install_seam(self.patches, self._model, block, run)
-        else:
+        if not has_checkpoint_seam(block):
             install(self.patches, block, BlockSetting(run))
         self._recomputed[name] = block
         self.rows.append(Row(name, "block", describe(table.block), reason))
+
+    def _compile(self, name: str, block: nn.Module, run: Callable) -> None:
+        """Let a block run compiled while it is at rest, through `run` where it has the seam."""
+        if has_checkpoint_seam(block):
+            install_seam(self.patches, self._model, block, through_graph(run, block))
+        else:
+            compile_forward(self.patches, block)
+        self.rows.append(Row(name, "graph", "exact", "compiled while none of its weights trains"))
 
     def _consumers(self, name: str, block: nn.Module, only_attention: bool) -> None:
         widths = {m: width for m in self._norms if (width := recognise.norm_width(m)) is not None}
@@ -158,7 +172,7 @@ class Installer:
         reason = f"{type(module).__name__} agrees with {function}" + (
             ", and gates a product" if gated else ""
         )
-        setting = ActivationSetting(_activation_codec(spec, function), recipe=gated)
+        setting = ActivationSetting(_activation_codec(spec, function), recipe=gated, function=function)
         self._install(name, module, setting, "product" if gated else "activation", describe(spec), reason)
 
     def _is_gate(self, name: str) -> bool:

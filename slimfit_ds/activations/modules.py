@@ -54,13 +54,16 @@ class NormSetting:
 
 @dataclass(frozen=True)
 class ActivationSetting:
-    """Codec of an activation function's input or derivative."""
+    """Codec of an activation function's input or derivative, and the function's name."""
 
     codec: Codec
     recipe: bool
+    function: str
 
     def forward(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-        return compressed_activation(original, x, self.codec, self.recipe) if x.requires_grad else original(x)
+        if not x.requires_grad:
+            return original(x)
+        return compressed_activation(original, x, self.codec, self.recipe, self.function)
 
 
 @dataclass(frozen=True)

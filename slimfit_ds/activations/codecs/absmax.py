@@ -103,6 +103,12 @@ class AbsmaxCodec(FloatCodec):
         self._random = RandomBits(seed)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether kernels that compute something else too can pack by it: a group is a row of a tile."""
+        whole = self.grid.zero == int(self.grid.zero)
+        return self.rounding == "nearest" and whole and self.group & (self.group - 1) == 0
+
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         groups = -(-numel // self.group)
         return (self.grid.code_dtype, packed_bytes(numel, self.grid.bits)), (torch.bfloat16, groups)

@@ -96,6 +96,11 @@ class MagnitudeTableCodec(FloatCodec):
         self.fuses_channels = not rms_scaled
         self._tables: dict[Hashable, Tensor] = {}
 
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether kernels that compute something else too can pack by it: no sum over the tensor comes first."""
+        return not self.rms_scaled
+
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         codes = (torch.uint8, packed_bytes(numel, self.cells.bits))
         return (codes, (torch.float32, 1)) if self.rms_scaled else (codes,)
@@ -123,7 +128,7 @@ class MagnitudeTableCodec(FloatCodec):
             self.decode_in_triton(kept, out)
             return
         if not self.rms_scaled and runs_in_c(out, self.cells.bits):
-            levels = self._levels(out.device, out.dtype)
+            levels = self.levels(out.device, out.dtype)
             cpu_support.decode_table(kept[0], levels, out, bits=self.cells.bits)
             return
         planes = split_planes(kept[0], out.numel(), self.cells.bits)
@@ -140,7 +145,7 @@ class MagnitudeTableCodec(FloatCodec):
         """Fill `target`, at least `stop - start` long, with the levels of the elements `start` to `stop`."""
         if len(planes) > 1:
             codes = unpack_planes(planes, start, stop).to(torch.int32)
-            torch.index_select(self._levels(target.device, target.dtype), 0, codes, out=target)
+            torch.index_select(self.levels(target.device, target.dtype), 0, codes, out=target)
             return
         width, plane = planes[0]
         block = plane[start * width // 8 : -(-stop * width // 8)]
@@ -164,7 +169,7 @@ class MagnitudeTableCodec(FloatCodec):
         from slimfit_ds.activations.codecs.triton_table import encode_table
 
         inverse = self._store_rms(flat, kept)
-        search = self._search_tables(flat.device)
+        search = self.search_tables(flat.device)
         cells = self.cells
         encode_table(flat, kept[0], *search, inverse, channels, bits=cells.bits, signed=cells.signed)
 
@@ -173,11 +178,11 @@ class MagnitudeTableCodec(FloatCodec):
     ) -> None:
         from slimfit_ds.activations.codecs.triton_table import decode_table
 
-        levels = self._levels(out.device, out.dtype)
+        levels = self.levels(out.device, out.dtype)
         rms = kept[1] if self.rms_scaled else None
         decode_table(kept[0], levels, rms, out, channels, bits=self.cells.bits)
 
-    def _search_tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def search_tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """For a binary search of k steps: bf16 patterns of the thresholds, int32 [2^k - 1], filled up with what no
         magnitude reaches; cell of each interval, int32 [2^k], or None where each is its own."""
         key = device, "search"
@@ -191,7 +196,7 @@ class MagnitudeTableCodec(FloatCodec):
         own = self.cells.cells == tuple(range(len(self.cells.cells)))
         return self._tables[key], None if own else self._tables[device, "cells"]
 
-    def _levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[2^bits]: the levels, rounded once."""
         key = device, dtype
         if key not in self._tables:
@@ -214,7 +219,7 @@ class MagnitudeTableCodec(FloatCodec):
         """[256, 8 / bits]: the levels in each packed byte."""
         key = device, dtype, "bytes"
         if key not in self._tables:
-            self._tables[key] = byte_table(self._levels(device, dtype), self.cells.bits)
+            self._tables[key] = byte_table(self.levels(device, dtype), self.cells.bits)
         return self._tables[key]
 
 

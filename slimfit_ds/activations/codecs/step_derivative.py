@@ -96,6 +96,7 @@ class StepDerivative(MagnitudeTableCodec):
             raise ValueError(f"bits must be 1, 2, 4 or 5, got {bits}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
+        self.activation = _ALIASES.get(activation, activation)
         cells = fit_cells(function, bits, float(scale))
         super().__init__(f"{activation}_step{bits}", cells, rms_scaled=function.scales_with_input)
 

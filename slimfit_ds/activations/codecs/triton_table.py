@@ -13,9 +13,39 @@ from slimfit_ds.activations.codecs.triton_channels import apply_channels, channe
 from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
-__all__ = ["decode_table", "encode_table"]
+__all__ = ["cell_of", "decode_table", "encode_table"]
 
 _TILE = 4096
+
+
+@triton.jit
+def cell_of(
+    x,
+    thresholds_ptr,
+    cells_ptr,
+    STEPS: tl.constexpr,
+    SHARED_CELLS: tl.constexpr,
+    SIGN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """int32 code [1, TILE] of each fp32 value in `x` [1, TILE]."""
+    pattern = x.to(tl.int32, bitcast=True)
+    magnitude = (pattern & 0x7FFFFFFF) >> 16
+    # Binary search for the number of thresholds reached: one bit of it per comparison.
+    code = tl.zeros([1, TILE], tl.int32)
+    if STEPS > 0:
+        middle = tl.load(thresholds_ptr + ((1 << (STEPS - 1)) - 1))
+        code = tl.where(magnitude >= middle, 1 << (STEPS - 1), 0)
+    for k in tl.static_range(1, STEPS):
+        threshold = tl.load(thresholds_ptr + code + ((1 << (STEPS - 1 - k)) - 1))
+        code += tl.where(magnitude >= threshold, 1 << (STEPS - 1 - k), 0)
+    if SHARED_CELLS:
+        code = tl.load(cells_ptr + code)
+    if SIGN > 0:
+        code += tl.where(pattern < 0, SIGN, 0)
+    else:
+        code = tl.where(pattern < 0, 0, code)
+    return code
 
 
 @triton.jit
@@ -62,22 +92,7 @@ def _encode_kernel(
         )
     if SCALED:
         x = x * tl.load(inverse_ptr)
-    pattern = x.to(tl.int32, bitcast=True)
-    magnitude = (pattern & 0x7FFFFFFF) >> 16
-    # Binary search for the number of thresholds reached: one bit of it per comparison.
-    code = tl.zeros([1, TILE], tl.int32)
-    if STEPS > 0:
-        middle = tl.load(thresholds_ptr + ((1 << (STEPS - 1)) - 1))
-        code = tl.where(magnitude >= middle, 1 << (STEPS - 1), 0)
-    for k in tl.static_range(1, STEPS):
-        threshold = tl.load(thresholds_ptr + code + ((1 << (STEPS - 1 - k)) - 1))
-        code += tl.where(magnitude >= threshold, 1 << (STEPS - 1 - k), 0)
-    if SHARED_CELLS:
-        code = tl.load(cells_ptr + code)
-    if SIGN > 0:
-        code += tl.where(pattern < 0, SIGN, 0)
-    else:
-        code = tl.where(pattern < 0, 0, code)
+    code = cell_of(x, thresholds_ptr, cells_ptr, STEPS, SHARED_CELLS, SIGN, TILE)
     store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE, TILE)
     if HIGH_BITS > 0:
         store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE, TILE)

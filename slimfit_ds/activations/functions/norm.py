@@ -154,9 +154,7 @@ def _runs_fused(x: Tensor, codec: Codec) -> bool:
     """
     return (
         isinstance(codec, AbsmaxCodec)
-        and codec.rounding == "nearest"
-        and codec.grid.zero == int(codec.grid.zero)
-        and codec.group & (codec.group - 1) == 0
+        and codec.fits_kernels
         and x.shape[-1] % codec.group == 0
         and x.is_contiguous()
         and x.numel() > 0

@@ -20,6 +20,7 @@ INTERPRETED = (
     "test_triton_channels.py",
     "test_triton_pruning.py",
     "test_triton_norm.py",
+    "test_triton_activation.py",
 )
 
 
@@ -41,6 +42,9 @@ def test_kernels_equal_torch_in_the_interpreter() -> None:
 
 POINTERS = {
     "x_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "dy_ptr": "*bf16",
+    "dx_ptr": "*bf16",
     "noise_ptr": "*i16",
     "codes_ptr": "*u8",
     "steps_ptr": "*bf16",
@@ -193,3 +197,25 @@ def test_channels_compile_for_hopper_in_wide_loads() -> None:
         ptx = _ptx(kernel, constants)
         assert "st.global.v4" in ptx
         assert "fma.rn.f32" in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "quick_gelu", "relu"])
+def test_activations_compile_for_hopper_in_wide_loads(name: str) -> None:
+    from slimfit_ds.activations.functions import triton_activation
+    from slimfit_ds.activations.functions.triton_elementwise import FORMS, SLOPES
+
+    cells = {"BITS": 4, "HIGH_BITS": 1, "TILE": 4096}
+    groups = {"GROUP": 64, "ROWS": 64, "BITS": 4, "HIGH_BITS": 0}
+    kernels = [
+        (triton_activation._table_gradient_kernel, cells),
+        (triton_activation._integer_gradient_kernel, {**groups, "SLOPE": SLOPES[name], "ZERO": 7}),
+    ]
+    for form in FORMS[name]:
+        search = {"STEPS": 4, "SHARED_CELLS": True, "SIGN": 16, "FUNCTION": form}
+        kernels.append((triton_activation._table_forward_kernel, {**cells, **search}))
+        kernels.append((triton_activation._integer_forward_kernel, {**groups, "WHOLE": 7, "FUNCTION": form}))
+    for kernel, constants in kernels:
+        ptx = _ptx(kernel, constants)
+        assert "ld.global.v4" in ptx
+        assert "st.global.v4" in ptx
