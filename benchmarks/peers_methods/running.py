@@ -145,9 +145,11 @@ class _Crew:
 
     def end(self) -> None:
         """End all that still run."""
-        for worker in [*self._ahead.values(), *([self._reference] if self._reference else [])]:
+        self._dismiss()
+        for worker in self._ahead.values():
             worker.end()
-        self._ahead, self._reference, self._of = {}, None, ""
+            worker.log.unlink(missing_ok=True)
+        self._ahead = {}
 
     def measure(self, cell: Cell, following: Cell | None, deadline: float) -> dict[str, Any]:
         """The cell's result, whatever comes."""
@@ -176,6 +178,8 @@ class _Crew:
                 and self._plan.device == "cuda"
             ):
                 return self._again_alone(cell, following, deadline, "there was no room beside it")
+            if error.status == "unavailable":
+                own.log.unlink(missing_ok=True)
             return {"status": error.status, "error": error.reason}
         own.end()
         own.log.unlink(missing_ok=True)
@@ -212,12 +216,13 @@ class _Crew:
     def _leave_alone(self, case: str, reason: str) -> None:
         self._progress(f"{case}: no turns with full fine-tuning ({reason})")
         self._alone.add(case)
-        self._dismiss()
+        self._dismiss(keep_log=True)
 
-    def _dismiss(self) -> None:
+    def _dismiss(self, keep_log: bool = False) -> None:
         if self._reference is not None:
             self._reference.end()
-            self._reference.log.unlink(missing_ok=True)
+            if not keep_log:
+                self._reference.log.unlink(missing_ok=True)
         self._reference, self._of = None, ""
 
     def _worker(self, cell: Cell) -> Worker:

@@ -64,6 +64,8 @@ class Worker:
         Raises:
             Gone: it could not be, or not before `deadline` (of `time.monotonic`); the process is ended.
         """
+        if self._answers < 0:
+            raise Gone("failed", "the process has been ended")
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps([order, options]) + "\n")
