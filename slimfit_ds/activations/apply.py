@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from slimfit_ds.activations.blocks import find_blocks
 from slimfit_ds.activations.checkpoint import resolve_codec
 from slimfit_ds.activations.codecs import codec_names
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
 from slimfit_ds.activations.installer import Installer
 from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
+from slimfit_ds.activations.modules import MASKS_MADE_AGAIN
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.report import Row, describe
 from slimfit_ds.config import ConfigError
@@ -75,7 +77,18 @@ def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str
     tables = [config.table(), *(config.table(name) for name, _ in model.named_modules())]
     for spec in {describe(spec): spec for table in tables for _, spec in table if spec is not None}.values():
         problems += _codec_problem(spec)
+    if config.compile and not _compiles_a_block(model, config, tables):
+        problems.append(
+            f"activations.compile is true, but no block is compiled: of preset {config.preset!r} none is recomputed "
+            "whole, and something is compressed; use minimal or exact, or set compile to false"
+        )
     return problems or sorted({text for table in tables for text in _misplaced(table)})
+
+
+def _compiles_a_block(model: nn.Module, config: ActivationsConfig, tables: list[OperationTable]) -> bool:
+    blocks = find_blocks(model)
+    plain = all(table == OperationTable() for table in tables)
+    return bool(blocks) and (plain or any(config.table(name).block != "exact" for name in blocks))
 
 
 def _misplaced(table: OperationTable) -> Iterator[str]:
@@ -92,7 +105,7 @@ def _misplaced(table: OperationTable) -> Iterator[str]:
 def _codec_problem(spec: CodecSpec) -> list[str]:
     name = spec if isinstance(spec, str) else spec["name"]
     options = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
-    if name in {"recompute", "attention", "replay"}:
+    if name in {"recompute", "attention", *MASKS_MADE_AGAIN}:
         return []
     if name.startswith("step"):
         options = {"activation": "gelu", **options}

@@ -57,7 +57,9 @@ class OperationTable(BaseModel):
         "recompute", description="softmax output: recompute from the stored queries and keys, or a codec"
     )
     dropout: CodecSpec = Field(
-        "exact", description="replay: random state instead of a mask; mask: one bit per element"
+        "exact",
+        description="replay: random state instead of a mask; philox: likewise, with masks of its own and one kernel "
+        "each way on a GPU; mask: one bit per element",
     )
     linear: CodecSpec = Field("exact", description="input of a linear layer or convolution that trains")
     wide_linear: CodecSpec = Field("exact", description="the same where the input is wider than the output")
@@ -135,6 +137,11 @@ class ActivationsConfig(BaseModel):
     )
     chunk_forward: bool = Field(
         False, description="run the forward pass of recomputed parts in the same chunks"
+    )
+    compile: bool = Field(
+        False,
+        description="blocks without an active weight run through torch.compile; where blocks are recomputed, or "
+        "nothing is compressed",
     )
 
     @field_validator("preset")

@@ -94,6 +94,11 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         f"torch_autocast.dtype is {_get(config, 'torch_autocast', 'dtype')!r}, which would train without loss "
         "scaling: use 'bfloat16', or fp16.enabled",
     )
+    refuse(
+        zero3 and slim.activations.compile,
+        "slimfit.activations.compile is true under ZeRO stage 3, whose hooks gather the weights of each module: "
+        "set it to false, or use stage 1 or 2",
+    )
     hpz = _get(config, "zero_optimization", "zero_hpz_partition_size") or 1
     refuse(
         hpz > 1,
@@ -144,6 +149,6 @@ def _model_problems(model: nn.Module) -> list[str]:
     if "OptimizedModule" in classes:
         problems.append(
             "the model is compiled by torch.compile: each new active set would recompile it (limit 8); "
-            "pass the plain model, and compile single blocks if you need it"
+            "pass the plain model, and set slimfit.activations.compile to true if you need it"
         )
     return problems

@@ -118,3 +118,10 @@ def test_shared_blocks_are_not_recomputed_under_zero_3():
     assert "blocks 'layers.0' and 'layers.1' share weights" in problem
     assert problems(zero3, SharedBlocks(), activations="lean") == []
     assert problems({"zero_optimization": {"stage": 1}}, SharedBlocks(), activations="minimal") == []
+
+
+def test_blocks_are_not_compiled_under_zero_3():
+    activations = {"preset": "minimal", "compile": True}
+    (problem,) = problems({"zero_optimization": {"stage": 3}}, activations=activations)
+    assert "slimfit.activations.compile is true under ZeRO stage 3" in problem
+    assert problems({"zero_optimization": {"stage": 2}}, activations=activations) == []
