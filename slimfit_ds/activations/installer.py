@@ -136,10 +136,8 @@ class Installer:
             self._norm(name, module, table)
         elif recognise.is_dropout(module):
             if table.dropout != "exact":
-                codec = None if table.dropout == "replay" else resolve_codec(table.dropout)
-                self._install(
-                    name, module, DropoutSetting(codec), "dropout", describe(table.dropout), "nn.Dropout"
-                )
+                setting = DropoutSetting.of(table.dropout)
+                self._install(name, module, setting, "dropout", describe(table.dropout), "nn.Dropout")
         elif (widths := recognise.weighted_input_width(module)) is not None:
             self._linear(name, module, table, widths)
         elif (function := recognise.activation_name(module)) is not None:

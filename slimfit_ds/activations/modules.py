@@ -6,22 +6,26 @@ parts. What trains is read from `requires_grad` at every call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from slimfit_ds.activations.checkpoint import checkpoint
+from slimfit_ds.activations.checkpoint import checkpoint, resolve_codec
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.functions.activation import compressed_activation
 from slimfit_ds.activations.functions.dropout import packed_dropout, replayed_dropout
 from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
+from slimfit_ds.activations.functions.philox_dropout import philox_dropout
 from slimfit_ds.activations.patching import Patches, original_forward
 from slimfit_ds.activations.saved_hooks import call_compressed
 from slimfit_ds.activations.scope import compresses
 
 __all__ = [
+    "MASKS_MADE_AGAIN",
     "ActivationSetting",
     "BlockSetting",
     "ConsumerSetting",
@@ -32,6 +36,9 @@ __all__ = [
 ]
 
 _SETTING = "_slimfit_setting"
+
+MASKS_MADE_AGAIN = MappingProxyType({"replay": replayed_dropout, "philox": philox_dropout})
+"""Values of the operation `dropout` that keep no mask."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +75,22 @@ class ActivationSetting:
 
 @dataclass(frozen=True)
 class DropoutSetting:
-    """Dropout replayed from the random state (`codec` is `None`) or from a stored mask."""
+    """Dropout by a function of the original forward, x and p: of a mask that is made again, or stored."""
 
-    codec: Codec | None
+    drop: Callable[[Callable, Tensor, float], Tensor]
+
+    @classmethod
+    def of(cls, way: Any) -> DropoutSetting:
+        """The setting that `dropout` in a table of operations stands for: a way of making masks again, or a codec."""
+        if isinstance(way, str) and way in MASKS_MADE_AGAIN:
+            return cls(MASKS_MADE_AGAIN[way])
+        codec = resolve_codec(way)
+        assert codec is not None
+        return cls(functools.partial(packed_dropout, codec=codec))
 
     def forward(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
         p: float = module.p  # type: ignore[assignment]
-        if not p or not x.requires_grad:
-            return original(x)
-        return (
-            replayed_dropout(original, x, p)
-            if self.codec is None
-            else packed_dropout(original, x, p, self.codec)
-        )
+        return self.drop(original, x, p) if p and x.requires_grad else original(x)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RngState", "capture", "consumed_since", "replay", "restore"]
+__all__ = ["RngState", "capture", "consumed_since", "replay", "restore", "take_counters"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,22 @@ def replay(state: RngState | None) -> Iterator[None]:
         yield
     finally:
         restore(found)
+
+
+def take_counters(device: torch.device, count: int) -> tuple[int, int]:
+    """Seed and first of `count` counters of Philox that nothing else draws from, taken from the device's generator.
+
+    The generator moves on, so that a recomputation which puts its state back takes the same ones. The host waits for
+    nothing. Where the generator is no Philox (a CPU's), the seed is drawn from it and the first counter is 0.
+    """
+    if device.type != "cuda":
+        return int(torch.randint(1 << 62, (), device=device)), 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    # PyTorch counts numbers of 32 bits, of which a counter gives four.
+    first = -(-generator.get_offset() // 4)
+    generator.set_offset(4 * (first + count))
+    return generator.initial_seed(), first
 
 
 def _module_of(device: torch.device):

@@ -45,9 +45,10 @@ def _dropout_as_drawn(
     state: rng.RngState | None, values: Tensor, stride: tuple[int, ...], p: float
 ) -> Tensor:
     """Dropout of `values` with the mask that followed `state` for a tensor of these strides."""
-    laid_out = torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device).copy_(
-        values
-    )
+    laid_out = values
+    if values.stride() != stride:
+        laid_out = torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device)
+        laid_out.copy_(values)
     with rng.replay(state):
         return F.dropout(laid_out, p, training=True)
 

@@ -21,6 +21,7 @@ INTERPRETED = (
     "test_triton_pruning.py",
     "test_triton_norm.py",
     "test_triton_activation.py",
+    "test_triton_dropout.py",
 )
 
 
@@ -59,6 +60,10 @@ POINTERS = {
     "stored_bytes": "i32",
     "high_bytes": "i32",
     "groups": "i32",
+    "seed": "u64",
+    "first": "i64",
+    "threshold": "i64",
+    "scale": "fp32",
     "reciprocal": "fp32",
     "tiny_peak": "fp32",
     "scale_ptr": "*fp32",
@@ -219,3 +224,12 @@ def test_activations_compile_for_hopper_in_wide_loads(name: str) -> None:
         ptx = _ptx(kernel, constants)
         assert "ld.global.v4" in ptx
         assert "st.global.v4" in ptx
+
+
+@pytest.mark.slow
+def test_dropout_compiles_for_hopper_in_wide_loads() -> None:
+    from slimfit_ds.activations.functions import triton_dropout
+
+    ptx = _ptx(triton_dropout._drop_kernel, {"TILE": 1024})
+    assert "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx

@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.codecs import get_codec
+from slimfit_ds.activations.config import ActivationsConfig
 from slimfit_ds.activations.functions.dropout import packed_dropout, replayed_dropout
+from slimfit_ds.activations.functions.philox_dropout import philox_dropout
 
 
 def packed(layer, x, p):
     return packed_dropout(layer, x, p, get_codec("mask"))
 
 
-@pytest.mark.parametrize("function", [replayed_dropout, packed])
+# Without its kernel, philox_dropout is PyTorch's too.
+@pytest.mark.parametrize("function", [replayed_dropout, philox_dropout, packed])
 @pytest.mark.parametrize("p", [0.1, 0.7, 1.0])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 def test_same_values_and_gradients_as_pytorch(function, p, layout):
@@ -46,3 +50,27 @@ def test_what_is_kept():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             function(nn.Dropout(0.2), x, 0.2)
         assert sum(t.numel() * t.element_size() for t in kept) == most
+
+
+@pytest.mark.parametrize(("way", "most"), [("replay", 6000), ("philox", 6000), ("mask", 32 * 64 // 8)])
+def test_the_setting_reaches_the_layers_of_a_model(way, most):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.3), nn.Linear(64, 64)).train()
+    x = torch.randn(32, 64)
+
+    def step():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            torch.manual_seed(4)
+            y = model[1](model[0](x))
+        gradient = torch.autograd.grad(model[2](y).square().sum(), model[0].weight)[0]
+        return gradient, sum(t.numel() * t.element_size() for t in kept)
+
+    expected, plain = step()
+    handle = compress(model, ActivationsConfig(operations={"dropout": way}))
+    assert [row.codec for row in handle.report() if row.kind == "dropout"] == [way]
+    found, kept = step()
+    torch.testing.assert_close(found, expected)
+    # Plain dropout keeps its mask; the first layer's input and weight stay.
+    assert kept <= (32 * 64 + 64 * 64) * 4 + most
+    if way == "mask":
+        assert kept < plain
