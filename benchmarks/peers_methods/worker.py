@@ -17,6 +17,11 @@ from typing import Any
 __all__ = ["Gone", "Worker", "serve"]
 
 
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""glibc keeps what is freed, as a caching allocator does: otherwise it depends on luck with the heap's layout whether a
+process gives pages back in each step and faults them in again, a tenth of a step on a CPU."""
+
+
 class Gone(RuntimeError):
     """A worker answered that it cannot, died, or took too long.
 
@@ -48,7 +53,7 @@ class Worker:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=_MALLOC | os.environ | {"PYTHONUNBUFFERED": "1"},
                 cwd=folder,
                 pass_fds=(writing,),
             )
