@@ -123,8 +123,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if ctx.fused and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]:
-            return *_gradient_fused(ctx, dy), None, None, None, None, None
+        if ctx.fused:
+            return *_gradients_fused(ctx, dy), None, None, None, None, None
         payload, encoded = _payload(ctx)
         rstd, *affine = SavedTensors.restore(ctx.records[1:], ctx.saved_tensors)
         # In fp32, or fp64 with an fp64 x_hat; the offset of Gemma's norms would be lost in bf16.
@@ -184,31 +184,29 @@ def _encode_fused(x: Tensor, kind: NormKind, codec: Codec) -> tuple[Encoded, Ten
     return Encoded((codes, steps), x.shape, torch.float32), rstd
 
 
-def _gradient_fused(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
-    """dx, nothing for the frozen weight, and dbias where it is needed, without writing x_hat out."""
+def _gradients_fused(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dscale and dbias, where needed, without writing x_hat out."""
     codes, steps, rstd, *affine = ctx.saved_tensors
     kind, codec = ctx.kind, ctx.records[0].payload.codec
-    dy = dy.contiguous()
-    dx = torch.empty_like(dy, dtype=ctx.dtype)
+    to_input, to_scale, to_bias = ctx.needs_input_grad[:3]
+    dx = torch.empty_like(dy, dtype=ctx.dtype, memory_format=torch.contiguous_format) if to_input else None
+    dy = dy.contiguous().view(-1, dy.shape[-1])
+    sums = dy.new_empty((to_scale + to_bias, dy.shape[-1]), dtype=torch.float32)
     if not is_fake(dy):
-        from slimfit_ds.activations.functions.triton_norm import norm_gradient
+        stored = dy, codes, steps, rstd, affine[0] if ctx.has_weight else None
+        rows = None if dx is None else dx.view_as(dy)
+        how = {"centred": kind.centred, "offset": kind.offset, "grid": codec.grid, "group": codec.group}
+        if to_scale or to_bias:
+            from slimfit_ds.activations.functions.triton_norm_weights import norm_gradients
 
-        norm_gradient(
-            dy.view(-1, dy.shape[-1]),
-            codes,
-            steps,
-            rstd,
-            affine[0] if ctx.has_weight else None,
-            dx.view(-1, dy.shape[-1]),
-            centred=kind.centred,
-            offset=kind.offset,
-            grid=codec.grid,
-            group=codec.group,
-        )
-    dbias = None
-    if ctx.needs_input_grad[2]:
-        dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=torch.float32).to(affine[-1].dtype)
-    return dx, None, dbias
+            sums = norm_gradients(*stored, rows, to_scale=to_scale, to_bias=to_bias, **how)
+        elif rows is not None:
+            from slimfit_ds.activations.functions.triton_norm import norm_gradient
+
+            norm_gradient(*stored, rows, **how)
+    dscale = sums[0].to(affine[0].dtype) if to_scale else None
+    dbias = sums[-1].to(affine[-1].dtype) if to_bias else None
+    return dx, dscale, dbias
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from slimfit_ds.activations.codecs.packing import low_and_high
 from slimfit_ds.activations.codecs.triton_absmax import step_of, to_nearest
 from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 
-__all__ = ["encode_norm", "norm_gradient"]
+__all__ = ["NOWHERE", "encode_norm", "input_gradient", "load_x_hat", "norm_gradient", "warps_for"]
 
-_NOWHERE = tl.constexpr(1 << 40)
+NOWHERE = tl.constexpr(1 << 40)
+"""The number of a group that is in no tensor."""
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _encode_kernel(
     step, inverse = step_of(x_hat, reciprocal, tiny_peak, GROUPS)
     # Groups beyond the width are this program's alone: they go nowhere.
     real = group < WIDTH // GROUP
-    row = tl.where(real, token * (WIDTH // GROUP) + group, _NOWHERE)
+    row = tl.where(real, token * (WIDTH // GROUP) + group, NOWHERE)
     tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=real)
     code = to_nearest(x_hat * inverse[:, None]) + WHOLE
     if BITS == 8:
@@ -63,6 +64,38 @@ def _encode_kernel(
         store_plane(codes_ptr, code, row, stored_bytes, BITS, GROUPS, GROUP, GROUP)
         if HIGH_BITS > 0:
             store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, GROUPS, GROUP, GROUP)
+
+
+@triton.jit
+def load_x_hat(
+    codes_ptr,
+    high_ptr,
+    steps_ptr,
+    row,
+    real,
+    stored_bytes,
+    high_bytes,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+):
+    """fp32 x_hat [GROUPS, GROUP] of the groups `row`; 0 in those that are not `real`."""
+    code = load_plane(codes_ptr, row, stored_bytes, BITS, GROUPS, GROUP, GROUP)
+    if HIGH_BITS > 0:
+        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, GROUPS, GROUP, GROUP) << BITS
+    step = tl.load(steps_ptr + row, mask=real, other=0.0).to(tl.float32)
+    return (code.to(tl.float32) - ZERO) * step[:, None]
+
+
+@triton.jit
+def input_gradient(g, x_hat, rstd, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
+    """fp32 dx of a row from `g`, the scaled dy; both 0 beyond the width, where dx is not defined."""
+    dx = g - x_hat * (tl.sum(g * x_hat) / WIDTH)
+    if CENTRED:
+        dx = dx - tl.sum(g) / WIDTH
+    return dx * rstd
 
 
 @triton.jit
@@ -91,20 +124,31 @@ def _gradient_kernel(
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = column < WIDTH
     real = group < WIDTH // GROUP
-    row = tl.where(real, token * (WIDTH // GROUP) + group, _NOWHERE)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, GROUPS, GROUP, GROUP)
-    if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, GROUPS, GROUP, GROUP) << BITS
-    step = tl.load(steps_ptr + row, mask=real, other=0.0).to(tl.float32)
-    x_hat = (code.to(tl.float32) - ZERO) * step[:, None]
+    row = tl.where(real, token * (WIDTH // GROUP) + group, NOWHERE)
+    x_hat = load_x_hat(
+        codes_ptr,
+        high_ptr,
+        steps_ptr,
+        row,
+        real,
+        stored_bytes,
+        high_bytes,
+        ZERO,
+        GROUP,
+        GROUPS,
+        BITS,
+        HIGH_BITS,
+    )
     g = tl.load(dy_ptr + token * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         g = g * (tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET)
-    dx = g - x_hat * (tl.sum(g * x_hat) / WIDTH)
-    if CENTRED:
-        dx = dx - tl.sum(g) / WIDTH
-    dx = dx * tl.load(rstd_ptr + token)
+    dx = input_gradient(g, x_hat, tl.load(rstd_ptr + token), CENTRED, WIDTH)
     tl.store(dx_ptr + token * WIDTH + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def warps_for(width: int) -> int:
+    """Warps for a row, so that a thread holds at most 16 elements of it, in a few copies, in registers."""
+    return min(max(triton.next_power_of_2(width) // 512, 4), 32)
 
 
 def encode_norm(
@@ -150,6 +194,7 @@ def encode_norm(
             HIGH_BITS=high_bits,
             WHOLE=int(grid.zero),
             enable_fp_fusion=False,
+            num_warps=warps_for(x.shape[1]),
         )
 
 
@@ -193,4 +238,5 @@ def norm_gradient(
             GROUPS=triton.next_power_of_2(dy.shape[1]) // group,
             BITS=low_bits,
             HIGH_BITS=high_bits,
+            num_warps=warps_for(dy.shape[1]),
         )

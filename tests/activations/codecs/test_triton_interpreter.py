@@ -60,6 +60,11 @@ POINTERS = {
     "stored_bytes": "i32",
     "high_bytes": "i32",
     "groups": "i32",
+    "rstd_ptr": "*fp32",
+    "partial_ptr": "*fp32",
+    "tokens": "i32",
+    "programs": "i32",
+    "eps": "fp32",
     "seed": "u64",
     "first": "i64",
     "threshold": "i64",
@@ -233,3 +238,25 @@ def test_dropout_compiles_for_hopper_in_wide_loads() -> None:
     ptx = _ptx(triton_dropout._drop_kernel, {"TILE": 1024})
     assert "ld.global.v4" in ptx
     assert "st.global.v4" in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [768, 4096])
+def test_norms_compile_for_hopper_in_wide_loads(width: int) -> None:
+    from slimfit_ds.activations.functions import triton_norm, triton_norm_weights
+
+    groups = {
+        "WIDTH": width,
+        "GROUP": 64,
+        "GROUPS": 4096 // 64 if width > 1024 else 16,
+        "BITS": 4,
+        "HIGH_BITS": 2,
+    }
+    back = {**groups, "ZERO": 31.0, "OFFSET": 0.0, "CENTRED": True, "SCALED": True}
+    wanted = {"TO_INPUT": True, "TO_SCALE": True, "TO_BIAS": True}
+    for kernel, constants in (
+        (triton_norm._encode_kernel, {**groups, "CENTRED": True, "WHOLE": 31}),
+        (triton_norm._gradient_kernel, back),
+        (triton_norm_weights._gradients_kernel, {**back, **wanted}),
+    ):
+        assert "ld.global.v4" in _ptx(kernel, constants)
