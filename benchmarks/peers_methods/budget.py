@@ -64,7 +64,9 @@ def cell_seconds(
     per_side = turns.rounds * (turns.steps + 1)
     steps = warm_up + METHODS[cell.method].tracked * Assumptions.slow + 2 * per_side
     seconds = Assumptions.start_seconds + steps * step
-    return seconds + (Assumptions.start_seconds + warm_up * step if new_reference else 0.0)
+    if new_reference:
+        seconds += Assumptions.start_seconds + (warm_up + METHODS["full"].tracked * Assumptions.slow) * step
+    return seconds
 
 
 def planned(
