@@ -160,7 +160,7 @@ class _Crew:
             self._dismiss()
         try:
             full = self._full(cell, deadline) if cell.kind == "step" else None
-            self._prepare(following, cell)
+            self._prepare(following)
             if cell.kind == "fit":
                 result = own.ask("fit")
             else:
@@ -230,7 +230,7 @@ class _Crew:
             [*self._plan.program, "--cell", cell.name], self._folder / f"{cell.name}.log", self._plan.folder
         )
 
-    def _prepare(self, following: Cell | None, now: Cell) -> None:
+    def _prepare(self, following: Cell | None) -> None:
         if following is None:
             return
         wanted = [following]
