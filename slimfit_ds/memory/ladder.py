@@ -38,6 +38,7 @@ def _rung(
     residency: str,
     rate: float = 0.9,
     chunk: int | None = None,
+    loss: int | None = None,
     frozen_embeddings: bool = False,
     small_states: bool = False,
 ) -> Rung:
@@ -48,13 +49,11 @@ def _rung(
         "optimizer_states": {"inactive": residency},
     }
     if chunk is not None:
-        # A compressed norm outside the blocks works on the whole batch in fp32, which is more than it saves.
-        changes["activations"] |= {
-            "chunk_tokens": chunk,
-            "chunk_forward": True,
-            "operations": {"norm": "exact"},
-        }
+        changes["activations"]["chunk_tokens"] = chunk
         label.append(f"chunks of {chunk} tokens")
+    if loss is not None:
+        changes["activations"]["chunk_loss_tokens"] = loss
+        label.append("loss in chunks")
     if frozen_embeddings:
         changes["freeze"]["never_active"] = "embeddings"
         label.append("embeddings frozen")
@@ -64,33 +63,45 @@ def _rung(
     return Rung(", ".join(label), changes)
 
 
-_LADDER = (
-    _rung("exact", "device"),
-    _rung("exact", "host"),
-    _rung("balanced", "host"),
-    _rung("minimal", "device"),
-    _rung("minimal", "host"),
-    _rung("minimal", "host", 0.95),
-    _rung("minimal", "host", 0.95, 2048),
-    _rung("minimal", "host", 0.95, 2048, frozen_embeddings=True),
-    _rung("minimal", "host", 0.95, 2048, frozen_embeddings=True, small_states=True),
-    _rung("minimal", "host", 0.98, 2048, frozen_embeddings=True, small_states=True),
-    _rung("ultra", "host", 0.98, 1024, frozen_embeddings=True, small_states=True),
-)
+def _rungs(loss: int | None) -> tuple[Rung, ...]:
+    """All settings; `loss` tokens of a language model's head and loss at a time from the first compressed one on."""
+    small: dict[str, Any] = {"loss": loss, "frozen_embeddings": True, "small_states": True}
+    return (
+        _rung("exact", "device"),
+        _rung("exact", "host"),
+        _rung("balanced", "host"),
+        # Costs no operation more: the gradients of the head's input are worked out with the loss.
+        _rung("balanced", "host", loss=loss),
+        _rung("minimal", "device", loss=loss),
+        _rung("minimal", "host", loss=loss),
+        _rung("minimal", "host", 0.95, loss=loss),
+        _rung("minimal", "host", 0.95, 2048, loss=loss),
+        _rung("minimal", "host", 0.95, 2048, loss=loss, frozen_embeddings=True),
+        _rung("minimal", "host", 0.95, 2048, **small),
+        _rung("minimal", "host", 0.98, 2048, **small),
+        _rung("ultra", "host", 0.98, 1024, **small),
+    )
 
 
-def ladder(fixed: Mapping[str, Any] | None = None, stage: int = 1) -> list[Rung]:
+# Tokens whose logits exist at a time: 0.5 GiB of fp32 logits and gradients each for a vocabulary of 128,000.
+_LOSS_TOKENS = 1024
+
+
+def ladder(
+    fixed: Mapping[str, Any] | None = None, stage: int = 1, language_model: bool = False
+) -> list[Rung]:
     """The settings that are left when the user has fixed some of them.
 
     Args:
         fixed: the user's own `"slimfit"` block; what it states is never changed.
         stage: ZeRO stage; stage 3 has no 8-bit states.
+        language_model: the loss can be taken in chunks of tokens.
 
     Returns:
         Distinct settings, from fastest to leanest.
     """
     rungs: list[Rung] = []
-    for rung in _LADDER:
+    for rung in _rungs(_LOSS_TOKENS if language_model else None):
         changes = _without_fixed(rung.changes, fixed or {})
         if stage == 3:
             changes["optimizer_states"].pop("precision", None)

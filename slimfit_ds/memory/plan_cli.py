@@ -140,7 +140,15 @@ def _plan(arguments: argparse.Namespace, memory: int, reserve: int, workload: Wo
             return simulator.run(work, how, "worst")
 
         choice = (
-            find_setting(budget, workload, run, None, stage, 1, tuple(facts["embeddings"]), strategy)
+            find_setting(
+                budget,
+                workload,
+                run,
+                stage=stage,
+                embeddings=tuple(facts["embeddings"]),
+                strategy=strategy,
+                language_model=facts["loss_in_chunks"],
+            )
             if budget > 0
             else None
         )

@@ -68,6 +68,7 @@ def find_setting(
     accumulation: int = 1,
     embeddings: tuple[str, ...] = (),
     strategy: Strategy | None = None,
+    language_model: bool = False,
 ) -> Choice:
     """Search the ladder for the fastest setting within a budget.
 
@@ -83,11 +84,12 @@ def find_setting(
         accumulation: micro-batches per step.
         embeddings: names of the model's embedding layers.
         strategy: carries further settings, such as the buckets.
+        language_model: the loss can be taken in chunks of tokens.
 
     Raises:
         ConfigError: no setting can be simulated at all.
     """
-    rungs = ladder(fixed, stage)
+    rungs = ladder(fixed, stage, language_model)
     done: dict[int, Setting] = {}
     base = strategy or Strategy("slimfit", stage=stage, accumulation=accumulation)
 
@@ -151,14 +153,17 @@ def choose_settings(
     """
     with nullcontext(simulator) if simulator is not None else Simulator(world_size) as simulator:
         try:
-            embeddings = tuple(simulator.inspect(workload)["embeddings"])
+            facts = simulator.inspect(workload)
         except ValueError as error:
             raise ConfigError([f"slimfit.memory_budget: {error}"]) from None
 
         def run(work: Workload, how: Strategy) -> Estimate:
             return simulator.run(work, how, "worst", target)
 
-        choice = find_setting(budget, workload, run, fixed, stage, accumulation, embeddings, strategy)
+        embeddings, language = tuple(facts["embeddings"]), facts["loss_in_chunks"]
+        choice = find_setting(
+            budget, workload, run, fixed, stage, accumulation, embeddings, strategy, language
+        )
     if choice.setting is None:
         least = choice.smallest
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -189,8 +190,9 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
 
 
 def inspect_model(workload: Workload) -> dict[str, Any]:
-    """Facts of a model that a plan needs: parameters, layers, and the names of its embedding layers."""
+    """Facts of a model that a plan needs: its size, its embedding layers, and whether its loss may be in chunks."""
     from slimfit_ds.freezing import discover
+    from slimfit_ds.memory.language_loss import takes_loss_in_chunks
 
     model = workload.build()
     layers = discover(model).layers
@@ -201,6 +203,8 @@ def inspect_model(workload: Workload) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": len(layers),
         "embeddings": [layer.name for layer in layers if layer.name in names],
+        "loss_in_chunks": workload.resolved_task(model.config) == "causal_lm"
+        and takes_loss_in_chunks(model, replace(workload, seq=min(workload.seq, 16)).inputs(1)),
     }
 
 

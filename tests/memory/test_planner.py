@@ -58,3 +58,17 @@ def test_what_is_chosen_always_fits(peaks, budget):
 def test_no_simulation_at_all_is_an_error():
     with pytest.raises(ConfigError, match="boom"):
         find_setting(10, WORKLOAD, fake_run([None] * STEPS))
+
+
+def test_a_language_model_whose_logits_are_the_peak_keeps_a_fast_setting():
+    """Logits of 600 in all but the settings with the loss in chunks, which take 10."""
+
+    def run(workload, strategy):
+        at = int(strategy.name.rpartition("-")[2])
+        logits = 10 if strategy.slimfit["activations"].get("chunk_loss_tokens") else 600
+        return Estimate(strategy, MemoryReport(peak=200 - at + logits))
+
+    found = find_setting(300, WORKLOAD, run, language_model=True)
+    assert found.setting is not None
+    assert found.setting.label == "balanced, 90% frozen, states on host, loss in chunks"
+    assert find_setting(300, WORKLOAD, run).setting is None
