@@ -43,7 +43,8 @@ class CompressionHandle:
 def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
     """Store what `model` keeps for its backward pass as `config` says.
 
-    Forward values, parameters and `state_dict` keys do not change. Whether a layer trains is read from
+    Forward values (of the whole batch, or of chunks of it where blocks run in chunks), parameters and `state_dict` keys
+    do not change. Whether a layer trains is read from
     `requires_grad` at every forward pass. In eval mode and under `no_grad` the original code runs.
 
     Args:

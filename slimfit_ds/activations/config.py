@@ -3,7 +3,7 @@
     {"preset": "balanced",
      "operations": {"norm": "int8"},
      "layers": {"encoder.layer.0.*": {"attention": "exact"}},
-     "chunk_tokens": 8192}
+     "chunk_tokens": 2048}
 
 A preset is a table from operation to codec. `operations` overrides single entries for the whole model, `layers`
 for the modules whose name matches a glob (later globs win). A codec is a registered name or a mapping with options,
@@ -128,7 +128,7 @@ class ActivationsConfig(BaseModel):
         {}, description="glob of module names -> {operation: codec}, over the preset and `operations`"
     )
     chunk_tokens: int | None = Field(
-        8192, ge=1, description="recompute about this many tokens at a time; null: the whole batch"
+        4096, ge=1, description="recompute about this many tokens at a time; null: the whole batch"
     )
     chunk_loss_tokens: int | None = Field(
         None,
@@ -136,7 +136,9 @@ class ActivationsConfig(BaseModel):
         description="a language model's head and loss for this many tokens at a time; null: at once",
     )
     chunk_forward: bool = Field(
-        False, description="run the forward pass of recomputed parts in the same chunks"
+        True,
+        description="run the forward pass of recomputed parts in the same chunks, unless a result of theirs belongs "
+        "to no sample; false: the whole batch at once, where nothing random is drawn",
     )
     compile: bool = Field(
         False,
