@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimfit_ds.freezing.change_sums import change_sums, runs_in_c
+
 __all__ = ["STATISTICS", "Statistic"]
 
 
@@ -40,11 +42,15 @@ class Statistic:
             update: dW `[n]`, or the gradient for a statistic of gradients, float32.
             weight: W before it `[n]`, float32.
         """
+        if self.sums and runs_in_c(weight, update):
+            return change_sums(weight, update, moved=False)[list(self.sums)]
         pairs = zip(_pieces(update), _pieces(weight), strict=True)
         return torch.stack([self.partial(dw, w) for dw, w in pairs]).sum(0)
 
     def of_move(self, before: Tensor, after: Tensor) -> Tensor:
         """The same sums from a weight before and after an update, of any shape and floating dtype."""
+        if self.sums and runs_in_c(before, after):
+            return change_sums(before, after, moved=True)[list(self.sums)]
         pairs = zip(_pieces(before.flatten()), _pieces(after.flatten()), strict=True)
         sums = []
         for old, new in pairs:

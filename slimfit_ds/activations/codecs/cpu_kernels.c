@@ -1,7 +1,7 @@
 /* The codecs of the CPU path in one pass over the data; equal bit for bit to their torch versions.
 
    absmax.py, magnitude_table.py and packing.py say what is computed and how codes are laid out. Elements are fp32, or
-   bf16 as uint16_t. Compiled by cpu_support.py without contraction of a * b + c and without fast-math: rounding is that
+   bf16 as uint16_t. Compiled by native.py without contraction of a * b + c and without fast-math: rounding is that
    of torch. A plane holds the lowest bits of all codes, the next one the bits above: 8, 6 = 4 + 2, 5 = 4 + 1, 4. */
 
 #include <math.h>

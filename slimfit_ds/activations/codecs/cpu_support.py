@@ -1,19 +1,8 @@
-"""Compiles `cpu_kernels.c` with the machine's own C compiler, once, and runs the codecs of CPU tensors by it.
-
-Without a compiler, or with SLIMFIT_CPU_KERNELS=0, the torch versions run: the same bits, slower. The library goes to
-`$SLIMFIT_CACHE` (default `~/.cache/slimfit_ds`), under a name made of source, flags, compiler and processor.
-"""
+"""Runs the codecs of CPU tensors by `cpu_kernels.c`, where that compiles: the same bits as the torch versions, faster."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slimfit_ds import native
 from slimfit_ds.activations.codecs.packing import low_and_high
 
 __all__ = [
@@ -32,11 +22,6 @@ __all__ = [
 ]
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
-# -fno-math-errno and -fno-trapping-math let loops of rintf run in vector registers; they change no result.
-_FLAGS = (
-    *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-fPIC", "-shared"),
-)
 _NAMES = {torch.float32: "f32", torch.bfloat16: "b16"}
 _MAX_GROUP = 1024
 
@@ -54,40 +39,8 @@ def runs_in_c(x: Tensor, bits: int, group: int = 8) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if os.environ.get("SLIMFIT_CPU_KERNELS") == "0" or compiler is None:
-        return None
-    try:
-        return _typed(ctypes.CDLL(str(_compiled(compiler))))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logging.getLogger(__name__).warning("codecs run in torch: %s failed: %s", compiler, detail)
-        return None
-
-
-def _compiled(compiler: str) -> Path:
-    key = [_SOURCE.read_text(), *_FLAGS, compiler, platform.platform(), _processor()]
-    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("SLIMFIT_CACHE", Path.home() / ".cache" / "slimfit_ds"))
-    target = folder / f"cpu_kernels_{name}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several ranks may compile at once: each its own file, the last one to finish stays.
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            made = Path(own) / target.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            made.replace(target)
-    return target
-
-
-def _processor() -> str:
-    """What -march=native depends on: a shared home may serve several kinds of machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    library = native.load(_SOURCE)
+    return None if library is None else _typed(library)
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -121,4 +121,4 @@ def test_without_a_working_compiler_torch_does_it(setting, tmp_path: Path):
     )
     assert done.stdout.split() == ["False", "True"]
     # A compiler that fails is worth a line, its absence is not.
-    assert ("codecs run in torch" in done.stderr) == (setting.get("CC") == "false")
+    assert ("cpu_kernels runs in torch" in done.stderr) == (setting.get("CC") == "false")
