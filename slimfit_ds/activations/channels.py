@@ -9,7 +9,7 @@ tensor, and leave the codec something close to N(0, 1).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import cast
 
 import torch
@@ -81,6 +81,36 @@ class StandardisedChannels(Codec):
         width = 1 if whole else shape[-1]
         return iter([(0, 0)]) if whole else row_bounds(self.inner, shape.numel() // width, width)
 
+    def part(self, e: Encoded, start: int, stop: int) -> Encoded:
+        """The payload of the elements `start` to `stop` of a contiguous tensor, whole rows: [rows, width]."""
+        assert isinstance(self.inner, AbsmaxCodec)
+        *inner, mean, deviation = e.tensors
+        part = self.inner.part(dataclasses.replace(e, tensors=tuple(inner)), start, stop)
+        width = e.shape[-1]
+        return dataclasses.replace(
+            part,
+            tensors=(*part.tensors, mean.view(1, width), deviation.view(1, width)),
+            shape=torch.Size([(stop - start) // width, width]),
+        )
+
+    def encode_parts(self, make: Callable[[int], Tensor], count: int, shape: torch.Size) -> Encoded:
+        """The payload of a tensor that is never there as a whole.
+
+        Args:
+            make: part -> its rows [n, width]; each is made twice, for the statistics and for the codes.
+            count: parts.
+            shape: of the whole tensor.
+        """
+        assert isinstance(self.inner, AbsmaxCodec)
+        mean, deviation = _pooled([_moments(make(index)) for index in range(count)])
+        inverse, offset = deviation.reciprocal(), -mean / deviation
+        parts = [self.inner.encode(torch.addcmul(offset, part, inverse)) for part in map(make, range(count))]
+        encoded = self.inner.join(parts, shape)
+        ones = (1,) * (len(shape) - 1)
+        return dataclasses.replace(
+            encoded, tensors=(*encoded.tensors, mean.view(*ones, -1), deviation.view(*ones, -1))
+        )
+
     def _encode_in_parts(
         self, x: Tensor, inverse: Tensor, offset: Tensor, generator: torch.Generator | None
     ) -> Encoded:
@@ -123,6 +153,25 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     deviation, mean = torch.std_mean(x, dim=_token_dims(x.dim()), correction=0, keepdim=True)
     return mean, torch.where(deviation > 0, deviation, 1.0)
+
+
+def _moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number, mean and variance per channel of fp32 rows [n, width]."""
+    variance, mean = torch.var_mean(rows, dim=0, correction=0)
+    return len(rows), mean, variance
+
+
+def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """fp32 mean and deviation [width], 1 where it is 0, of all rows from those of the parts.
+
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    counts, means, variances = zip(*parts, strict=True)
+    weights = torch.tensor(counts, dtype=torch.float64, device=means[0].device)[:, None] / sum(counts)
+    mean = (weights * torch.stack(means).double()).sum(0)
+    between = (torch.stack(means).double() - mean).square()
+    deviation = (weights * (torch.stack(variances).double() + between)).sum(0).sqrt().float()
+    return mean.float(), torch.where(deviation > 0, deviation, 1.0)
 
 
 def _token_dims(dims: int) -> tuple[int, ...]:

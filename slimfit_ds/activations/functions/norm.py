@@ -23,6 +23,7 @@ from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
 from slimfit_ds.activations.codecs.base import is_fake
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 from slimfit_ds.activations.functions.norm_rows import (
+    decode_rows,
     encode_rows,
     gradients_of_rows,
     layer_norm_gradients,
@@ -228,13 +229,16 @@ class _FromXHat:
     @staticmethod
     def decode(recipe: _NormOutput) -> Tensor:
         count = len(recipe.tensors) - recipe.has_weight - recipe.has_bias
-        x_hat = recipe.codec.decode(dataclasses.replace(recipe.x_hat, tensors=recipe.tensors[:count]))
-        y, rest = x_hat, list(recipe.tensors[count:])
-        if recipe.has_weight:
-            y = y * (rest.pop(0).to(y.dtype) + recipe.offset)
-        if recipe.has_bias:
-            y = y + rest.pop(0).to(y.dtype)
-        return y.to(recipe.dtype)
+        affine = list(recipe.tensors[count:])
+        encoded = dataclasses.replace(recipe.x_hat, tensors=recipe.tensors[:count])
+        weight = affine.pop(0).to(encoded.dtype) + recipe.offset if recipe.has_weight else None
+        bias = affine.pop(0).to(encoded.dtype) if recipe.has_bias else None
+
+        def output(x_hat: Tensor) -> Tensor:
+            y = x_hat if weight is None else x_hat * weight
+            return y if bias is None else y + bias
+
+        return decode_rows(encoded, recipe.codec, recipe.dtype, output)
 
 
 _FROM_X_HAT = _FromXHat()

@@ -6,16 +6,26 @@ for all rows at once. What is worked on in fp32 is then a few MiB, whatever the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from slimfit_ds.activations.channels import StandardisedChannels
 from slimfit_ds.activations.codecs import Codec, Encoded
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
-from slimfit_ds.activations.codecs.rows import row_bounds
+from slimfit_ds.activations.codecs.rows import Divisible, row_bounds
 
-__all__ = ["Gradients", "encode_rows", "gradients_of_rows", "layer_norm_gradients", "rms_norm_gradients"]
+__all__ = [
+    "Gradients",
+    "decode_rows",
+    "encode_rows",
+    "gradients_of_rows",
+    "layer_norm_gradients",
+    "rms_norm_gradients",
+]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of a norm's input, scale and bias, each where it is needed."""
@@ -24,7 +34,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def encode_rows(
     x: Tensor, statistics: Callable[[Tensor], tuple[Tensor, Tensor]], codec: Codec
 ) -> tuple[Encoded, Tensor]:
-    """The payload of x_hat and the reciprocal deviation [..., 1], bit for bit as for all rows at once.
+    """The payload of x_hat and the reciprocal deviation [..., 1].
+
+    Bit for bit as for all rows at once, but for the statistics of codecs that standardise channels.
 
     Args:
         x: [..., hidden].
@@ -37,13 +49,41 @@ def encode_rows(
     if len(bounds) == 1:
         x_hat, rstd = statistics(x)
         return codec.encode(x_hat), rstd
-    assert isinstance(codec, AbsmaxCodec)
-    parts, deviations = [], []
+    deviations: dict[int, Tensor] = {}
+
+    def made(index: int) -> Tensor:
+        x_hat, deviations[index] = statistics(flat[slice(*bounds[index])])
+        return x_hat
+
+    if isinstance(codec, StandardisedChannels):
+        encoded = codec.encode_parts(made, len(bounds), x.shape)
+    else:
+        assert isinstance(codec, AbsmaxCodec)
+        encoded = codec.join([codec.encode(made(index)) for index in range(len(bounds))], x.shape)
+    return encoded, torch.cat([deviations[index] for index in range(len(bounds))]).view(*x.shape[:-1], 1)
+
+
+def decode_rows(
+    encoded: Encoded, codec: Codec, out: torch.dtype, finish: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What follows from x_hat, row by row.
+
+    Args:
+        encoded: x_hat [..., hidden].
+        codec: decodes it.
+        out: dtype of the result.
+        finish: rows of x_hat -> rows of the result, of the same shape.
+    """
+    width = encoded.shape[-1]
+    bounds = list(row_bounds(codec, math.prod(encoded.shape[:-1]), width))
+    if len(bounds) == 1:
+        return finish(codec.decode(encoded)).to(out)
+    divisible = cast(Divisible, codec)
+    whole = torch.empty(encoded.shape, dtype=out, device=encoded.tensors[0].device)
     for start, stop in bounds:
-        x_hat, rstd = statistics(flat[start:stop])
-        parts.append(codec.encode(x_hat))
-        deviations.append(rstd)
-    return codec.join(parts, x.shape), torch.cat(deviations).view(*x.shape[:-1], 1)
+        x_hat = codec.decode(divisible.part(encoded, start * width, stop * width)).view(-1, width)
+        whole.view(-1, width)[start:stop] = finish(x_hat)
+    return whole
 
 
 def gradients_of_rows(
@@ -74,12 +114,12 @@ def gradients_of_rows(
         x_hat = codec.decode(encoded).view(dy.shape)
         dx, dscale, dbias = formulas(dy.to(x_hat.dtype), x_hat, scale, needed)
         return None if dx is None else dx.mul_(rstd).to(dtype), dscale, dbias
-    assert isinstance(codec, AbsmaxCodec)
+    divisible = cast(Divisible, codec)
     flat, rstd = dy.reshape(-1, width), rstd.view(-1, 1)
     whole = torch.empty(dy.shape, dtype=dtype, device=dy.device) if needed[0] else None
     sums: list[Tensor | None] = [None, None]
     for start, stop in bounds:
-        x_hat = codec.decode(codec.part(encoded, start * width, stop * width)).view(-1, width)
+        x_hat = codec.decode(divisible.part(encoded, start * width, stop * width)).view(-1, width)
         dx, *terms = formulas(flat[start:stop].to(x_hat.dtype), x_hat, scale, needed)
         if whole is not None and dx is not None:
             whole.view(-1, width)[start:stop] = dx.mul_(rstd[start:stop])

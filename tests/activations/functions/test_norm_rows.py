@@ -10,7 +10,7 @@ from slimfit_ds.activations import channels as _registers_codecs  # noqa: F401
 from slimfit_ds.activations.codecs import get_codec
 from slimfit_ds.activations.codecs import rows as row_parts
 from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
-from slimfit_ds.activations.storing import SavedTensors
+from slimfit_ds.activations.storing import RECIPE, SHARED, SavedTensors
 
 B, S, H = 7, 11, 128
 CODECS = ["int8", "int6", "int5", "int4"]
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_float64_autograd(centred, monkeypatch):
         assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
-@pytest.mark.parametrize("codec", ["topk10", "int8_channel", {"name": "int4", "rounding": "stochastic"}])
+@pytest.mark.parametrize("codec", ["topk10", "lm4_channel", {"name": "int4", "rounding": "stochastic"}])
 def test_a_codec_that_looks_across_rows_gets_them_all(codec, monkeypatch):
     name, options = (codec, {}) if isinstance(codec, str) else (codec["name"], {"rounding": "stochastic"})
     seen = []
@@ -82,6 +82,37 @@ def test_a_codec_that_looks_across_rows_gets_them_all(codec, monkeypatch):
     compressed_norm(module, x, module.weight, module.bias, kind, made).sum().backward()
     assert seen == [x.shape]
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("codec", ["int8_channel", "int4_channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_are_standardised_over_all_rows(codec, rows, dtype, monkeypatch):
+    """Statistics are pooled over the parts; the codes follow them, so gradients agree closely, not to the bit."""
+    module, kind, x = norm_and_input(True, dtype)
+    whole, y, dx, sums = run(module, kind, x, codec, monkeypatch, B * S)
+    parts, y_parts, dx_parts, sums_parts = run(module, kind, x, codec, monkeypatch, rows)
+    assert torch.equal(y_parts, y)
+    assert [t.shape for t in parts.tensors] == [t.shape for t in whole.tensors]
+    x_hat = torch.nn.functional.layer_norm(x.detach().double(), (H,)).view(-1, H)
+    torch.testing.assert_close(parts.tensors[-2].view(H).double(), x_hat.mean(0), rtol=1e-4, atol=1e-5)
+    expected = x_hat.std(0, correction=0)
+    torch.testing.assert_close(parts.tensors[-1].view(H).double(), expected, rtol=1e-4, atol=1e-5)
+    step = 2.0 / (127 if "8" in codec else 7)
+    for found, reference in zip([dx_parts, *sums_parts], [dx, *sums], strict=True):
+        assert (found - reference).norm() < 0.1 * step * reference.norm() + 1e-2 * (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int8_channel"])
+def test_the_output_is_made_again_in_parts(codec, monkeypatch):
+    module, kind, x = norm_and_input(True, torch.bfloat16)
+    made = get_codec(codec)
+    y = compressed_norm(module, x, module.weight, module.bias, kind, made, recipe=True)
+    whole = SHARED.find(y.detach(), RECIPE).decode()
+    monkeypatch.setattr(row_parts, "_ELEMENTS", 8 * H)
+    parts = SHARED.find(y.detach(), RECIPE).decode()
+    assert parts.dtype == y.dtype
+    assert torch.equal(parts, whole)
 
 
 def test_at_most_a_part_is_there_in_fp32():
