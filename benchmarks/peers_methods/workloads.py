@@ -150,6 +150,7 @@ _ALL = (
         "BERT-base QA, b8 s128",
         "cpu",
         Workload("bert-base-uncased", 8, 128, "question_answering"),
+        chunk=(256, 256),
     ),
     # The width of BERT-base and its share of embeddings, a third of its depth: for profiles.
     Case(
