@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.freezing import FreezeSchedule, discover
+from slimfit_ds.freezing.columns import adopt_columns, prepare_layers, unsplit_columns
 from slimfit_ds.freezing.statistics import STATISTICS
 from slimfit_ds.optim.host_states import HostStates
 from slimfit_ds.optim.rules import rule_of
@@ -27,6 +28,8 @@ class SlimHandle:
     """
 
     def __init__(self, model: nn.Module, config: SlimFitConfig):
+        self._model = model
+        self._split = bool(prepare_layers(model, config.freeze))
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
         self._statistic = STATISTICS.get(config.freeze.statistic)
@@ -74,6 +77,8 @@ class SlimHandle:
         """
         if combine is not None:
             self._combine = combine
+        # An optimizer may be older than the split.
+        adopt_columns(self._model, optimizer.param_groups)
         if self._host_states is not None:
             # It stays when this handle goes: the optimizer finds its states in any case.
             optimizer.register_step_pre_hook(self._host_states.fetch)
@@ -196,6 +201,8 @@ class SlimHandle:
         for parameter in [*self._parameters, *self._small]:
             parameter.requires_grad_(True)
         self.compression.remove()
+        if self._split:
+            unsplit_columns(self._model)
 
 
 def slim(model: nn.Module, config: SlimFitConfig | Mapping[str, Any] | None = None) -> SlimHandle:

@@ -21,11 +21,11 @@ def frozen(policy: str, rate: float, **freeze: Any) -> dict[str, Any]:
 
 
 _POLICIES: dict[str, dict[str, Any]] = {
-    # The paper, and the same with learning rates of its own for rarely trained layers.
+    # The paper's, and whole layers with what was found to help them: a statistic of the gradient, a head that always trains.
     "ils": frozen("ils", 0.9),
-    "ils+head": frozen("ils", 0.9, head="always", always_lr_scale=3.0),
+    "ils+": frozen("ils", 0.9, head="always", always_lr_scale=3.0, statistic="gradient_norm"),
     # `policy: auto`, spelled out so that old results keep their meaning.
-    "ours": frozen("ils", 0.9, head="always", always_lr_scale=3.0, statistic="gradient_norm"),
+    "ours": frozen("columns", 0.9, always_lr_scale=3.0),
     "random": frozen("random", 0.9),
     "lisa": frozen("lisa", 0.9, interval=20),
     "badam": frozen("badam", 0.9, interval=20, optimizer_states={"stale_moments": "reset"}),
@@ -39,13 +39,22 @@ def _at(block: Mapping[str, Any], rate: float) -> dict[str, Any]:
 CONTENDERS: dict[str, dict[str, Any]] = {
     "full": {},
     **{f"lora{r}": {"lora": {"r": r, "alpha": 2.0 * r}} for r in (4, 8, 16)},
+    # All linear layers of one block of six: a sixth of the inputs, where ours keeps a tenth.
+    "lora8-sixth": {
+        "lora": {
+            "r": 8,
+            "alpha": 16.0,
+            "target_modules": r".*\.layers?\.5\..*(proj|fc1|fc2|query|key|value|dense)",
+        }
+    },
     **{
         f"{name}-{round(100 * rate)}": {"slimfit": _at(block, rate)}
         for name, block in _POLICIES.items()
         for rate in (0.9, 0.95)
     },
+    "ours-99": {"slimfit": _at(_POLICIES["ours"], 0.99)},
     **{
-        f"ils+head-90-{preset}": {"slimfit": {**_POLICIES["ils+head"], "activations": preset}}
+        f"ours-90-{preset}": {"slimfit": {**_POLICIES["ours"], "activations": preset}}
         for preset in ("balanced", "lean", "minimal")
     },
 }
@@ -79,6 +88,7 @@ _LEVERS: dict[str, dict[str, Any]] = {
     "policy=progressive": {"policy": "progressive", "statistic": "gradient_norm"},
     "policy=far": {"policy": "far"},
     "policy=bsr": {"policy": "bsr"},
+    "policy=columns": {"policy": "columns"},
     "policy=ils_per_cost": {"policy": "ils_per_cost", "budget": ["activations"]},
     "budget=activations": {"budget": ["activations"]},
 }

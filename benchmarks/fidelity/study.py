@@ -26,7 +26,7 @@ from contenders import CONTENDERS, LEVERS
 from problems import PROBLEMS
 from training import Run, train
 
-LADDER = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
+LADDER = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3, 1e-2)
 # Where the search begins: what full fine-tuning and a tenth of the layers liked best on the first problems.
 START = (2.5e-4, 6e-4)
 TUNING_SEED = 0

@@ -11,7 +11,10 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["Layer", "ParameterRoles", "discover", "match_globs"]
+__all__ = ["COLUMNS", "Layer", "ParameterRoles", "discover", "is_part", "match_globs"]
+
+COLUMNS = "weight_columns"
+"""Name of the parameter that holds the trained columns of a split layer, beside its frozen `weight`."""
 
 Kind = Literal["linear", "convolution", "embedding", "norm", "parameter"]
 
@@ -97,6 +100,7 @@ def _inputs(kind: Kind, owner: nn.Module, shape: tuple[int, ...]) -> int:
     if kind == "embedding" or (kind == "parameter" and (len(shape) == 2 or shape[0] == 1)):
         return 0
     if kind == "linear":
+        # Of a split layer the same dimension counts the columns that train.
         return shape[0] if type(owner).__name__ == "Conv1D" else math.prod(shape[1:])
     # A convolution reads its receptive field; a bank of experts [experts, in, out] reads `in` or `out`.
     return math.prod(shape[1:]) if kind == "convolution" else min(shape[1:])
@@ -106,6 +110,11 @@ def _is_norm(owner: nn.Module) -> bool:
     """Every norm of torch and transformers has "norm" in its class name and vectors only."""
     vectors_only = all(len(getattr(p, "ds_shape", p.shape)) <= 1 for p in owner.parameters(recurse=False))
     return vectors_only and "norm" in type(owner).__name__.lower()
+
+
+def is_part(name: str) -> bool:
+    """Whether a parameter is the trained part of a split layer, by its name."""
+    return name.rpartition(".")[2] == COLUMNS
 
 
 def match_globs(

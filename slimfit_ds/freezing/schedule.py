@@ -12,7 +12,7 @@ from typing import Any
 from slimfit_ds.config import ConfigError, FreezeConfig
 from slimfit_ds.freezing.blocks import find_head
 from slimfit_ds.freezing.budget import Budget, room_at
-from slimfit_ds.freezing.layers import Layer, match_globs
+from slimfit_ds.freezing.layers import Layer, is_part, match_globs
 from slimfit_ds.freezing.policies import POLICIES, Selection
 from slimfit_ds.freezing.statistics import STATISTICS
 
@@ -49,7 +49,7 @@ class FreezeSchedule:
     @property
     def oversized(self) -> tuple[str, ...]:
         """Layers that never train because each costs more than a set may, at the least strict rate."""
-        if self.config.policy == "none":
+        if not self._policy.keeps_budget:
             return ()
         budget = self._budget(min(self.config.rates))
         free = (layer for layer in range(len(self.layers)) if layer not in self._always | self._never)
@@ -192,6 +192,14 @@ def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[i
             near = difflib.get_close_matches(value, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             problems.append(f"slimfit.freeze.{key}: unknown {value!r}; {hint}known: {', '.join(known)}")
+    policy = POLICIES.get(config.policy)
+    keeps_budget = policy is not None and policy.keeps_budget
+    if policy is not None and policy.splits_columns:
+        # The globs were for the weights before the split: what is left of them trains.
+        whole = frozenset(i for i, name in enumerate(names) if not is_part(name))
+        if problems:
+            raise ConfigError(problems)
+        return whole, frozenset()
     always = match_globs(config.always_active, names, "slimfit.freeze.always_active", problems)
     never = match_globs(config.never_active, names, "slimfit.freeze.never_active", problems)
     always |= _head(layers, config) - never
@@ -201,7 +209,7 @@ def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[i
     ]
     if names and len(never) == len(names):
         problems.append("slimfit.freeze.never_active matches every layer: nothing would train")
-    if names and config.policy != "none":
+    if names and keeps_budget:
         problems += _room_problems(layers, config, always, never)
     if problems:
         raise ConfigError(problems)

@@ -3,6 +3,7 @@
 from slimfit_ds.freezing.policies.badam import BADAM
 from slimfit_ds.freezing.policies.base import Policy, Selection, State
 from slimfit_ds.freezing.policies.bsr import BSR
+from slimfit_ds.freezing.policies.columns import COLUMNS
 from slimfit_ds.freezing.policies.far import FAR
 from slimfit_ds.freezing.policies.ils import ILS
 from slimfit_ds.freezing.policies.ils_per_cost import ILS_PER_COST
@@ -24,5 +25,6 @@ POLICIES: dict[str, Policy] = {
     "progressive": PROGRESSIVE,
     "far": FAR,
     "bsr": BSR,
+    "columns": COLUMNS,
     "none": NONE,
 }

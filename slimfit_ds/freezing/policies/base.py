@@ -53,6 +53,10 @@ class Policy:
     """The active layers of the coming step."""
     observe: Callable[[State, Mapping[int, float]], State]
     """The state after a step: layer -> statistic, for the layers that were active."""
+    keeps_budget: bool = True
+    """Whether the active set keeps to the rate's budget; else whatever trains at all trains at each step."""
+    splits_columns: bool = False
+    """Whether linear layers are split before the run (`freezing.columns`), which keeps to the rate instead."""
 
 
 def best(scores: Sequence[float], selection: Selection) -> frozenset[int]:

@@ -12,4 +12,4 @@ def select(state: State, selection: Selection) -> frozenset[int]:
     return selection.always | frozenset(selection.candidates)
 
 
-NONE = Policy(lambda n_layers, seed: {}, select, lambda state, statistics: state)
+NONE = Policy(lambda n_layers, seed: {}, select, lambda state, statistics: state, keeps_budget=False)

@@ -1,0 +1,305 @@
+"""Training some input columns of every linear layer: the rest of each weight is frozen for the whole run.
+
+The weight gradient of a linear layer is `dy^T x`; its columns `c` are `dy^T x[:, c]`. So a layer of which one input column
+in ten trains keeps a tenth of its input, makes a tenth of its gradient and has a tenth of the optimizer states, as if one
+layer in ten trained; but every layer learns at every step.
+
+The trained columns are a parameter of their own, `weight_columns`, and a copy of them stands in the layer's frozen
+`weight`, which is what the layer computes with. In `state_dict()` there is only `weight`, up to date, and
+`load_state_dict()` fills both.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.blocks import find_blocks
+from slimfit_ds.freezing.layers import COLUMNS, Layer, discover, match_globs
+from slimfit_ds.freezing.policies import POLICIES
+
+__all__ = [
+    "ColumnPlan",
+    "adopt_columns",
+    "merge_columns",
+    "plan_columns",
+    "prepare_layers",
+    "split_columns",
+    "unsplit_columns",
+]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Which input columns of a layer train: every `stride`-th from `start` on, `count` of them."""
+
+    start: int
+    stride: int
+    count: int
+    transposed: bool
+    """Whether the weight is `[in, out]` (transformers' Conv1D) instead of `[out, in]`."""
+
+    @property
+    def _range(self) -> slice:
+        return slice(self.start, self.start + self.count * self.stride, self.stride)
+
+    def of_input(self, x: Tensor) -> Tensor:
+        """The columns of `[..., in]`, a view `[..., count]`."""
+        return x[..., self._range]
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """The trained part of a whole weight, a view: `[out, count]`, or `[count, out]` where transposed."""
+        return weight[self._range] if self.transposed else weight[:, self._range]
+
+    def fill(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """Write the trained columns into a whole weight, and return it as `[out, in]`."""
+        weight = weight.detach()
+        self.of_weight(weight).copy_(columns.detach())
+        return weight.mT if self.transposed else weight
+
+
+class _SplitLinear(torch.autograd.Function):
+    """`x W^T + b`, of whose weight gradient only some columns are made.
+
+    The columns are written into the weight at each use: under ZeRO 3 it has just been gathered from shards that do not
+    know them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, columns: Tensor, bias: Tensor | None, layer: _SplitForward, dtype: torch.dtype
+    ) -> Tensor:
+        split = layer.split
+        ctx.layer, ctx.x_dtype = layer, x.dtype
+        kept = None
+        if columns.requires_grad:
+            # A view would keep all of x alive.
+            kept = split.of_input(x).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(kept, columns)
+        weight = split.fill(layer.weight, columns).to(dtype)
+        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
+        kept, columns = ctx.saved_tensors
+        split = ctx.layer.split
+        dx = d_columns = d_bias = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ split.fill(ctx.layer.weight, columns).to(dy.dtype)).to(ctx.x_dtype)
+        rows = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[1]:
+            kept = kept.reshape(-1, split.count)
+            d_columns = (kept.mT @ rows if split.transposed else rows.mT @ kept).to(columns.dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(0).to(columns.dtype)
+        return dx, d_columns, d_bias, None, None
+
+
+class _SplitForward(nn.Module):
+    """In front of the class of a split layer."""
+
+    split: _Split
+    weight: nn.Parameter
+    weight_columns: nn.Parameter
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, dtype = x.device.type, x.dtype
+        if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        return _SplitLinear.apply(x, self.weight_columns, self.bias, self, dtype)
+
+
+def _merge_into_state(module: _SplitForward, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A state dict has whole weights only."""
+    columns = state.pop(f"{prefix}{COLUMNS}", None)
+    weight = state.get(f"{prefix}weight")
+    # Under ZeRO 3 there is nothing here of a weight that is not gathered.
+    if columns is not None and weight is not None and weight.numel() and columns.numel():
+        module.split.fill(weight, columns)
+
+
+def _take_from_state(module: _SplitForward, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The columns of a state dict of whole weights."""
+    weight = state.get(f"{prefix}weight")
+    if weight is not None and f"{prefix}{COLUMNS}" not in state:
+        state[f"{prefix}{COLUMNS}"] = module.split.of_weight(weight).clone()
+
+
+def prepare_layers(model: nn.Module, config: FreezeConfig) -> tuple[str, ...]:
+    """Split the layers of a model if the policy asks for it; names of the weights that were split.
+
+    Raises:
+        ConfigError: what `plan_columns` finds.
+    """
+    policy = POLICIES.get(config.policy)
+    return split_columns(model, config) if policy is not None and policy.splits_columns else ()
+
+
+def split_columns(model: nn.Module, config: FreezeConfig) -> tuple[str, ...]:
+    """Make a share `1 - rate` of the input columns of every linear layer trainable, and the rest of them frozen.
+
+    Norms, biases, parameters that are merely added, the task's head and `always_active` layers train whole; embeddings,
+    convolutions and `never_active` layers do not train. The columns of a layer are evenly spaced, from a start that is
+    drawn by `seed`. All that trains, biases aside, takes at most `1 - rate` of the weights and of the inputs. A model
+    that is split already stays as it is.
+
+    Returns:
+        Names of the weights that were split.
+
+    Raises:
+        ConfigError: what `plan_columns` finds.
+    """
+    if any(isinstance(module, _SplitForward) for module in model.modules()):
+        return ()
+    plan = plan_columns(model, config)
+    split = {layer.name for layer in plan.split}
+    for layer in discover(model).layers:
+        if layer.name in split:
+            owner = model.get_submodule(layer.name.rpartition(".")[0])
+            _split(owner, layer.inputs, plan.stride, random.Random(f"{config.seed}:{layer.name}"))
+        elif layer.name not in plan.whole:
+            model.get_parameter(layer.name).requires_grad_(False)
+    return tuple(layer.name for layer in plan.split)
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """What a policy of columns makes of a model."""
+
+    split: tuple[Layer, ...]
+    """Layers of which every `stride`-th input column trains."""
+    stride: int
+    whole: frozenset[str]
+    """Names of the layers that train whole."""
+
+
+def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
+    """Which layers `split_columns` would split, and how finely; the model is not changed.
+
+    Raises:
+        ConfigError: a rate schedule, globs without a match, or no stride that keeps to the rate.
+    """
+    layers = discover(model).layers
+    names = [layer.name for layer in layers]
+    problems: list[str] = []
+    always = match_globs(config.always_active, names, "slimfit.freeze.always_active", problems)
+    never = match_globs(config.never_active, names, "slimfit.freeze.never_active", problems)
+    if len(config.rates) > 1:
+        problems.append(
+            "slimfit.freeze.rate: policy columns trains the same columns for the whole run, so it needs one number, "
+            f"got a schedule from {config.rates[0]} to {config.rates[-1]}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    parts = find_blocks(names)
+    largest = max((layers[i].numel for block in parts.blocks for i in block), default=0)
+    small = {i for i, layer in enumerate(layers) if layer.numel <= largest}
+    head = [i for i in parts.after if layers[i].kind == "linear" and i in small][-1:]
+    added = {i for i, layer in enumerate(layers) if layer.kind in ("norm", "parameter") and not layer.inputs}
+    whole = (always | added | {*head}) - never
+    split = [
+        i
+        for i, layer in enumerate(layers)
+        if i in small - whole - never and _splittable(model.get_submodule(layer.name.rpartition(".")[0]))
+    ]
+    stride = _stride(layers, whole, split, config.rates[0])
+    if stride is None:
+        raise ConfigError(
+            [
+                f"slimfit.freeze: policy columns finds no part of the linear layers that trains within rate "
+                f"{config.rates[0]}; lower the rate, or choose another policy"
+            ]
+        )
+    return ColumnPlan(
+        tuple(layers[i] for i in split if layers[i].inputs >= stride),
+        stride,
+        frozenset(names[i] for i in whole),
+    )
+
+
+def _splittable(module: nn.Module) -> bool:
+    """Whether the layer computes by its own forward: `MultiheadAttention` reads the weight of its projection."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def _stride(layers: Sequence[Layer], whole: Iterable[int], split: Sequence[int], rate: float) -> int | None:
+    """The smallest stride whose columns, with the layers that train whole, keep to the rate.
+
+    Inputs of layers that train whole do not count: norms and added parameters need none, the head reads one vector of
+    an example; who asks for more by `always_active` knows.
+    """
+    room = (1 - rate) * sum(layer.numel for layer in layers) - sum(layers[i].numel for i in whole)
+    inputs = (1 - rate) * sum(layer.inputs for layer in layers)
+    least = max(1, math.ceil(1 / (1 - rate) - 1e-9))
+    for stride in range(least, max((layers[i].inputs for i in split), default=0) + 1):
+        counts = {i: layers[i].inputs // stride for i in split}
+        weights = sum(layers[i].numel // layers[i].inputs * count for i, count in counts.items())
+        if weights <= room + 1e-6 and sum(counts.values()) <= inputs + 1e-6:
+            return stride
+    return None
+
+
+def _split(module: Any, width: int, stride: int, chance: random.Random) -> None:
+    base = type(module)
+    count = width // stride
+    start = chance.randrange(width - (count - 1) * stride)
+    split = _Split(start, stride, count, transposed=base.__name__ == "Conv1D")
+    trained = split.of_weight(module.weight.detach()).clone(memory_format=torch.contiguous_format)
+    module.weight.requires_grad_(False)
+    module.register_parameter(COLUMNS, nn.Parameter(trained))
+    # The same name: what is told by the name of a class stays true.
+    module.__class__ = type(base.__name__, (_SplitForward, base), {"split": split})
+    module._register_state_dict_hook(_merge_into_state)
+    module.register_load_state_dict_pre_hook(_take_from_state)
+
+
+def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
+    """Let an optimizer's parameter groups that were made before the split hold the columns instead of the weights."""
+    instead = {id(m.weight): m.weight_columns for m in model.modules() if isinstance(m, _SplitForward)}
+    groups = list(groups)
+    held = {id(p) for group in groups for p in group["params"]}
+    for group in groups:
+        group["params"] = [
+            instead[id(p)] if id(p) in instead and id(instead[id(p)]) not in held else p
+            for p in group["params"]
+        ]
+
+
+def merge_columns(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A dict of all parameters by name, as a model that was never split has them.
+
+    Args:
+        model: the split model; only its structure is read.
+        state: whole tensors by name, columns among them; is not changed.
+    """
+    merged = dict(state)
+    for name, module in model.named_modules():
+        if not isinstance(module, _SplitForward):
+            continue
+        prefix = f"{name}." if name else ""
+        columns, weight = merged.pop(f"{prefix}{COLUMNS}", None), merged.get(f"{prefix}weight")
+        if columns is not None and weight is not None:
+            merged[f"{prefix}weight"] = weight.clone()
+            module.split.fill(merged[f"{prefix}weight"], columns)
+    return merged
+
+
+def unsplit_columns(model: nn.Module) -> None:
+    """Undo `split_columns`: whole weights with what was learned, and everything trains."""
+    for module in list(model.modules()):
+        if isinstance(module, _SplitForward):
+            module.split.fill(module.weight, module.weight_columns)
+            del module.weight_columns
+            module.__class__ = type(module).__mro__[2]
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)

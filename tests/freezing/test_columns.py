@@ -1,0 +1,282 @@
+"""Layers of which some input columns train, against plain layers with their gradient cut to those columns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import slimfit_ds
+from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.columns import adopt_columns, merge_columns, plan_columns, split_columns
+from slimfit_ds.freezing.layers import discover
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 40):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Embedding, two blocks and a head; `[batch, tokens]` ids to `[batch, 3]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 40)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+LINEAR = [f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down")]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 50, (6, 7), generator=torch.Generator().manual_seed(1))
+
+
+def config(rate: float = 0.8, **more) -> FreezeConfig:
+    return FreezeConfig(policy="columns", rate=rate, **more)
+
+
+def columns_of(module) -> list[int]:
+    """The trained columns, found by looking which of them the parameter changes."""
+    weight = module.weight.detach().clone()
+    marked = torch.full_like(module.weight_columns, 1e6)
+    return (module.split.fill(weight, marked) == 1e6).all(0).nonzero().flatten().tolist()
+
+
+def test_output_and_gradients_are_those_of_the_whole_layer_cut_to_the_columns(model, ids):
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    out, expected = model(ids), plain(ids)
+    assert torch.equal(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for name in LINEAR:
+        mine, whole = model.get_submodule(name), plain.get_submodule(name)
+        cut = whole.weight.grad[:, columns_of(mine)]
+        torch.testing.assert_close(mine.weight_columns.grad, cut, rtol=1e-5, atol=1e-6)
+        assert mine.weight.grad is None
+        if whole.bias is not None:
+            torch.testing.assert_close(mine.bias.grad, whole.bias.grad)
+    torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+    torch.testing.assert_close(model.blocks[0].norm.weight.grad, plain.blocks[0].norm.weight.grad)
+    assert model.words.weight.grad is None
+
+
+def test_training_is_that_of_the_whole_model_with_masked_gradients(model, ids):
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    for name in LINEAR:
+        mask = torch.zeros(plain.get_submodule(name).weight.shape)
+        mask[:, columns_of(model.get_submodule(name))] = 1
+        plain.get_submodule(name).weight.register_hook(lambda grad, mask=mask: grad * mask)
+    plain.words.weight.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for each in (model, plain):
+        optimizer = torch.optim.Adam([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            each(ids).square().sum().backward()
+            optimizer.step()
+    trained = model.state_dict()
+    assert trained.keys() == before.keys()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-5)
+    for name in LINEAR:
+        rest = [
+            c
+            for c in range(before[f"{name}.weight"].shape[1])
+            if c not in columns_of(model.get_submodule(name))
+        ]
+        assert torch.equal(trained[f"{name}.weight"][:, rest], before[f"{name}.weight"][:, rest])
+        assert not torch.equal(trained[f"{name}.weight"], before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.9, 0.95])
+def test_weights_and_inputs_keep_to_the_rate(rate):
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(100, 40), "blocks": nn.ModuleList(Block(80) for _ in range(3))}
+    )
+    layers = discover(model).layers
+    weights, inputs = sum(layer.numel for layer in layers), sum(layer.inputs for layer in layers)
+    split_columns(model, config(rate))
+    trained = discover(model).layers
+    assert 0 < sum(layer.numel for layer in trained) <= (1 - rate) * weights + 1e-6
+    assert 0 < sum(layer.inputs for layer in trained) <= (1 - rate) * inputs + 1e-6
+    # Not half of what would be allowed.
+    assert sum(layer.inputs for layer in trained) > 0.6 * (1 - rate) * inputs
+
+
+def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
+    other, again = copy.deepcopy(model), copy.deepcopy(model)
+    split_columns(model, config())
+    split_columns(other, config(seed=1))
+    split_columns(again, config())
+    places = [columns_of(model.get_submodule(name)) for name in LINEAR]
+    assert all(len({b - a for a, b in zip(p, p[1:], strict=False)}) == 1 for p in places)
+    assert places == [columns_of(again.get_submodule(name)) for name in LINEAR]
+    assert places != [columns_of(other.get_submodule(name)) for name in LINEAR]
+
+
+def test_only_the_columns_of_the_input_are_kept(model, ids):
+    split_columns(model, config())
+    saved: list[int] = []
+    layer = model.blocks[0].down
+    x = torch.randn(6, 7, 80, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert saved == [6 * 7 * layer.split.count * 4]
+    saved.clear()
+    layer.weight_columns.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert saved == []
+
+
+def test_under_autocast_it_computes_as_a_linear_layer_does(model, ids):
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = model(ids), plain(ids)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    out.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    mine, whole = model.blocks[1].up, plain.blocks[1].up
+    assert mine.weight_columns.grad.dtype == torch.float32
+    torch.testing.assert_close(
+        mine.weight_columns.grad, whole.weight.grad[:, columns_of(mine)], rtol=0.05, atol=0.05
+    )
+
+
+def test_conv1d_of_gpt2_is_split_along_its_inputs():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"fc": Conv1D(24, 40)})])})
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    layer, whole = model["h"][0]["fc"], plain["h"][0]["fc"]
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(layer(x), whole(x))
+    layer(x).square().sum().backward()
+    whole(x).square().sum().backward()
+    places = (layer.split.fill(torch.zeros(40, 24), torch.ones_like(layer.weight_columns)).mT == 1).all(1)
+    torch.testing.assert_close(layer.weight_columns.grad, whole.weight.grad[places])
+    assert type(layer).__name__ == "Conv1D"
+
+
+def test_a_state_dict_knows_whole_weights_only_and_loads_them(model, ids):
+    keys = set(model.state_dict())
+    split_columns(model, config())
+    with torch.no_grad():
+        model.blocks[0].up.weight_columns.add_(1.0)
+    expected = model(ids)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    assert set(state) == keys
+    plain = Model()
+    plain.load_state_dict(state)
+    assert torch.equal(plain(ids), expected)
+    again = Model()
+    split_columns(again, config())
+    again.load_state_dict(state)
+    assert torch.equal(again(ids), expected)
+    assert torch.equal(again.blocks[0].up.weight_columns, model.blocks[0].up.weight_columns)
+
+
+def test_merging_a_dict_of_all_parameters(model):
+    split_columns(model, config())
+    everything = {name: p.detach().clone() for name, p in model.named_parameters()}
+    everything["blocks.0.up.weight_columns"] += 1
+    merged = merge_columns(model, everything)
+    assert not any(name.endswith("columns") for name in merged)
+    moved = merged["blocks.0.up.weight"] - everything["blocks.0.up.weight"]
+    assert moved.count_nonzero(0).nonzero().flatten().tolist() == columns_of(model.blocks[0].up)
+
+
+def test_an_optimizer_that_is_older_than_the_split_trains_the_columns(model, ids):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(model.get_submodule(name).weight_columns) for name in LINEAR} <= held
+    before = model.blocks[0].up.weight_columns.detach().clone()
+    model(ids).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.blocks[0].up.weight_columns, before)
+    # Twice changes nothing.
+    adopt_columns(model, optimizer.param_groups)
+    assert len({id(p) for g in optimizer.param_groups for p in g["params"]}) == len(held)
+
+
+def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids):
+    plain = copy.deepcopy(model)
+    for each, scale in ((model, 3.0), (plain, 1.0)):
+        block = {"freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": scale}}
+        optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
+        slimfit_ds.slim(each, block).follow(optimizer)
+        start = {name: p.detach().clone() for name, p in each.named_parameters()}
+        each(ids).square().sum().backward()
+        optimizer.step()
+        each.moved = {name: p.detach() - start[name] for name, p in each.named_parameters()}
+    for name, moved in model.moved.items():
+        factor = 1.0 if name.endswith("weight_columns") else 3.0
+        torch.testing.assert_close(moved, factor * plain.moved[name], rtol=1e-3, atol=1e-6)
+
+
+def test_removing_leaves_a_plain_model_with_what_was_learned(model, ids):
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.follow(optimizer)
+    model(ids).square().sum().backward()
+    optimizer.step()
+    expected = model(ids)
+    handle.remove()
+    assert torch.equal(model(ids), expected)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(name.endswith("columns") for name, _ in model.named_parameters())
+    assert type(model.blocks[0].up) is nn.Linear
+
+
+def test_globs_choose_what_trains_whole_and_what_never_trains(model):
+    plan = plan_columns(model, config(0.5, always_active=("blocks.1.up",), never_active=("blocks.0.*",)))
+    assert [layer.name for layer in plan.split] == ["blocks.1.down.weight"]
+    assert plan.whole == {"blocks.1.up.weight", "blocks.1.norm.weight", "head.weight"}
+
+
+def test_what_cannot_be_is_said_before_anything_is_changed(model):
+    with pytest.raises(ConfigError, match="needs one number"):
+        split_columns(model, config({"start": 0.5, "end": 0.9, "steps": 10}))
+    with pytest.raises(ConfigError, match=r"rate 0.999; lower the rate"):
+        split_columns(model, config(0.999))
+    with pytest.raises(ConfigError, match="matches no layer"):
+        split_columns(model, config(always_active=("nothing.*",)))
+    assert all(p.requires_grad for p in model.parameters())
