@@ -179,8 +179,7 @@ class _CheckpointFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, record: _Record, codecs: list[Codec | None], *tensors: Tensor) -> tuple[Tensor, ...]:
         saved = SavedTensors()
-        for tensor, codec in zip(record.call.tensors, codecs, strict=True):
-            saved.add(tensor, codec)
+        saved.add_all(record.call.tensors, codecs)
         record.stored, record.kept = saved.records, saved.tensors
         ctx.record = record
         ctx.save_for_backward(*saved.tensors)

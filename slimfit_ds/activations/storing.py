@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
+from slimfit_ds.activations.codecs import Codec
+
 __all__ = [
     "RECIPE",
     "SHARED",
@@ -114,11 +116,18 @@ class SavedTensors:
 
     def add(self, tensor: Tensor, codec: Any = None) -> None:
         """Save `tensor` as it is, or encoded by `codec`."""
-        if codec is None:
-            self.records.append(Stored(None, len(self.tensors), 1))
-            self.tensors.append(tensor)
-        else:
-            self.add_payload(encode_shared(tensor, codec))
+        self.add_all([tensor], [codec])
+
+    def add_all(self, tensors: Sequence[Tensor], codecs: Sequence[Any]) -> None:
+        """Save tensors in this order, each as it is (`None`) or encoded; those of one codec are encoded together."""
+        chosen = [i for i, codec in enumerate(codecs) if codec is not None]
+        payloads = dict(zip(chosen, _encode_all([(tensors[i], codecs[i]) for i in chosen]), strict=True))
+        for i, tensor in enumerate(tensors):
+            if i in payloads:
+                self.add_payload(payloads[i])
+            else:
+                self.records.append(Stored(None, len(self.tensors), 1))
+                self.tensors.append(tensor)
 
     def add_payload(self, payload: Payload) -> None:
         """Save what stands for a tensor."""
@@ -129,24 +138,49 @@ class SavedTensors:
 
     @staticmethod
     def restore(records: Sequence[Stored], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that `records` describe, decoded."""
-        return [_restore(record, tensors) for record in records]
+        """The tensors that `records` describe; those of one codec are decoded together."""
+        found = [_kept(record, tensors) for record in records]
+        by_codec: dict[Codec, list[int]] = {}
+        for i, value in enumerate(found):
+            if isinstance(value, Payload) and isinstance(value.codec, Codec):
+                by_codec.setdefault(value.codec, []).append(i)
+        for codec, places in by_codec.items():
+            decoded = codec.decode_all([found[i].encoded for i in places])
+            for i, tensor in zip(places, decoded, strict=True):
+                found[i] = tensor.view(found[i].shape)
+        return [value.decode() if isinstance(value, Payload) else value for value in found]
 
 
 def encode_shared(tensor: Tensor, codec: Any) -> Payload:
     """What stands for `tensor`: its recipe, or the payload of an earlier function, or a new one."""
+    return _encode_all([(tensor, codec)])[0]
+
+
+def _encode_all(jobs: Sequence[tuple[Tensor, Any]]) -> list[Payload]:
+    """`encode_shared` of each tensor with its codec."""
     with torch.no_grad():
-        detached = tensor.detach()
-        found = SHARED.find(detached, RECIPE) or SHARED.find(detached, codec)
-        if found is None:
-            found = Payload(codec, codec.encode(detached), tensor.shape)
-            SHARED.remember(detached, codec, codec, found.encoded)
-    return found
+        jobs = [(tensor.detach(), codec) for tensor, codec in jobs]
+        found = [SHARED.find(tensor, RECIPE) or SHARED.find(tensor, codec) for tensor, codec in jobs]
+        new: dict[Any, dict[tuple, Tensor]] = {}
+        for (tensor, codec), payload in zip(jobs, found, strict=True):
+            if payload is None:
+                new.setdefault(codec, {})[tensor_key(tensor)] = tensor
+        made = {}
+        for codec, tensors in new.items():
+            encoded = codec.encode_all(list(tensors.values()))
+            for (key, tensor), one in zip(tensors.items(), encoded, strict=True):
+                SHARED.remember(tensor, codec, codec, one)
+                made[codec, key] = one
+        return [
+            payload or Payload(codec, made[codec, tensor_key(tensor)], tensor.shape)
+            for (tensor, codec), payload in zip(jobs, found, strict=True)
+        ]
 
 
-def _restore(record: Stored, tensors: Sequence[Tensor]) -> Tensor:
+def _kept(record: Stored, tensors: Sequence[Tensor]) -> Any:
+    """The tensor itself, or its payload."""
     if record.payload is None:
         return tensors[record.start]
     kept = tuple(tensors[record.start : record.start + record.count])
     encoded = dataclasses.replace(record.payload.encoded, tensors=kept)
-    return dataclasses.replace(record.payload, encoded=encoded).decode()
+    return dataclasses.replace(record.payload, encoded=encoded)

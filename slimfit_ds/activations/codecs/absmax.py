@@ -131,6 +131,26 @@ class AbsmaxCodec(FloatCodec):
         codes = torch.cat([plane for same in zip(*planes, strict=True) for _, plane in same])
         return Encoded((codes, torch.cat([part.tensors[1] for part in parts])), shape, parts[0].dtype)
 
+    def _encode_flat(
+        self, jobs: Sequence[tuple[Tensor, tuple[Tensor, ...]]], generator: torch.Generator | None
+    ) -> None:
+        if len(jobs) < 2 or self.rounding != "nearest" or not all(runs_in_triton(flat) for flat, _ in jobs):
+            super()._encode_flat(jobs, generator)
+            return
+        from slimfit_ds.activations.codecs.triton_several import SEVERAL, encode_several
+
+        for start in range(0, len(jobs), SEVERAL):
+            encode_several(jobs[start : start + SEVERAL], self.grid, self.group)
+
+    def _decode_flat(self, jobs: Sequence[tuple[tuple[Tensor, ...], Tensor]]) -> None:
+        if len(jobs) < 2 or not all(runs_in_triton(out) for _, out in jobs):
+            super()._decode_flat(jobs)
+            return
+        from slimfit_ds.activations.codecs.triton_several import SEVERAL, decode_several
+
+        for start in range(0, len(jobs), SEVERAL):
+            decode_several(jobs[start : start + SEVERAL], self.grid, self.group)
+
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
         if runs_in_triton(flat):
             self.encode_in_triton(flat, kept, generator)

@@ -90,6 +90,14 @@ class Codec(ABC):
     def decode(self, e: Encoded) -> Tensor:
         """The tensor that `e` stands for, with the shape, dtype and (if it was dense) strides it had."""
 
+    def encode_all(self, tensors: Sequence[Tensor]) -> list[Encoded]:
+        """`encode` of each; a codec may do it at once."""
+        return [self.encode(x) for x in tensors]
+
+    def decode_all(self, encoded: Sequence[Encoded]) -> list[Tensor]:
+        """`decode` of each; a codec may do it at once."""
+        return [self.decode(e) for e in encoded]
+
     @abstractmethod
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
         """dtype and length of each tensor that `encode` stores for `numel` elements of `dtype`."""
@@ -114,22 +122,51 @@ class FloatCodec(Codec):
     without temporaries, and that is what a memory estimate has to see.
     """
 
-    @torch.no_grad()
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
-        if not x.is_floating_point():
-            raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
-        flat, order = flatten(x.detach())
-        kept = tuple(flat.new_empty(n, dtype=dtype) for dtype, n in self.storage(flat.numel(), x.dtype))
-        if flat.numel() and not is_fake(flat):
-            self._encode(flat, kept, generator)
-        return Encoded(kept, x.shape, x.dtype, order)
+        return self._encode_each([x], generator)[0]
+
+    def encode_all(self, tensors: Sequence[Tensor]) -> list[Encoded]:
+        return self._encode_each(tensors, None)
 
     @torch.no_grad()
+    def _encode_each(self, tensors: Sequence[Tensor], generator: torch.Generator | None) -> list[Encoded]:
+        encoded, jobs = [], []
+        for x in tensors:
+            if not x.is_floating_point():
+                raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
+            flat, order = flatten(x.detach())
+            kept = tuple(flat.new_empty(n, dtype=dtype) for dtype, n in self.storage(flat.numel(), x.dtype))
+            if flat.numel() and not is_fake(flat):
+                jobs.append((flat, kept))
+            encoded.append(Encoded(kept, x.shape, x.dtype, order))
+        self._encode_flat(jobs, generator)
+        return encoded
+
     def decode(self, e: Encoded) -> Tensor:
-        flat = e.tensors[0].new_empty(e.shape.numel(), dtype=e.dtype)
-        if flat.numel() and not is_fake(flat):
-            self._decode(e.tensors, flat)
-        return unflatten(flat, e.shape, e.meta)
+        return self.decode_all([e])[0]
+
+    @torch.no_grad()
+    def decode_all(self, encoded: Sequence[Encoded]) -> list[Tensor]:
+        decoded, jobs = [], []
+        for e in encoded:
+            flat = e.tensors[0].new_empty(e.shape.numel(), dtype=e.dtype)
+            if flat.numel() and not is_fake(flat):
+                jobs.append((e.tensors, flat))
+            decoded.append(unflatten(flat, e.shape, e.meta))
+        self._decode_flat(jobs)
+        return decoded
+
+    def _encode_flat(
+        self, jobs: Sequence[tuple[Tensor, tuple[Tensor, ...]]], generator: torch.Generator | None
+    ) -> None:
+        """Fill what is kept of each flat tensor."""
+        for flat, kept in jobs:
+            self._encode(flat, kept, generator)
+
+    def _decode_flat(self, jobs: Sequence[tuple[tuple[Tensor, ...], Tensor]]) -> None:
+        """Fill each flat tensor from what is kept of it."""
+        for kept, out in jobs:
+            self._decode(kept, out)
 
     @abstractmethod
     def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:

@@ -16,9 +16,18 @@ from slimfit_ds.activations.codecs.triton_channels import apply_channels, channe
 from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
-__all__ = ["decode_absmax", "encode_absmax", "step_of", "to_nearest"]
+__all__ = [
+    "TILE",
+    "decode_absmax",
+    "decode_kernel",
+    "encode_absmax",
+    "encode_kernel",
+    "step_of",
+    "to_nearest",
+]
 
-_TILE = 4096
+TILE = 4096
+"""Elements of a program."""
 
 
 @triton.jit
@@ -44,7 +53,7 @@ def to_nearest(y):
 
 
 @triton.jit
-def _encode_kernel(
+def encode_kernel(
     x_ptr,
     noise_ptr,
     codes_ptr,
@@ -114,7 +123,7 @@ def _encode_kernel(
 
 
 @triton.jit
-def _decode_kernel(
+def decode_kernel(
     codes_ptr,
     high_ptr,
     steps_ptr,
@@ -192,9 +201,9 @@ def encode_absmax(
     whole, fraction = divmod(zero, 1)
     (width, low), (high_width, high) = low_and_high(codes, flat.numel(), bits)
     block = triton.next_power_of_2(group)
-    rows = max(_TILE // block, 1)
+    rows = max(TILE // block, 1)
     with torch.cuda.device_of(flat):
-        _encode_kernel[(triton.cdiv(steps.numel(), rows),)](
+        encode_kernel[(triton.cdiv(steps.numel(), rows),)](
             flat,
             flat if noise is None else noise,
             low,
@@ -233,10 +242,10 @@ def decode_absmax(
 ) -> None:
     """Fill `out` [numel] from what `encode_absmax` stored; `channels` are applied to it last, if given."""
     block = triton.next_power_of_2(group)
-    rows = max(_TILE // block, 1)
+    rows = max(TILE // block, 1)
     (width, low), (high_width, high) = low_and_high(codes, out.numel(), bits)
     with torch.cuda.device_of(out):
-        _decode_kernel[(triton.cdiv(steps.numel(), rows),)](
+        decode_kernel[(triton.cdiv(steps.numel(), rows),)](
             low,
             high,
             steps,

@@ -108,8 +108,7 @@ class _StoredProbabilities(torch.autograd.Function):
         elif mask is not None:
             scores = scores + mask.to(scores.dtype)
         saved = SavedTensors()
-        for tensor, chosen in ((query, codec), (key, codec), (value, value_codec)):
-            saved.add(tensor, chosen)
+        saved.add_all((query, key, value), (codec, codec, value_codec))
         saved.add(scores.softmax(-1), probability_codec)
         ctx.records, ctx.scale, ctx.repeats = saved.records, scale, repeats
         ctx.save_for_backward(*saved.tensors)

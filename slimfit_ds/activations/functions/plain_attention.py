@@ -57,8 +57,7 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, function, mask, scale, causal, codec, value_codec):
         saved = SavedTensors()
-        for tensor, chosen in ((query, codec), (key, codec), (value, value_codec)):
-            saved.add(tensor, chosen)
+        saved.add_all((query, key, value), (codec, codec, value_codec))
         if mask is not None:
             saved.add(mask)
         ctx.records, ctx.scale, ctx.causal = saved.records, scale, causal

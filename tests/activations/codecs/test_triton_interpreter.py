@@ -22,6 +22,7 @@ INTERPRETED = (
     "test_triton_norm.py",
     "test_triton_activation.py",
     "test_triton_dropout.py",
+    "test_triton_several.py",
 )
 
 
@@ -94,12 +95,16 @@ def _ptx(kernel: Any, constants: dict[str, Any]) -> str:
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
+    # Kernels for several tensors number what they have of each.
+    kinds = [re.sub(r"\d", "", name) for name in names]
     aligned = [
-        i for i, n in enumerate(names) if n.endswith("_ptr") or n in ("numel", "stored_bytes", "high_bytes")
+        i for i, n in enumerate(kinds) if n.endswith("_ptr") or n in ("numel", "stored_bytes", "high_bytes")
     ]
     source = ASTSource(
         fn=kernel,
-        signature={n: "constexpr" if n in constants else POINTERS[n] for n in names},
+        signature={
+            n: "constexpr" if n in constants else POINTERS[kind] for n, kind in zip(names, kinds, strict=True)
+        },
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
@@ -125,11 +130,11 @@ def test_absmax_compiles_for_hopper_in_wide_loads_without_fused_arithmetic(bits:
         "HIGH": 3,
         **NO_CHANNELS,
     }
-    ptx = _ptx(triton_absmax._encode_kernel, {**encode, "STOCHASTIC": True})
+    ptx = _ptx(triton_absmax.encode_kernel, {**encode, "STOCHASTIC": True})
     assert "ld.global.v4" in ptx
     assert "fma." not in ptx
     ptx = _ptx(
-        triton_absmax._decode_kernel,
+        triton_absmax.decode_kernel,
         {
             "ZERO": 1.5,
             "GROUP": 32,
@@ -194,14 +199,14 @@ def test_channels_compile_for_hopper_in_wide_loads() -> None:
     table = {"SCALED": False, "BITS": 4, "HIGH_BITS": 0, "TILE": 4096, **CHANNELS}
     search = {"STEPS": 3, "SHARED_CELLS": False, "SIGN": 8}
     for kernel, constants in (
-        (triton_absmax._encode_kernel, {**absmax, **integers}),
+        (triton_absmax.encode_kernel, {**absmax, **integers}),
         (triton_table._encode_kernel, {**table, **search}),
     ):
         ptx = _ptx(kernel, constants)
         assert "ld.global.v4" in ptx
         assert "fma.rn.f32" in ptx
     for kernel, constants in (
-        (triton_absmax._decode_kernel, {**absmax, "ZERO": 0.0}),
+        (triton_absmax.decode_kernel, {**absmax, "ZERO": 0.0}),
         (triton_table._decode_kernel, table),
     ):
         ptx = _ptx(kernel, constants)
@@ -260,3 +265,14 @@ def test_norms_compile_for_hopper_in_wide_loads(width: int) -> None:
         (triton_norm_weights._gradients_kernel, {**back, **wanted}),
     ):
         assert "ld.global.v4" in _ptx(kernel, constants)
+
+
+@pytest.mark.slow
+def test_several_tensors_compile_for_hopper_in_wide_loads_without_fused_arithmetic() -> None:
+    from slimfit_ds.activations.codecs import triton_several
+
+    groups = {"GROUP": 128, "BLOCK": 128, "ROWS": 32, "BITS": 4, "HIGH_BITS": 2}
+    ptx = _ptx(triton_several._encode_kernel, {**groups, "WHOLE": 31, "FRACTION": 0.0})
+    assert "ld.global.v4" in ptx
+    assert "fma." not in ptx
+    assert "st.global.v4" in _ptx(triton_several._decode_kernel, {**groups, "ZERO": 31.0})
