@@ -41,9 +41,8 @@ class StandardisedChannels(Codec):
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
-        mean, deviation = _statistics(x)
-        inverse = deviation.float().reciprocal()
-        offset = -mean.float() * inverse
+        mean, std = _statistics(x)
+        deviation, inverse, offset = _standardisation(mean, std)
         if self._runs_in_one_pass(x) and is_dense(x):
             encoded = self._encode_in_one_pass(x, ChannelAffine.of(x, inverse, offset), generator)
         else:
@@ -147,12 +146,23 @@ class StandardisedChannels(Codec):
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, 1 where it is 0, of each channel, broadcasting against x.
+    """Mean and standard deviation of each channel, broadcasting against x.
 
     In the dtype of x: decoding undoes exactly these rounded statistics, and no wider copy of x is made.
     """
-    deviation, mean = torch.std_mean(x, dim=_token_dims(x.dim()), correction=0, keepdim=True)
-    return mean, torch.where(deviation > 0, deviation, 1.0)
+    std, mean = torch.std_mean(x, dim=_token_dims(x.dim()), correction=0, keepdim=True)
+    return mean, std
+
+
+def _standardisation(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The deviation, 1 where it is 0; its inverse and `-mean / deviation` in fp32."""
+    if runs_in_triton(std) and std.numel() and not is_fake(std):
+        from slimfit_ds.activations.codecs.triton_channels import standardisation
+
+        return standardisation(mean, std)
+    deviation = torch.where(std > 0, std, 1.0)
+    inverse = deviation.float().reciprocal()
+    return deviation, inverse, -mean.float() * inverse
 
 
 def _moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:

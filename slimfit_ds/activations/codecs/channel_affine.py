@@ -21,8 +21,8 @@ class ChannelAffine:
     `i // head_stride % heads * width + i // width_stride % width`.
 
     Attributes:
-        scale: fp32 [heads * width].
-        offset: fp32 [heads * width].
+        scale: fp32, or what casts to it, [heads * width].
+        offset: likewise.
         heads: 1 where a channel is an index of the last dimension alone.
         width: length of the last dimension.
         head_stride: elements in memory between two heads.
@@ -41,8 +41,8 @@ class ChannelAffine:
         """Statistics that broadcast against a dense `x`: [1, ..., width], or [1, heads, 1, width] for 4 dimensions."""
         per_head = x.dim() == 4
         return cls(
-            scale.reshape(-1).float(),
-            offset.reshape(-1).float(),
+            scale.reshape(-1),
+            offset.reshape(-1),
             heads=scale.shape[1] if per_head else 1,
             width=scale.shape[-1],
             # Dimensions of length 1 may have any stride, 0 too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.triton_rounding import round_to
 
-__all__ = ["apply_channels", "channel_arguments"]
+__all__ = ["apply_channels", "channel_arguments", "standardisation"]
+
+_TILE = 1024
 
 
 @triton.jit
@@ -34,11 +37,46 @@ def apply_channels(
     channel = (element // width_stride) % WIDTH
     if HEADS > 1:
         channel += (element // head_stride) % HEADS * WIDTH
-    scale = tl.load(scale_ptr + channel)
-    offset = tl.load(offset_ptr + channel)
+    scale = tl.load(scale_ptr + channel).to(tl.float32)
+    offset = tl.load(offset_ptr + channel).to(tl.float32)
     # Fused by hand, as torch.addcmul is.
     value = round_to(tl.fma(value, scale, offset), dtype).to(tl.float32)
     return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def _standardisation_kernel(
+    mean_ptr, std_ptr, deviation_ptr, inverse_ptr, offset_ptr, channels, TILE: tl.constexpr
+):
+    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = channel < channels
+    std = tl.load(std_ptr + channel, mask=inside, other=1.0)
+    deviation = tl.where(std.to(tl.float32) > 0.0, std.to(tl.float32), 1.0)
+    inverse = tl.div_rn(tl.full([TILE], 1.0, tl.float32), deviation)
+    offset = -tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32) * inverse
+    tl.store(deviation_ptr + channel, round_to(deviation, deviation_ptr.dtype.element_ty), mask=inside)
+    tl.store(inverse_ptr + channel, inverse, mask=inside)
+    tl.store(offset_ptr + channel, offset, mask=inside)
+
+
+def standardisation(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviation, 1 where it is not positive, its inverse and `-mean / deviation` of each channel.
+
+    Args:
+        mean: fp32, bf16 or fp16, of any shape.
+        std: of the same shape and dtype.
+
+    Returns:
+        The deviation in the dtype of `std`, and the others, fp32, all of its shape.
+    """
+    mean, std = mean.contiguous(), std.contiguous()
+    deviation = torch.empty_like(std)
+    inverse, offset = (torch.empty_like(std, dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(std):
+        _standardisation_kernel[(triton.cdiv(std.numel(), _TILE),)](
+            mean, std, deviation, inverse, offset, std.numel(), TILE=_TILE, enable_fp_fusion=False
+        )
+    return deviation, inverse, offset
 
 
 def channel_arguments(channels: ChannelAffine | None, placeholder: Tensor) -> dict[str, Any]:

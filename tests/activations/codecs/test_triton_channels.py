@@ -119,3 +119,18 @@ def test_a_view_with_gaps_is_standardised_first(monkeypatch: pytest.MonkeyPatch)
         y = codec.decode(kept)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(kept.tensors, expected.tensors, strict=True))
     assert torch.equal(y.cpu(), codec.decode(expected))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_standardisation_is_that_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(1, 3, 1, 700, generator=g), torch.rand(1, 3, 1, 700, generator=g)
+    std[..., 5], std[..., 6] = 0, torch.nan
+    mean, std = mean.to(dtype), std.to(dtype)
+    expected = channels._standardisation(mean, std)
+    monkeypatch.setattr(channels, "runs_in_triton", lambda t: True)
+    found = channels._standardisation(mean.to(DEVICE), std.to(DEVICE))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert same(ours.cpu(), theirs)

@@ -60,5 +60,5 @@ def by_kernel(
         # A copy keeps the strides.
         kept = codec.encode(x.to(DEVICE))
         y = codec.decode(kept)
-    assert len(launched) == 2
+    assert len(launched) >= 2
     return Encoded(tuple(t.cpu() for t in kept.tensors), kept.shape, kept.dtype, kept.meta), y.cpu()
