@@ -70,7 +70,7 @@ def _rungs(loss: int | None) -> tuple[Rung, ...]:
         _rung("exact", "device"),
         _rung("exact", "host"),
         _rung("balanced", "host"),
-        # Costs no operation more: the gradients of the head's input are worked out with the loss.
+        # No matrix product more: the gradients of the head are worked out with the loss, chunk by chunk.
         _rung("balanced", "host", loss=loss),
         _rung("minimal", "device", loss=loss),
         _rung("minimal", "host", loss=loss),
