@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.freezing import FreezeSchedule, discover
-from slimfit_ds.freezing.columns import adopt_columns, prepare_layers, unsplit_columns
+from slimfit_ds.freezing.columns import adopt_columns, unsplit_columns
+from slimfit_ds.freezing.prepare import prepare_layers
 from slimfit_ds.freezing.statistics import STATISTICS
 from slimfit_ds.optim.host_states import HostStates
 from slimfit_ds.optim.rules import rule_of
@@ -25,11 +26,13 @@ class SlimHandle:
     Attributes:
         schedule: the freeze schedule.
         compression: the compressed activations; its `report()` says what was recognised.
+        trainable: every parameter that may train at some step, by name.
     """
 
     def __init__(self, model: nn.Module, config: SlimFitConfig):
         self._model = model
         self._split = bool(prepare_layers(model, config.freeze))
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
         self._statistic = STATISTICS.get(config.freeze.statistic)
@@ -78,7 +81,7 @@ class SlimHandle:
         if combine is not None:
             self._combine = combine
         # An optimizer may be older than the split.
-        adopt_columns(self._model, optimizer.param_groups)
+        adopt_columns(self._model, optimizer.param_groups, optimizer.state)
         if self._host_states is not None:
             # It stays when this handle goes: the optimizer finds its states in any case.
             optimizer.register_step_pre_hook(self._host_states.fetch)

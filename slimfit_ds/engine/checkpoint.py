@@ -35,6 +35,7 @@ from slimfit_ds.engine.checkpoint_files import (
     recover,
 )
 from slimfit_ds.engine.shard_files import ShardReader, write_shards
+from slimfit_ds.freezing.columns import column_places, fill_columns
 
 if TYPE_CHECKING:
     from slimfit_ds.engine.engine import SlimFitEngine
@@ -113,6 +114,7 @@ def _metadata(engine: SlimFitEngine, client_state: Mapping[str, Any]) -> dict[st
         "schedule": engine.schedule.state_dict(),
         "optimizer": engine.optimizer.state_dict(),
         "steps": engine.optimizer.shard_steps(),
+        "columns": column_places(engine.module),
         "parameter_groups": groups,
         "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
         "client_state": dict(client_state),
@@ -203,7 +205,7 @@ def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
     folder = Path(path)
     if (tag := latest_tag(folder)) is not None:
         folder = folder / tag
-    read_metadata(folder)
+    metadata = read_metadata(folder)
     result: dict[str, Tensor] = {}
     with (
         safe_open(folder / MODEL, framework="pt") as model,
@@ -216,4 +218,4 @@ def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
             flat = weight.view(-1)
             reader.read_into(flat, name, "master", 0)
             result[name] = weight
-    return result
+    return fill_columns(result, metadata.get("columns", {}))

@@ -12,7 +12,8 @@ from torch import nn
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
-from slimfit_ds.freezing import FreezeSchedule, discover
+from slimfit_ds.freezing.columns import adopt_columns
+from slimfit_ds.freezing.prepare import freeze_problems, prepare_layers
 
 __all__ = ["initialize", "load_config", "setting_problems"]
 
@@ -99,7 +100,11 @@ def initialize(
     # DeepSpeed prints its configuration as JSON.
     loaded["slimfit"] = slim.model_dump(mode="json")
     from slimfit_ds.engine.engine import SlimFitEngine
+    from slimfit_ds.engine.weights import whole
 
+    prepare_layers(model, slim.freeze, whole)
+    arguments["model_parameters"] = _with_columns(model, model_parameters)
+    adopt_columns(model, getattr(optimizer, "param_groups", ()))
     # DeepSpeed has no hook for the class of its engine; it looks the name up when it is called.
     stock = deepspeed.DeepSpeedEngine
     deepspeed.DeepSpeedEngine = SlimFitEngine
@@ -117,11 +122,18 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
         return error.problems
     problems = config_problems(config, slim, model)
     problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
-    try:
-        FreezeSchedule(discover(model).layers, slim.freeze)
-    except ConfigError as error:
-        problems += error.problems
-    return problems
+    return problems + freeze_problems(model, slim.freeze)
+
+
+def _with_columns(model: nn.Module, parameters: Any) -> Any:
+    """Parameters or groups of them that were made before layers were split, with what trains of those now."""
+    if parameters is None:
+        return None
+    given = list(parameters)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    adopt_columns(model, groups)
+    return groups if given and isinstance(given[0], dict) else groups[0]["params"]
 
 
 def _within_budget(

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimfit_ds.config import ConfigError
+from slimfit_ds.freezing.columns import column_places, fill_columns
 
-__all__ = ["check_names", "gather", "save_pretrained", "scatter", "stored_bytes"]
+__all__ = ["check_names", "gather", "save_pretrained", "scatter", "stored_bytes", "whole"]
 
 
 def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -27,7 +28,7 @@ def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _whole(tensor: Tensor, writes: bool = False):
+def whole(tensor: Tensor, writes: bool = False):
     """A context in which a parameter that ZeRO 3 has cut is whole."""
     if not hasattr(tensor, "ds_id"):
         return nullcontext()
@@ -43,7 +44,7 @@ def gather(module: nn.Module) -> dict[str, Tensor]:
     """
     result: dict[str, Tensor] = {}
     for name, tensor in _entries(module):
-        with _whole(tensor):
+        with whole(tensor):
             if dist.get_rank() == 0:
                 result[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return result
@@ -57,7 +58,7 @@ def scatter(module: nn.Module, read: Callable[[str], Tensor]) -> None:
     """
     with torch.no_grad():
         for name, tensor in _entries(module):
-            with _whole(tensor, writes=True):
+            with whole(tensor, writes=True):
                 if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
                     tensor.data.copy_(read(name))
 
@@ -94,14 +95,16 @@ def save_pretrained(module: nn.Module, state: Mapping[str, Tensor], directory: s
         state: whole weights, from `gather`.
     """
     path = Path(directory)
+    state = fill_columns(state, column_places(module))
     save = getattr(module, "save_pretrained", None)
     if callable(save):
-        whole = dict(state)
+        complete = dict(state)
         # transformers expects the second name of a tied weight as well.
         names = {id(p): n for n, p in module.named_parameters()}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            whole.setdefault(name, state[names[id(parameter)]])
-        save(path, state_dict=whole)
+            if names[id(parameter)] in state:
+                complete.setdefault(name, state[names[id(parameter)]])
+        save(path, state_dict=complete)
         return
     path.mkdir(parents=True, exist_ok=True)
     save_file(dict(state), path / "model.safetensors", metadata={"format": "pt"})

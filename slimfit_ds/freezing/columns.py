@@ -11,9 +11,11 @@ The trained columns are a parameter of their own, `weight_columns`, and a copy o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +26,13 @@ from torch.nn import functional as F
 from slimfit_ds.config import ConfigError, FreezeConfig
 from slimfit_ds.freezing.blocks import find_blocks
 from slimfit_ds.freezing.layers import COLUMNS, Layer, discover, match_globs
-from slimfit_ds.freezing.policies import POLICIES
 
 __all__ = [
     "ColumnPlan",
     "adopt_columns",
-    "merge_columns",
+    "column_places",
+    "fill_columns",
     "plan_columns",
-    "prepare_layers",
     "split_columns",
     "unsplit_columns",
 ]
@@ -135,23 +136,22 @@ def _take_from_state(module: _SplitForward, state: dict[str, Any], prefix: str, 
         state[f"{prefix}{COLUMNS}"] = module.split.of_weight(weight).clone()
 
 
-def prepare_layers(model: nn.Module, config: FreezeConfig) -> tuple[str, ...]:
-    """Split the layers of a model if the policy asks for it; names of the weights that were split.
-
-    Raises:
-        ConfigError: what `plan_columns` finds.
-    """
-    policy = POLICIES.get(config.policy)
-    return split_columns(model, config) if policy is not None and policy.splits_columns else ()
-
-
-def split_columns(model: nn.Module, config: FreezeConfig) -> tuple[str, ...]:
+def split_columns(
+    model: nn.Module,
+    config: FreezeConfig,
+    whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda weight: nullcontext(),
+) -> tuple[str, ...]:
     """Make a share `1 - rate` of the input columns of every linear layer trainable, and the rest of them frozen.
 
     Norms, biases, parameters that are merely added, the task's head and `always_active` layers train whole; embeddings,
     convolutions and `never_active` layers do not train. The columns of a layer are evenly spaced, from a start that is
     drawn by `seed`. All that trains, biases aside, takes at most `1 - rate` of the weights and of the inputs. A model
     that is split already stays as it is.
+
+    Args:
+        model: is changed in place.
+        config: `rate`, `seed`, `always_active` and `never_active` of it.
+        whole: a context in which a weight that ZeRO 3 has cut is whole.
 
     Returns:
         Names of the weights that were split.
@@ -165,8 +165,9 @@ def split_columns(model: nn.Module, config: FreezeConfig) -> tuple[str, ...]:
     split = {layer.name for layer in plan.split}
     for layer in discover(model).layers:
         if layer.name in split:
-            owner = model.get_submodule(layer.name.rpartition(".")[0])
-            _split(owner, layer.inputs, plan.stride, random.Random(f"{config.seed}:{layer.name}"))
+            owner: Any = model.get_submodule(layer.name.rpartition(".")[0])
+            with whole(owner.weight):
+                _split(owner, layer.inputs, plan.stride, random.Random(f"{config.seed}:{layer.name}"))
         elif layer.name not in plan.whole:
             model.get_parameter(layer.name).requires_grad_(False)
     return tuple(layer.name for layer in plan.split)
@@ -263,34 +264,50 @@ def _split(module: Any, width: int, stride: int, chance: random.Random) -> None:
     module.register_load_state_dict_pre_hook(_take_from_state)
 
 
-def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
-    """Let an optimizer's parameter groups that were made before the split hold the columns instead of the weights."""
-    instead = {id(m.weight): m.weight_columns for m in model.modules() if isinstance(m, _SplitForward)}
+def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: Any = None) -> None:
+    """Let an optimizer's parameter groups that were made before the split hold the columns instead of the weights.
+
+    Args:
+        model: the split model; one that is not split changes nothing.
+        groups: as torch's optimizers have them; changed in place.
+        states: of the optimizer, by parameter: what it loaded for columns under the name of their weight is theirs.
+    """
+    instead = {m.weight: m.weight_columns for m in model.modules() if isinstance(m, _SplitForward)}
+    if not instead:
+        return
     groups = list(groups)
     held = {id(p) for group in groups for p in group["params"]}
     for group in groups:
         group["params"] = [
-            instead[id(p)] if id(p) in instead and id(instead[id(p)]) not in held else p
-            for p in group["params"]
+            instead[p] if p in instead and id(instead[p]) not in held else p for p in group["params"]
         ]
+    for weight, columns in instead.items():
+        if states and weight in states:
+            states[columns] = states.pop(weight)
 
 
-def merge_columns(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool]]:
+    """Where the columns of each split weight stand in it, by the weight's name: what `fill_columns` needs."""
+    return {
+        f"{name}.weight" if name else "weight": dataclasses.astuple(module.split)
+        for name, module in model.named_modules()
+        if isinstance(module, _SplitForward)
+    }
+
+
+def fill_columns(state: Mapping[str, Tensor], places: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
     """A dict of all parameters by name, as a model that was never split has them.
 
     Args:
-        model: the split model; only its structure is read.
         state: whole tensors by name, columns among them; is not changed.
+        places: from `column_places`.
     """
     merged = dict(state)
-    for name, module in model.named_modules():
-        if not isinstance(module, _SplitForward):
-            continue
-        prefix = f"{name}." if name else ""
-        columns, weight = merged.pop(f"{prefix}{COLUMNS}", None), merged.get(f"{prefix}weight")
-        if columns is not None and weight is not None:
-            merged[f"{prefix}weight"] = weight.clone()
-            module.split.fill(merged[f"{prefix}weight"], columns)
+    for name, place in places.items():
+        columns = merged.pop(f"{name.removesuffix('weight')}{COLUMNS}", None)
+        if columns is not None and name in merged:
+            merged[name] = merged[name].clone()
+            _Split(*place).fill(merged[name], columns)
     return merged
 
 

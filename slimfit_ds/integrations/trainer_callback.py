@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import ConfigError, SlimFitConfig
-from slimfit_ds.freezing import FreezeSchedule, discover
+from slimfit_ds.freezing.prepare import freeze_problems
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.slimming import SlimHandle
@@ -98,10 +98,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
         problems = _argument_problems(args, self.config)
         problems += [f"slimfit.{line}" for line in activation_problems(model, self.config.activations)]
-        try:
-            FreezeSchedule(discover(model).layers, self.config.freeze)
-        except ConfigError as error:
-            problems += error.problems
+        problems += freeze_problems(model, self.config.freeze)
         if problems:
             raise ConfigError(problems)
 
@@ -112,12 +109,11 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._remove()
         self._check(args, model)
-        trainable = _trainable(model)
         self._handle = SlimHandle(model, self.config)
         if state.global_step:
             self._resume(state)
         if _wrapped_by_ddp():
-            self._gradients = ActiveGradients(model, trainable)
+            self._gradients = ActiveGradients(model, self._handle.trainable)
         combine = self._gradients.average if self._gradients is not None else None
         self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
         if self._writes_history:

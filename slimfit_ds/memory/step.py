@@ -167,10 +167,11 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
     from slimfit_ds.config import SlimFitConfig
     from slimfit_ds.freezing import discover
     from slimfit_ds.freezing.layers import match_globs
+    from slimfit_ds.freezing.policies import POLICIES
 
     layers = discover(model).layers
     freeze = SlimFitConfig.parse(block).freeze
-    if freeze.policy == "none":
+    if not POLICIES[freeze.policy].keeps_budget:
         return block
     if isinstance(active, str):
         never = match_globs(freeze.never_active, [layer.name for layer in layers], "never_active", [])

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--save")
     parser.add_argument("--inactive", default="device")
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--policy", default="ils")
+    parser.add_argument("--pretrained")
     parser.add_argument("--local_rank", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -40,7 +42,10 @@ def main() -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
         "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 2}},
         "bf16": {"enabled": arguments.dtype == "bf16"},
-        "slimfit": {"freeze": {"rate": 0.8}, "optimizer_states": {"inactive": arguments.inactive}},
+        "slimfit": {
+            "freeze": {"rate": 0.8, "policy": arguments.policy},
+            "optimizer_states": {"inactive": arguments.inactive},
+        },
     }
     engine, *_ = slimfit_ds.initialize(model=tiny_bert(), config=config)
     client = {}
@@ -63,6 +68,8 @@ def main() -> None:
         history.append({"step": step, "loss": mean.item() / world, "lr": lr, "active": active})
     if arguments.save:
         engine.save_checkpoint(arguments.save, client_state={"next_step": arguments.last})
+    if arguments.pretrained:
+        engine.save_pretrained(arguments.pretrained)
     if rank == 0:
         print("RESULT " + json.dumps(history), flush=True)
     torch.distributed.destroy_process_group()

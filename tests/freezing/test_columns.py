@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from torch import nn
 
 import slimfit_ds
 from slimfit_ds.config import ConfigError, FreezeConfig
-from slimfit_ds.freezing.columns import adopt_columns, merge_columns, plan_columns, split_columns
+from slimfit_ds.freezing.columns import (
+    adopt_columns,
+    column_places,
+    fill_columns,
+    plan_columns,
+    split_columns,
+)
 from slimfit_ds.freezing.layers import discover
 
 
@@ -135,7 +142,7 @@ def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
     split_columns(other, config(seed=1))
     split_columns(again, config())
     places = [columns_of(model.get_submodule(name)) for name in LINEAR]
-    assert all(len({b - a for a, b in zip(p, p[1:], strict=False)}) == 1 for p in places)
+    assert all(len({b - a for a, b in itertools.pairwise(p)}) == 1 for p in places)
     assert places == [columns_of(again.get_submodule(name)) for name in LINEAR]
     assert places != [columns_of(other.get_submodule(name)) for name in LINEAR]
 
@@ -217,7 +224,7 @@ def test_merging_a_dict_of_all_parameters(model):
     split_columns(model, config())
     everything = {name: p.detach().clone() for name, p in model.named_parameters()}
     everything["blocks.0.up.weight_columns"] += 1
-    merged = merge_columns(model, everything)
+    merged = fill_columns(everything, column_places(model))
     assert not any(name.endswith("columns") for name in merged)
     moved = merged["blocks.0.up.weight"] - everything["blocks.0.up.weight"]
     assert moved.count_nonzero(0).nonzero().flatten().tolist() == columns_of(model.blocks[0].up)

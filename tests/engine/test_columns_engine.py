@@ -1,0 +1,115 @@
+"""Policy `columns` on the engine: against a plain model with masked gradients, over stages, world sizes and resumes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage_matrix_worker import batch_of, tiny_bert
+
+import slimfit_ds
+from slimfit_ds.engine.checkpoint import load_states_of
+from slimfit_ds.freezing.columns import column_places
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+
+
+def run(run_ranks, ranks: int, stage: int, first: int, last: int, **options) -> list[dict]:
+    flags = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    flags += ["--policy=columns", f"--stage={stage}", f"--first={first}", f"--last={last}"]
+    return run_ranks(WORKER, *flags, ranks=ranks)
+
+
+def test_it_trains_as_a_plain_model_with_masked_gradients_does(one_rank):
+    model = tiny_bert()
+    plain = copy.deepcopy(model)
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0, "torch_adam": True}},
+        "slimfit": {"freeze": {"rate": 0.8, "policy": "columns"}},
+    }
+    # Groups that were made before the split, as launch/train.py makes them.
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    engine, *_ = slimfit_ds.initialize(model=model, model_parameters=groups, config=config)
+    places = column_places(model)
+    trained = {name.replace("weight_columns", "weight") for name in engine.active_layers}
+    for name, parameter in plain.named_parameters():
+        if name in places:
+            start, stride, count, _ = places[name]
+            mask = torch.zeros_like(parameter)
+            mask[:, start : start + stride * count : stride] = 1
+            parameter.register_hook(lambda grad, mask=mask: grad * mask)
+        elif parameter.dim() > 1 and name not in trained:
+            parameter.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        [p for p in plain.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0
+    )
+    for step in range(4):
+        batch = batch_of(step, 0, 0, size=8)
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        reference = plain(**batch).loss
+        optimizer.zero_grad()
+        reference.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss.detach(), reference.detach(), rtol=1e-5, atol=1e-5)
+    after = engine.module.state_dict()
+    expected = plain.state_dict()
+    assert after.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=2e-5, msg=name)
+    for name, (start, stride, count, _) in places.items():
+        rest = torch.ones(before[name].shape[1], dtype=torch.bool)
+        rest[start : start + stride * count : stride] = False
+        assert torch.equal(after[name][:, rest], before[name][:, rest]), name
+        assert not torch.equal(after[name], before[name]), name
+    # What frozen weights would have cost: states of no more than a fifth of the weights and of the vectors.
+    numel = sum(p.numel() for p in plain.parameters())
+    vectors = sum(p.numel() for p in plain.parameters() if p.dim() == 1)
+    states = sum(unit.numel for unit in engine.optimizer.updater.units)
+    assert 0 < states <= 0.2 * numel + vectors
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("phases", [[(2, 1), (1, 2), (2, 0)], [(2, 3), (1, 3), (2, 1)]])
+def test_resume_anywhere_equals_the_uninterrupted_run(run_ranks, tmp_path, phases):
+    ranks, stage = phases[0]
+    whole = run(run_ranks, ranks, stage, 0, 6, save=tmp_path / "whole", pretrained=tmp_path / "model")
+    pieces: list[dict] = []
+    for number, (ranks, stage) in enumerate(phases):
+        load = tmp_path / "part" if number else None
+        pieces += run(run_ranks, ranks, stage, 2 * number, 2 * number + 2, load=load, save=tmp_path / "part")
+    assert [entry["active"] for entry in pieces] == [entry["active"] for entry in whole]
+    for mine, expected in zip(pieces, whole, strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    resumed, uninterrupted = load_states_of(tmp_path / "part"), load_states_of(tmp_path / "whole")
+    assert resumed.keys() == uninterrupted.keys() == tiny_bert().state_dict().keys()
+    for name, weight in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-6)
+    # What transformers reads holds whole weights, and what was learned is in them.
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any("columns" in name for name in exported)
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, uninterrupted[name], rtol=0, atol=0)
+    start = tiny_bert().state_dict()
+    assert any(not torch.equal(uninterrupted[name], start[name]) for name in start if "query.weight" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_stages_agree(run_ranks, tmp_path):
+    losses = {
+        stage: [entry["loss"] for entry in run(run_ranks, 2, stage, 0, 3, save=tmp_path / str(stage))]
+        for stage in (0, 3)
+    }
+    assert losses[3] == pytest.approx(losses[0], abs=1e-5)
+    zero, three = load_states_of(tmp_path / "0"), load_states_of(tmp_path / "3")
+    for name, weight in zero.items():
+        torch.testing.assert_close(three[name], weight, rtol=0, atol=1e-5)
