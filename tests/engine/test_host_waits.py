@@ -136,7 +136,10 @@ def test_the_counter_counts():
     )
 
 
-@pytest.mark.parametrize("preset", ["balanced", "minimal"])
+PRESETS = ["exact", "paper", "balanced", "lean", "minimal"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_slim(preset):
     few, many = (reads_of_a_step(slim_step, blocks, preset) for blocks in (2, 6))
     assert many == few
@@ -144,9 +147,33 @@ def test_slim(preset):
     assert sum(many.values()) == 1
 
 
-@pytest.mark.parametrize("preset", ["balanced", "minimal"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_engine(one_rank, preset):
     few, many = (reads_of_a_step(engine_step, blocks, preset) for blocks in (2, 6))
     assert many == few
     # The norm of the gradients, and the statistics.
     assert sum(many.values()) == 2
+
+
+@pytest.mark.parametrize("make", [slim_step, engine_step])
+def test_a_new_active_set_touches_only_what_changes(make, one_rank, monkeypatch):
+    torch.manual_seed(0)
+    model = Model(6)
+    step = make(model, "balanced")
+    touched: list[int] = []
+    original = nn.Parameter.requires_grad_
+
+    def counted(parameter, *args):
+        touched.append(id(parameter))
+        return original(parameter, *args)
+
+    monkeypatch.setattr(nn.Parameter, "requires_grad_", counted)
+    changes = 0
+    for _ in range(8):
+        before = {id(p) for p in model.parameters() if p.requires_grad}
+        touched.clear()
+        step()
+        changed = before ^ {id(p) for p in model.parameters() if p.requires_grad}
+        assert sorted(touched) == sorted(changed)
+        changes += len(changed)
+    assert changes > 8

@@ -54,7 +54,10 @@ class TopK(FloatCodec):
             return
         above, equal = magnitudes > kth, magnitudes == kth
         missing = len(values) - above.sum()
-        chosen = (above | (equal & (equal.cumsum(0) <= missing))).nonzero().view(-1)
+        # How many there are is known: `nonzero` would make the host wait for the device to count them.
+        chosen = torch.nonzero_static(above | (equal & (equal.cumsum(0) <= missing)), size=len(values)).view(
+            -1
+        )
         indices.copy_(chosen)
         torch.index_select(flat, 0, chosen, out=values)
 
