@@ -88,9 +88,7 @@ def _listed(value: Any) -> Any:
 
 
 RECOMMENDED: Mapping[str, Any] = {
-    "policy": "ils",
-    "statistic": "gradient_norm",
-    "head": "always",
+    "policy": "columns",
     "always_lr_scale": 3.0,
 }
 """What `policy: auto` stands for; the evidence is in docs/fidelity.md. Fields that the block states itself win."""
@@ -101,7 +99,7 @@ class FreezeConfig(_Model):
 
     policy: str = Field(
         "ils",
-        description="a registered policy: ils, random, none, ...; auto: the recommended policy and settings",
+        description="a registered policy: ils, columns, random, none, ...; auto: the recommended policy and settings",
     )
     rate: Annotated[float, Field(ge=0, lt=1)] | RateSchedule = Field(
         0.9, description="share of the layers that is frozen at each step, in [0, 1), or a schedule"

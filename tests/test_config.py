@@ -80,10 +80,9 @@ def problems_of(block) -> list[str]:
 
 def test_auto_fills_in_what_the_block_does_not_say():
     freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "rate": 0.95}}).freeze
-    assert (freeze.policy, freeze.head, freeze.rate) == ("ils", "always", 0.95)
-    assert (freeze.always_lr_scale, freeze.statistic) == (3.0, "gradient_norm")
-    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "head": "scheduled"}}).freeze
-    assert (freeze.policy, freeze.head) == ("ils", "scheduled")
+    assert (freeze.policy, freeze.rate, freeze.always_lr_scale) == ("columns", 0.95, 3.0)
+    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "always_lr_scale": 1.0}}).freeze
+    assert (freeze.policy, freeze.always_lr_scale) == ("columns", 1.0)
     # Without it nothing changes: the paper's schedule.
     freeze = SlimFitConfig.parse({}).freeze
     assert (freeze.policy, freeze.head, freeze.lr_scale, freeze.refresh) == ("ils", "scheduled", 1.0, None)

@@ -127,6 +127,35 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     assert state["stateful_callbacks"]["SlimFitCallback"]["attributes"]["saved_schedule"]["step"] == 5
 
 
+def test_columns_train_and_resume_and_leave_a_plain_model(tmp_path):
+    config = {"freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": 2.0}}
+    options = {"save_strategy": "steps", "save_steps": 5}
+    start = {name: p.detach().clone() for name, p in classifier().named_parameters()}
+    whole, _, _ = train(tmp_path / "whole", config, **options)
+    resumed, _, _ = train(
+        tmp_path / "rest", config, resume=str(tmp_path / "whole" / "checkpoint-5"), **options
+    )
+    trained = dict(whole.model.named_parameters())
+    assert trained.keys() == start.keys()
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+        assert parameter.requires_grad
+    moved = (
+        (
+            trained["bert.encoder.layer.0.attention.self.query.weight"]
+            - start["bert.encoder.layer.0.attention.self.query.weight"]
+        )
+        .ne(0)
+        .any(0)
+    )
+    assert 0 < moved.float().mean() <= 0.2
+    assert torch.equal(
+        trained["bert.embeddings.word_embeddings.weight"], start["bert.embeddings.word_embeddings.weight"]
+    )
+    saved = load_file(tmp_path / "whole" / "checkpoint-10" / "model.safetensors")
+    assert not any("columns" in name for name in saved)
+
+
 def test_transformers_own_way_of_restoring_callbacks_works_too(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5}
     whole, _, _ = train(tmp_path / "whole", **options)
