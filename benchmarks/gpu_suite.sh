@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command and one results folder: tests marked gpu, codec speed, all peers.
+# Everything that wants a GPU, in one command and one results folder: tests marked gpu, codec and kernel speed, all peers.
 #
 #   benchmarks/gpu_suite.sh                          # results in $OUT (default outputs/gpu), 9 minutes
 #   BUDGET_MINUTES=25 benchmarks/gpu_suite.sh        # more cells of the comparison
@@ -36,9 +36,14 @@ part() {  # NAME SECONDS COMMAND...: runs a part with a limit of its own, its ou
 }
 
 nvidia-smi > "$OUT/nvidia-smi.log" 2>&1 || true
-part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider ${TESTS:-tests/activations tests/memory tests/optim tests/freezing}
+# Most of these tests is compiling kernels, which several processes do sooner.
+workers=()
+"$python" -c "import xdist" 2> /dev/null && workers=(-n "${TEST_WORKERS:-8}")
+part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider "${workers[@]}" ${TESTS:-tests/activations tests/memory tests/optim tests/freezing}
 part codec_speed "${CODEC_SECONDS:-90}" "$python" benchmarks/activations/codec_speed.py --device "$device" \
   --tokens "${CODEC_TOKENS:-49152}" --repeats 5 --output "$OUT"
+part kernel_speed "${KERNEL_SECONDS:-60}" "$python" benchmarks/activations/kernel_speed.py --device "$device" \
+  --tokens "${CODEC_TOKENS:-49152}" --dtypes bfloat16 --repeats 5 --output "$OUT"
 # What is left of the budget belongs to the comparison.
 left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))")
 chosen=()

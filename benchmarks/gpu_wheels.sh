@@ -15,7 +15,7 @@ for tag in 2_28 2_24 2_17; do platforms+=(--platform "manylinux_${tag}_x86_64");
 platforms+=(--platform manylinux2014_x86_64)
 "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version "$version" \
   "${platforms[@]}" -d .whl pydantic pydantic-core annotated-types typing-inspection hjson \
-  torchao galore-torch badam apollo-torch bitsandbytes
+  torchao galore-torch badam apollo-torch bitsandbytes pytest-xdist execnet
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w .whl "deepspeed==$(
   sed -n 's/^deepspeed==//p' constraints.txt)"
 "$python" - "${BNB_CUDA:-130}" <<'PYTHON'

@@ -14,22 +14,24 @@ import pytest
 triton = pytest.importorskip("triton")
 
 
-INTERPRETED = (
-    "test_triton_kernels.py",
-    "test_triton_fixed_and_masks.py",
-    "test_triton_channels.py",
-    "test_triton_pruning.py",
-    "test_triton_norm.py",
-    "test_triton_activation.py",
-    "test_triton_dropout.py",
-    "test_triton_several.py",
-)
+INTERPRETED = {
+    "codecs": (
+        "test_triton_kernels.py",
+        "test_triton_fixed_and_masks.py",
+        "test_triton_channels.py",
+        "test_triton_pruning.py",
+        "test_triton_several.py",
+    ),
+    "functions": ("test_triton_norm.py", "test_triton_activation.py", "test_triton_dropout.py"),
+    "launches": ("test_launches.py",),
+}
 
 
 @pytest.mark.slow
-def test_kernels_equal_torch_in_the_interpreter() -> None:
+@pytest.mark.parametrize("files", INTERPRETED)
+def test_kernels_equal_torch_in_the_interpreter(files: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *INTERPRETED],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *INTERPRETED[files]],
         cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
