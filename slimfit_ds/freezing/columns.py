@@ -143,7 +143,8 @@ def split_columns(
 ) -> tuple[str, ...]:
     """Make a share `1 - rate` of the input columns of every linear layer trainable, and the rest of them frozen.
 
-    Norms, biases, parameters that are merely added, the task's head and `always_active` layers train whole; embeddings,
+    Norms, biases, parameters that are merely added, the linear layers behind the blocks (pooler and head of a task, no output
+    embedding) and `always_active` layers train whole; embeddings,
     convolutions and `never_active` layers do not train. The columns of a layer are evenly spaced, from a start that is
     drawn by `seed`. All that trains, biases aside, takes at most `1 - rate` of the weights and of the inputs. A model
     that is split already stays as it is.
@@ -205,9 +206,9 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
     parts = find_blocks(names)
     largest = max((layers[i].numel for block in parts.blocks for i in block), default=0)
     small = {i for i, layer in enumerate(layers) if layer.numel <= largest}
-    head = [i for i in parts.after if layers[i].kind == "linear" and i in small][-1:]
+    head = {i for i in parts.after if layers[i].kind == "linear" and i in small}
     added = {i for i, layer in enumerate(layers) if layer.kind in ("norm", "parameter") and not layer.inputs}
-    whole = (always | added | {*head}) - never
+    whole = (always | added | head) - never
     split = [
         i
         for i, layer in enumerate(layers)
