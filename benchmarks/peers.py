@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--turn-seconds", type=float, default=20.0, help="no further round after this (20)")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--no-fit", action="store_true", help="leave the largest batches out")
+    made.add_argument(
+        "--no-fit", action="store_true", help="look for no largest batches (cpu: show known ones)"
+    )
     made.add_argument(
         "--estimate",
         help="cpu: models whose largest batches are simulated (those measured, bert-base, vit-384, llama-8b)",
@@ -173,9 +175,9 @@ def main() -> int:
         progress=lambda text: print(text, flush=True),
     )
     estimated = {}
-    if not cuda and not arguments.no_fit:
+    if not cuda:
         shapes = choose(arguments.estimate, [*cases, *cases_for("cuda")[:3]], CASES, "estimate")
-        estimated = estimate_fits(shapes, methods, output)
+        estimated = estimate_fits([] if arguments.no_fit else shapes, methods, output)
     facts |= {"minutes": round((time.monotonic() - started) / 60, 1)}
     (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
     text = heading(facts, results) + table(cases, methods, results, estimated) + "\n"
