@@ -185,6 +185,30 @@ def test_a_watched_step_runs_as_it_is_and_spoils_nothing():
     assert relative_error(found, watched) < 1e-5
 
 
+def test_the_engine_trains_as_without(one_rank):
+    weights = []
+    for compile_blocks in (False, True):
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "steps_per_print": None,
+            "slimfit": {
+                "freeze": {"rate": 0.9},
+                "activations": {"preset": "minimal", "compile": compile_blocks},
+            },
+        }
+        engine, *_ = slimfit_ds.initialize(model=without_dropout(build("bert")), config=config)
+        made = []
+        for _ in range(12):
+            engine.backward(engine(**batch_for("bert")).loss)
+            engine.step()
+            made.append(graphs())
+        weights.append(torch.cat([p.detach().flatten() for p in engine.module.parameters()]))
+    assert made[-1] == made[5] == 1
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_of_the_model_runs_its_own_weights():
     model = Stack(blocks=1).double()
     freeze_weights(model)
