@@ -193,7 +193,7 @@ def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[i
             hint = f"did you mean {near[0]!r}? " if near else ""
             problems.append(f"slimfit.freeze.{key}: unknown {value!r}; {hint}known: {', '.join(known)}")
     policy = POLICIES.get(config.policy)
-    keeps_budget = policy is not None and policy.keeps_budget
+    keeps_budget = policy is None or policy.keeps_budget
     if policy is not None and policy.splits_columns:
         # The globs were for the weights before the split: what is left of them trains.
         whole = frozenset(i for i, name in enumerate(names) if not is_part(name))

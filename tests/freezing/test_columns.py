@@ -279,6 +279,19 @@ def test_globs_choose_what_trains_whole_and_what_never_trains(model):
     assert plan.whole == {"blocks.1.up.weight", "blocks.1.norm.weight", "head.weight"}
 
 
+def test_pooler_and_classifier_train_whole_and_a_language_models_output_does_not():
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+    shape = BertConfig(
+        vocab_size=300, hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80
+    )
+    whole = plan_columns(BertForSequenceClassification(shape), config()).whole
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= whole
+    plan = plan_columns(BertForMaskedLM(shape), config())
+    embedding = "bert.embeddings.word_embeddings.weight"
+    assert embedding not in plan.whole | {layer.name for layer in plan.split}
+
+
 def test_what_cannot_be_is_said_before_anything_is_changed(model):
     with pytest.raises(ConfigError, match="needs one number"):
         split_columns(model, config({"start": 0.5, "end": 0.9, "steps": 10}))
