@@ -9,7 +9,7 @@ A step is zero_grad, forward, backward and optimizer. `full` trains everything w
 `engine-<preset>` runs the DeepSpeed engine on one rank (ZeRO 1; bf16: its weights with fp32 masters), `engine-full` the
 stock one. The methods take turns within each round, so that a busy machine slows all of them. Reported: the median over
 rounds of the ratio to the first method, the median seconds (wall clock, and CPU seconds of all threads, which other
-jobs disturb less), and the share of a step that the schedule takes: choosing layers, setting `requires_grad`, measuring
+jobs disturb less), and the share of a step's CPU time that the schedule takes: choosing layers, setting `requires_grad`, measuring
 updates (and, in `slim`, copying the active weights to measure them).
 """
 
@@ -38,16 +38,16 @@ METHODS = ("full", "frozen", "balanced", "minimal")
 
 
 class Clock:
-    """Adds up the seconds spent in some functions."""
+    """Adds up the CPU seconds spent in some functions."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def around(self, function: Callable) -> Callable:
         def timed(*args, **kwargs):
-            start = time.perf_counter()
+            start = time.process_time()
             result = function(*args, **kwargs)
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.process_time() - start
             return result
 
         return timed
@@ -148,7 +148,7 @@ def batch_of(options: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round's step, and of the schedule in it, by method."""
+    """Seconds of each round's step by the clock and by the processor, and CPU seconds of the schedule in it, by method."""
     if any(method.startswith("engine-") for method in options.methods):
         start_one_rank()
     clocks = {method: Clock() for method in options.methods}
@@ -186,7 +186,7 @@ def summary(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, floa
     table = {}
     for method, times in rows.items():
         ratios = [a / b for a, b in zip(times["step"], reference, strict=True)]
-        shares = [a / b for a, b in zip(times["schedule"], times["step"], strict=True)]
+        shares = [a / b for a, b in zip(times["schedule"], times["processor"], strict=True)]
         table[method] = {
             "seconds": statistics.median(times["step"]),
             "ratio": statistics.median(ratios),
@@ -199,7 +199,7 @@ def summary(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, floa
             ),
             "processor_ratio_of_means": sum(times["processor"]) / sum(first["processor"]),
             "schedule": statistics.median(shares),
-            "schedule_mean": sum(times["schedule"]) / sum(times["step"]),
+            "schedule_mean": sum(times["schedule"]) / sum(times["processor"]),
             "schedule_highest": max(shares),
         }
     return table
