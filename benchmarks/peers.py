@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--models", help=f"comma-separated, of: {', '.join(CASES)}")
     made.add_argument("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
-    made.add_argument("--budget-minutes", type=float, help="of all cells (cuda 9, cpu 240)")
+    made.add_argument(
+        "--budget-minutes", type=float, help="of all cells (cuda 9, cpu 240; 0: tables of what is there)"
+    )
     made.add_argument("--cell-seconds", type=float, help="limit of one cell (cuda 90, cpu 900)")
     made.add_argument("--rounds", type=int, help="turns of a method and of full fine-tuning (cuda 3, cpu 5)")
     made.add_argument("--steps", type=int, default=2, help="timed steps of a turn (2)")
@@ -141,7 +143,9 @@ def main() -> int:
     methods = choose(arguments.methods, list(METHODS), METHODS, "methods")
     output = arguments.output or RESULTS / f"peers-{arguments.device}"
     arguments.cell_seconds = arguments.cell_seconds or (90.0 if cuda else 900.0)
-    minutes = arguments.budget_minutes or (9.0 if cuda else 240.0)
+    minutes = arguments.budget_minutes
+    if minutes is None:
+        minutes = 9.0 if cuda else 240.0
     cells = plan_cells(cases, methods, fit=cuda and not arguments.no_fit, by_case=not cuda)
     turns = Turns(arguments.rounds or (3 if cuda else 5), arguments.steps, arguments.turn_seconds)
     if arguments.plan:

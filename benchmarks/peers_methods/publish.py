@@ -81,7 +81,7 @@ def publish(
     blocks = {
         "peers-summary": lambda: heading(facts, results) + summary(cases, methods, results),
         "peers-tables": lambda: heading(facts, results) + table(cases, methods, results, estimated, BRIEF),
-        "peers-estimated": lambda: estimated_table(methods, estimated, published_only=True),
+        "peers-estimated": lambda: estimated_table(methods, estimated),
     }
     text = document.read_text()
     present = [name for name in blocks if f"<!-- {name}: begin -->" in text]

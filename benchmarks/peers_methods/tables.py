@@ -296,17 +296,11 @@ def heading(facts: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) 
     return "\n".join(lines) + "\n"
 
 
-def estimated_table(
-    methods: Sequence[str], estimated: Mapping[str, Mapping[str, Any]], published_only: bool = False
-) -> str:
-    """What the estimator says of a GPU: nothing here was measured.
-
-    Args:
-        published_only: leave the small shapes out, which are measured beside.
-    """
+def estimated_table(methods: Sequence[str], estimated: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the estimator says of published shapes on a GPU: nothing here was measured."""
     parts = []
     for case in dict.fromkeys(name.split("__")[0] for name in estimated):
-        if published_only and CASES[case].device != "cuda":
+        if CASES[case].device != "cuda":
             continue
         full = _peak(estimated.get(f"{case}__full"))
         lines = [
