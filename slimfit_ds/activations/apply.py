@@ -17,6 +17,7 @@ from slimfit_ds.activations.modules import MASKS_MADE_AGAIN
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.report import Row, describe
 from slimfit_ds.config import ConfigError
+from slimfit_ds.freezing.layers import is_part
 
 __all__ = ["CompressionHandle", "Row", "activation_problems", "compress"]
 
@@ -82,6 +83,11 @@ def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str
         problems.append(
             f"activations.compile is true, but no block is compiled: of preset {config.preset!r} none is recomputed "
             "whole, and something is compressed; use minimal or exact, or set compile to false"
+        )
+    if config.compile and any(is_part(name) for name, _ in model.named_parameters()):
+        problems.append(
+            "activations.compile is true, but every layer trains some of its columns: no block is ever at rest; use a "
+            "policy that freezes whole layers, or set compile to false"
         )
     return problems or sorted({text for table in tables for text in _misplaced(table)})
 

@@ -224,3 +224,9 @@ def test_a_copy_of_the_model_runs_its_own_weights():
 def test_nothing_to_compile_is_refused(preset):
     with pytest.raises(ConfigError, match=r"activations\.compile is true, but no block is compiled"):
         compress(build("bert"), ActivationsConfig(preset=preset, compile=True))
+
+
+def test_columns_leave_no_block_at_rest():
+    config = {"freeze": {"policy": "columns"}, "activations": {"preset": "minimal", "compile": True}}
+    with pytest.raises(ConfigError, match="every layer trains some of its columns"):
+        slimfit_ds.slim(build("bert"), config)
