@@ -114,7 +114,7 @@ def work(arguments: argparse.Namespace) -> int:
     os._exit(0)
 
 
-def estimate_fits(cases: list[str], methods: list[str], folder: Path) -> dict[str, Any]:
+def estimate_fits(cases: list[str], methods: list[str], folder: Path, commit: str) -> dict[str, Any]:
     """Peaks and largest batches by the estimator, for machines without a GPU; kept in `estimated.json`."""
     from slimfit_ds.memory.estimator import Simulator
 
@@ -128,7 +128,7 @@ def estimate_fits(cases: list[str], methods: list[str], folder: Path) -> dict[st
                     continue
                 found = estimated_batches(METHODS[method], CASES[case], simulator.run)
                 assert found is not None
-                known[name] = found
+                known[name] = found | {"commit": commit}
                 print(f"{name}: {found.get('largest', found.get('error'))}", flush=True)
                 path.write_text(json.dumps(known, indent=1) + "\n")
     return known
@@ -181,7 +181,7 @@ def main() -> int:
     estimated = {}
     if not cuda:
         shapes = choose(arguments.estimate, [*cases, *cases_for("cuda")[:3]], CASES, "estimate")
-        estimated = estimate_fits([] if arguments.no_fit else shapes, methods, output)
+        estimated = estimate_fits([] if arguments.no_fit else shapes, methods, output, facts["commit"])
     facts |= {"minutes": round((time.monotonic() - started) / 60, 1)}
     (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
     text = heading(facts, results) + table(cases, methods, results, estimated) + "\n"
