@@ -61,8 +61,10 @@ class ActiveGradients:
         self._live = True
         self._reduced = False
         self.bytes_sent = 0
-        for parameter in self._parameters:
-            # DDP no longer does it for parameters that it must leave alone.
+        # DDP no longer does it for parameters that it must leave alone; a split layer's frozen weight is one of them.
+        everyone = dict(model.named_parameters())
+        hidden = {name: everyone[name] for name in getattr(model, _IGNORED, ()) if name in everyone}
+        for parameter in {**hidden, **parameters}.values():
             dist.broadcast(parameter.data, src=0)
         self._hooks: list[Any] = [
             model.register_forward_hook(self._watch_output),

@@ -1,6 +1,6 @@
 """One rank of a Trainer run over DistributedDataParallel; prints what the test compares.
 
-Usage: ddp_worker.py FOLDER START PRESET, where START is 1 if rank 1 begins with other weights.
+Usage: ddp_worker.py FOLDER START PRESET [POLICY], where START is 1 if rank 1 begins with other weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from transformers import Trainer, TrainerCallback
 import slimfit_ds
 
 folder, differing, activations = Path(sys.argv[1]), sys.argv[2] == "1", sys.argv[3]
-callback = slimfit_ds.SlimFitCallback({"freeze": {"rate": 0.8}, "activations": activations})
+policy = sys.argv[4] if len(sys.argv) > 4 else "ils"
+config = {"freeze": {"rate": 0.8, "policy": policy}, "activations": activations}
+callback = slimfit_ds.SlimFitCallback(config)
 watch = Watch(lambda: callback.active_layers)
 
 
@@ -59,7 +61,7 @@ try:
     refusal = ""
 except RuntimeError as error:
     refusal = str(error)
-again = slimfit_ds.SlimFitCallback({"freeze": {"rate": 0.8}, "activations": activations})
+again = slimfit_ds.SlimFitCallback(config)
 rest = Watch(lambda: again.active_layers)
 resumed = Trainer(
     classifier(),

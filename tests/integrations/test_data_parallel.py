@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from test_trainer_callback import assert_same_weights, reference
+from test_trainer_callback import assert_same_weights, reference, train
 from trainer_cases import classifier
 
 from slimfit_ds.freezing import discover
@@ -40,6 +41,23 @@ def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
     assert found["reduced_by_ddp"] == min(p.numel() for p in model.parameters())
     assert found["resumed_as_whole"]
     assert "wrap the model anew" in found["refusal"]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_train_the_columns_that_one_process_would(run_ranks, tmp_path):
+    found = run_ranks(WORKER, str(tmp_path / "two"), "1", "exact", "columns")
+    (sets, _, _), (other_sets, _, _) = found["ranks"]
+    assert sets == other_sets
+    trained = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    config = {"freeze": {"rate": 0.8, "policy": "columns"}}
+    alone, _, _ = train(tmp_path / "one", config)
+    start = classifier().state_dict()
+    for name, weight in alone.model.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    query = "bert.encoder.layer.1.attention.self.query.weight"
+    assert not torch.equal(trained[query], start[query])
+    assert found["resumed_as_whole"]
 
 
 def test_hiding_parameters_leaves_what_others_have_hidden():
