@@ -21,6 +21,7 @@ from slimfit_ds.engine.freeze_zero import FreezeZeroOptimizer
 from slimfit_ds.engine.sharding import Sharding
 from slimfit_ds.engine.units import build_units
 from slimfit_ds.freezing import FreezeSchedule, discover
+from slimfit_ds.freezing.columns import column_places, fill_columns
 from slimfit_ds.freezing.statistics import STATISTICS
 from slimfit_ds.optim.rules import rule_of
 
@@ -35,6 +36,7 @@ _OVERRIDDEN = (
     "_do_optimizer_sanity_check",
     "_scheduler_from_config",
     "_take_model_step",
+    "_zero3_consolidated_16bit_state_dict",
     "allreduce_gradients",
     "clip_fp32_gradients",
     "load_checkpoint",
@@ -144,6 +146,11 @@ class SlimFitEngine(DeepSpeedEngine):
 
     def zero_grad(self):
         self.optimizer.zero_grad()
+
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Whole weights on rank 0: accelerate and DeepSpeed save these at stage 3."""
+        state = super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+        return state and fill_columns(state, column_places(self.module))
 
     def require_finite(self, value: torch.Tensor) -> None:
         """Make the coming step one that changes nothing, on any rank, if this scalar is not finite on one of them.

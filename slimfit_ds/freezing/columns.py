@@ -305,10 +305,11 @@ def fill_columns(state: Mapping[str, Tensor], places: Mapping[str, Sequence[Any]
     """
     merged = dict(state)
     for name, place in places.items():
-        columns = merged.pop(f"{name.removesuffix('weight')}{COLUMNS}", None)
-        if columns is not None and name in merged:
+        part = f"{name.removesuffix('weight')}{COLUMNS}"
+        # Without its weight a part is left as it is: somebody wants what trained alone.
+        if part in merged and name in merged:
             merged[name] = merged[name].clone()
-            _Split(*place).fill(merged[name], columns)
+            _Split(*place).fill(merged[name], merged.pop(part))
     return merged
 
 

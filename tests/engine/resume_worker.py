@@ -70,6 +70,10 @@ def main() -> None:
         engine.save_checkpoint(arguments.save, client_state={"next_step": arguments.last})
     if arguments.pretrained:
         engine.save_pretrained(arguments.pretrained)
+        if arguments.stage == 3:
+            state = engine._zero3_consolidated_16bit_state_dict()
+            if rank == 0:
+                torch.save(state, f"{arguments.pretrained}/consolidated.pt")
     if rank == 0:
         print("RESULT " + json.dumps(history), flush=True)
     torch.distributed.destroy_process_group()

@@ -98,6 +98,11 @@ def test_resume_anywhere_equals_the_uninterrupted_run(run_ranks, tmp_path, phase
     assert not any("columns" in name for name in exported)
     for name, weight in exported.items():
         torch.testing.assert_close(weight, uninterrupted[name], rtol=0, atol=0)
+    consolidated = tmp_path / "model" / "consolidated.pt"
+    assert consolidated.exists() == (phases[0][1] == 3)
+    if consolidated.exists():
+        for name, weight in torch.load(consolidated).items():
+            torch.testing.assert_close(weight, uninterrupted[name], rtol=0, atol=0)
     start = tiny_bert().state_dict()
     assert any(not torch.equal(uninterrupted[name], start[name]) for name in start if "query.weight" in name)
 
