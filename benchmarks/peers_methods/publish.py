@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_methods.methods import METHODS
-from peers_methods.tables import BRIEF, Row, estimated_table, heading, rows_of, table
+from peers_methods.tables import BRIEF, Row, estimated_table, ground, heading, rows_of, table
 from peers_methods.workloads import CASES
 
 __all__ = ["between_marks", "publish", "summary"]
@@ -79,7 +79,7 @@ def publish(
         ValueError: it has none.
     """
     blocks = {
-        "peers-summary": lambda: heading(facts, results) + summary(cases, methods, results),
+        "peers-summary": lambda: ground(facts, results) + "\n\n" + summary(cases, methods, results),
         "peers-tables": lambda: heading(facts, results) + table(cases, methods, results, estimated, BRIEF),
         "peers-estimated": lambda: estimated_table(methods, estimated),
     }

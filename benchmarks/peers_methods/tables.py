@@ -18,7 +18,7 @@ from peers_methods.methods import METHODS
 from peers_methods.turns import noise
 from peers_methods.workloads import CASES
 
-__all__ = ["BRIEF", "Row", "environment", "estimated_table", "heading", "rows_of", "table"]
+__all__ = ["BRIEF", "Row", "environment", "estimated_table", "ground", "heading", "rows_of", "table"]
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "peft", "torchao", "bitsandbytes", "galore-torch", "badam")
 BRIEF = (
@@ -277,16 +277,20 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def heading(facts: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the tables were run on, and what the budget left out."""
-    dropped = [name for name, result in results.items() if result["status"] == "dropped"]
+def ground(facts: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What everything was measured on."""
     commits = sorted({result["measured"]["commit"] for result in results.values() if "measured" in result})
     seeds = sorted({result["settings"]["seed"] for result in results.values() if "settings" in result})
-    lines = [
+    return (
         f"{facts['hardware']}, {facts['threads']} CPU threads, torch {facts['versions']['torch']}, cells measured at "
-        f"commit {', '.join(commits)}; bf16 arithmetic, seed {', '.join(map(str, seeds))}; `{facts['command']}`",
-        "",
-    ]
+        f"commit {', '.join(commits)}; bf16 arithmetic, seed {', '.join(map(str, seeds))}."
+    )
+
+
+def heading(facts: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The ground, the command, and what the budget left out."""
+    dropped = [name for name, result in results.items() if result["status"] == "dropped"]
+    lines = [ground(facts, results), "", f"Tables by `{facts['command']}`", ""]
     if any(
         row["status"] == "ok" and row["kind"] == "step" and "of_full" not in row for row in results.values()
     ):
