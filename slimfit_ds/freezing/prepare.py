@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimfit_ds.config import ConfigError, FreezeConfig
-from slimfit_ds.freezing.columns import plan_columns, split_columns
+from slimfit_ds.freezing.column_plan import plan_columns
+from slimfit_ds.freezing.columns import split_columns
 from slimfit_ds.freezing.layers import discover, is_part
 from slimfit_ds.freezing.policies import POLICIES
 from slimfit_ds.freezing.schedule import FreezeSchedule

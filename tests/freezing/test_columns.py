@@ -11,11 +11,11 @@ from torch import nn
 
 import slimfit_ds
 from slimfit_ds.config import ConfigError, FreezeConfig
+from slimfit_ds.freezing.column_plan import plan_columns
 from slimfit_ds.freezing.columns import (
     adopt_columns,
     column_places,
     fill_columns,
-    plan_columns,
     split_columns,
 )
 from slimfit_ds.freezing.layers import discover
