@@ -31,7 +31,7 @@ class SlimHandle:
 
     def __init__(self, model: nn.Module, config: SlimFitConfig):
         self._model = model
-        self._split = bool(prepare_layers(model, config.freeze))
+        self._frozen = prepare_layers(model, config.freeze)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
@@ -204,8 +204,8 @@ class SlimHandle:
         for parameter in [*self._parameters, *self._small]:
             parameter.requires_grad_(True)
         self.compression.remove()
-        if self._split:
-            unsplit_columns(self._model)
+        if self._frozen:
+            unsplit_columns(self._model, self._frozen)
 
 
 def slim(model: nn.Module, config: SlimFitConfig | Mapping[str, Any] | None = None) -> SlimHandle:

@@ -34,6 +34,12 @@ def ours(preset: str, rate: float = 0.95, **activations) -> Strategy:
     return Strategy(preset, stage=0, slimfit=slimfit_block(preset, rate, "host", **activations))
 
 
+def columns(preset: str, rate: float = 0.95) -> Strategy:
+    block = ours(preset, rate).slimfit or {}
+    freeze = {**block["freeze"], "policy": "columns", "always_lr_scale": 3.0}
+    return ours(preset, rate).with_(slimfit={**block, "freeze": freeze})
+
+
 PLAIN = Strategy("plain", stage=None)
 ROWS: list[tuple[str, Strategy]] = [
     ("full, fp32, eager attention (the paper's baseline)", PLAIN.with_(dtype="fp32", attention="eager")),
@@ -53,6 +59,8 @@ ROWS: list[tuple[str, Strategy]] = [
     ("95 % frozen, minimal, chunks of 2048 tokens", ours("minimal", chunk_tokens=2048)),
     ("95 % frozen, minimal, not in chunks", ours("minimal", chunk_tokens=None)),
     ("95 % frozen, ultra", ours("ultra")),
+    ("95 % of each layer frozen (policy columns), no compression, bf16", columns("exact")),
+    ("95 % of each layer frozen (policy columns), minimal", columns("minimal")),
     (
         "LoRA rank 8, bf16, gradient checkpointing, loss in chunks",
         get_strategy("lora").with_(stage=None, dtype="bf16", gradient_checkpointing=True, loss_chunk=1024),

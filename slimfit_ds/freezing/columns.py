@@ -109,6 +109,7 @@ class _SplitForward(nn.Module):
     weight: nn.Parameter
     weight_columns: nn.Parameter
     bias: nn.Parameter | None
+    split_hooks: tuple[Any, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         kind, dtype = x.device.type, x.dtype
@@ -152,7 +153,7 @@ def split_columns(
         whole: a context in which a weight that ZeRO 3 has cut is whole.
 
     Returns:
-        Names of the weights that were split.
+        Names of the weights that it has frozen, in part or whole.
 
     Raises:
         ConfigError: what `plan_columns` finds.
@@ -161,14 +162,18 @@ def split_columns(
         return ()
     plan = plan_columns(model, config)
     split = {layer.name for layer in plan.split}
+    frozen = []
     for layer in discover(model).layers:
+        if layer.name in plan.whole:
+            continue
+        frozen.append(layer.name)
         if layer.name in split:
             owner: Any = model.get_submodule(layer.name.rpartition(".")[0])
             with whole(owner.weight):
                 _split(owner, layer.inputs, plan.stride, random.Random(f"{config.seed}:{layer.name}"))
-        elif layer.name not in plan.whole:
+        else:
             model.get_parameter(layer.name).requires_grad_(False)
-    return tuple(layer.name for layer in plan.split)
+    return tuple(frozen)
 
 
 def _split(module: Any, width: int, stride: int, chance: random.Random) -> None:
@@ -181,8 +186,10 @@ def _split(module: Any, width: int, stride: int, chance: random.Random) -> None:
     module.register_parameter(COLUMNS, nn.Parameter(trained))
     # The same name: what is told by the name of a class stays true.
     module.__class__ = type(base.__name__, (_SplitForward, base), {"split": split})
-    module._register_state_dict_hook(_merge_into_state)
-    module.register_load_state_dict_pre_hook(_take_from_state)
+    module.split_hooks = (
+        module._register_state_dict_hook(_merge_into_state),
+        module.register_load_state_dict_pre_hook(_take_from_state),
+    )
 
 
 def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: Any = None) -> None:
@@ -204,7 +211,10 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
         ]
     for weight, columns in instead.items():
         if states and weight in states:
-            states[columns] = states.pop(weight)
+            state = states.pop(weight)
+            # Moments of a whole weight that has trained before are of no use to its columns.
+            if all(t.dim() == 0 or t.shape == columns.shape for t in state.values() if isinstance(t, Tensor)):
+                states[columns] = state
 
 
 def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool]]:
@@ -233,12 +243,19 @@ def fill_columns(state: Mapping[str, Tensor], places: Mapping[str, Sequence[Any]
     return merged
 
 
-def unsplit_columns(model: nn.Module) -> None:
-    """Undo `split_columns`: whole weights with what was learned, and everything trains."""
+def unsplit_columns(model: nn.Module, frozen: Iterable[str]) -> None:
+    """Undo `split_columns`: whole weights with what was learned, and what it froze trains again.
+
+    Args:
+        model: the split model.
+        frozen: what `split_columns` returned.
+    """
     for module in list(model.modules()):
         if isinstance(module, _SplitForward):
             module.split.fill(module.weight, module.weight_columns)
-            del module.weight_columns
+            for hook in module.split_hooks:
+                hook.remove()
+            del module.weight_columns, module.split_hooks
             module.__class__ = type(module).__mro__[2]
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(True)

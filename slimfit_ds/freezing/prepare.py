@@ -44,7 +44,7 @@ def prepare_layers(
         whole: a context in which a weight that ZeRO 3 has cut is whole.
 
     Returns:
-        names of the weights that were split.
+        names of the weights that this has frozen for good, in part or whole.
 
     Raises:
         ConfigError: what `plan_columns` finds.

@@ -260,6 +260,10 @@ def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids)
 
 
 def test_removing_leaves_a_plain_model_with_what_was_learned(model, ids):
+    # Frozen by the user before: not ours to wake.
+    model.blocks[0].norm.bias.requires_grad_(False)
+    model.blocks[1].up.weight.requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     handle = slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle.follow(optimizer)
@@ -268,9 +272,25 @@ def test_removing_leaves_a_plain_model_with_what_was_learned(model, ids):
     expected = model(ids)
     handle.remove()
     assert torch.equal(model(ids), expected)
-    assert all(p.requires_grad for p in model.parameters())
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    start = Model()
+    model.load_state_dict(start.state_dict())
+    assert torch.equal(model(ids), start(ids))
     assert not any(name.endswith("columns") for name, _ in model.named_parameters())
     assert type(model.blocks[0].up) is nn.Linear
+
+
+def test_moments_of_a_whole_weight_are_not_taken_for_those_of_its_columns(model, ids):
+    optimizer = torch.optim.Adam(model.parameters())
+    model(ids).square().sum().backward()
+    optimizer.step()
+    slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
+    optimizer.zero_grad()
+    model(ids).square().sum().backward()
+    optimizer.step()
+    columns = model.blocks[0].up.weight_columns
+    assert optimizer.state[columns]["exp_avg"].shape == columns.shape
+    assert optimizer.state[columns]["step"] == 1
 
 
 def test_globs_choose_what_trains_whole_and_what_never_trains(model):
