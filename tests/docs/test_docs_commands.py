@@ -23,6 +23,8 @@ from pathlib import Path
 import pytest
 from doc_commands import ROOT, Command, commands
 
+from slimfit_ds.doctor.devices import LAUNCHED
+
 BIN = Path(sys.executable).parent
 LAUNCHERS = {"python", "deepspeed", "torchrun", "accelerate", "mpirun", "srun"}
 
@@ -253,7 +255,9 @@ def run(command: list[str]) -> str:
     program = shutil.which(command[0], path=path)
     if program is None:
         pytest.skip(f"no {command[0]} here")
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # Without the place in a process group that an earlier test left in this process: its port is still listened on.
+    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    environment = {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [program, *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
