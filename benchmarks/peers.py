@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_methods.batch_fit import estimated_batches, measured_batches
+from peers_methods.batch_fit import measured_batches
 from peers_methods.budget import planned
 from peers_methods.cell import Bench
 from peers_methods.methods import METHODS, get_method
 from peers_methods.publish import publish
 from peers_methods.running import Plan, plan_cells, read_cell, run_cells
+from peers_methods.simulated import simulate
+from peers_methods.simulations import Simulations
 from peers_methods.tables import environment, estimated_table, heading, table
 from peers_methods.turns import Turns
 from peers_methods.worker import serve
@@ -42,6 +44,8 @@ from peers_methods.workloads import CASES, cases_for
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT = 3
 """Of a cell's JSON: older ones are measured again."""
+ESTIMATE_FORMAT = 2
+"""Of an entry of `estimated.json`: older ones are simulated again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--publish", help="comma-separated documents that the tables are written into")
     made.add_argument("--plan", action="store_true", help="print the cells and their estimated seconds only")
     made.add_argument("--cell", help=argparse.SUPPRESS)
+    made.add_argument("--simulate", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     return made
 
@@ -114,22 +119,31 @@ def work(arguments: argparse.Namespace) -> int:
     os._exit(0)
 
 
-def estimate_fits(cases: list[str], methods: list[str], folder: Path, commit: str) -> dict[str, Any]:
-    """Peaks and largest batches by the estimator, for machines without a GPU; kept in `estimated.json`."""
-    from slimfit_ds.memory.estimator import Simulator
+def simulate_for(answers: int) -> int:
+    """The worker that simulates: import, wait for orders, carry them out."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    serve(answers, {"simulate": simulate})
+    sys.stdout.flush()
+    os._exit(0)
 
+
+def estimate_fits(
+    cases: list[str], methods: list[str], folder: Path, commit: str, program: list[str]
+) -> dict[str, Any]:
+    """Peaks and largest batches by simulated steps, for machines without a GPU; kept in `estimated.json`."""
     path = folder / "estimated.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    with Simulator() as simulator:
+    with Simulations([*program, "--simulate"], folder / "simulations.log") as simulations:
         for case in cases:
             for method in methods:
                 name = f"{case}__{method}"
-                if name in known or METHODS[method].strategy is None:
+                if known.get(name, {}).get("format") == ESTIMATE_FORMAT or not METHODS[method].simulated:
                     continue
-                found = estimated_batches(METHODS[method], CASES[case], simulator.run)
-                assert found is not None
-                known[name] = found | {"commit": commit}
-                print(f"{name}: {found.get('largest', found.get('error'))}", flush=True)
+                started = time.monotonic()
+                found = simulations.largest(CASES[case], METHODS[method])
+                known[name] = found | {"commit": commit, "format": ESTIMATE_FORMAT}
+                text = found.get("largest", found.get("error"))
+                print(f"{name}: {text} ({time.monotonic() - started:.0f} s)", flush=True)
                 path.write_text(json.dumps(known, indent=1) + "\n")
     return known
 
@@ -138,6 +152,8 @@ def main() -> int:
     arguments = parser().parse_args()
     if arguments.cell:
         return work(arguments)
+    if arguments.simulate:
+        return simulate_for(arguments.answers)
     cuda = arguments.device == "cuda"
     cases = choose(arguments.models, cases_for(arguments.device), CASES, "models")
     methods = choose(arguments.methods, list(METHODS), METHODS, "methods")
@@ -181,7 +197,8 @@ def main() -> int:
     estimated = {}
     if not cuda:
         shapes = choose(arguments.estimate, [*cases, *cases_for("cuda")[:3]], CASES, "estimate")
-        estimated = estimate_fits([] if arguments.no_fit else shapes, methods, output, facts["commit"])
+        shapes = [] if arguments.no_fit else shapes
+        estimated = estimate_fits(shapes, methods, output, facts["commit"], program)
     facts |= {"minutes": round((time.monotonic() - started) / 60, 1)}
     (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
     text = heading(facts, results) + table(cases, methods, results, estimated) + "\n"

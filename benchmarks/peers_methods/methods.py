@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from peers_methods import ours, rivals
 from peers_methods.building import Request
@@ -30,6 +31,8 @@ class Method:
         strategy: of a case, the same for the memory estimator; None: it knows no such thing.
         packages: imported ahead where they are installed, so that a prepared process is ready when its turn comes.
         tracked: steps whose storages are tracked; more where what trains changes from step to step.
+        fake: where the estimator knows no such thing, makes the trainer on fake tensors; None: there is no simulation.
+        micro_batch: of a case, samples of a forward pass whatever the batch; None: the whole batch.
     """
 
     name: str
@@ -39,6 +42,13 @@ class Method:
     strategy: Callable[[Case], Strategy] | None = None
     packages: tuple[str, ...] = ()
     tracked: int = 2
+    fake: Callable[[Request], Trainer] | None = None
+    micro_batch: Callable[[Case], int] | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether there is a way to simulate it."""
+        return self.strategy is not None or self.fake is not None
 
     def import_ahead(self) -> None:
         """Import what the method will need; what is missing is told when it is built."""
@@ -54,6 +64,10 @@ _LORA = Strategy("lora", None, lora=8, dtype="bf16")
 
 def _always(strategy: Strategy) -> Callable[[Case], Strategy]:
     return lambda case: strategy
+
+
+def _accumulation(case: Case) -> Strategy:
+    return _PLAIN.with_(accumulation=min(2, case.workload.batch))
 
 
 def _slim(preset: str, loss_chunk: int | None = None, **activations) -> Strategy:
@@ -72,6 +86,13 @@ def _ours(preset: str, tier: int) -> Method:
     return Method(preset, label, build, tier, _always(_slim(preset)), _ENGINE, tracked=4)
 
 
+def _fake(
+    name: str, label: str, build: Callable[[Request], Trainer], tier: int = 3, **options: Any
+) -> Method:
+    """A method that trains fake tensors as it trains real ones."""
+    return Method(name, label, build, tier, fake=build, **options)
+
+
 _ALL = (
     Method("full", "full: fused AdamW, SDPA, bf16 autocast", rivals.full, 0, _always(_PLAIN)),
     Method(
@@ -88,7 +109,14 @@ _ALL = (
         0,
         _always(_PLAIN.with_(gradient_checkpointing=True)),
     ),
-    Method("accumulation", "full + accumulation, micro-batch 8", rivals.accumulation, 1),
+    Method(
+        "accumulation",
+        "full + accumulation, micro-batch 8",
+        rivals.accumulation,
+        1,
+        _accumulation,
+        micro_batch=lambda case: rivals.micro_batch(case.workload.batch),
+    ),
     Method("lora", "LoRA r 8 (PEFT), bf16 base", rivals.lora, 1, _always(_LORA), ("peft",)),
     Method(
         "lora_checkpointing",
@@ -98,25 +126,29 @@ _ALL = (
         _always(_LORA.with_(gradient_checkpointing=True)),
         ("peft",),
     ),
-    Method("torchao_8bit", "torchao AdamW8bit", rivals.torchao_8bit, 3, packages=("torchao.optim",)),
+    _fake("torchao_8bit", "torchao AdamW8bit", rivals.torchao_8bit, packages=("torchao.optim",)),
     Method(
         "torchao_offload",
         "torchao CPUOffloadOptimizer",
         rivals.torchao_offload,
         3,
+        fake=rivals.gradients_leave,
         packages=("torchao.optim",),
     ),
+    _fake("bitsandbytes_8bit", "bitsandbytes Adam8bit", rivals.bitsandbytes_8bit, packages=("bitsandbytes",)),
     Method(
-        "bitsandbytes_8bit", "bitsandbytes Adam8bit", rivals.bitsandbytes_8bit, 3, packages=("bitsandbytes",)
+        "zero_offload",
+        "DeepSpeed ZeRO-Offload (stage 2)",
+        rivals.zero_offload,
+        3,
+        _always(Strategy("offload", stage=2, offload=True, dtype="bf16")),
+        packages=("deepspeed",),
     ),
-    Method(
-        "zero_offload", "DeepSpeed ZeRO-Offload (stage 2)", rivals.zero_offload, 3, packages=("deepspeed",)
-    ),
-    Method("galore", "GaLore, rank h/4", rivals.galore, 3, packages=("galore_torch",)),
-    Method("apollo", "APOLLO, rank h/4", rivals.apollo, 3, packages=("apollo_torch",)),
-    Method("apollo_mini", "APOLLO-Mini, rank 1", partial(rivals.apollo, mini=True), 4),
-    Method("badam", "BAdam, a block at a time", rivals.badam, 3, packages=("badam",), tracked=4),
-    Method("lisa", "LISA, 2 blocks at a time (own lines)", rivals.lisa, 3, tracked=4),
+    _fake("galore", "GaLore, rank h/4", rivals.galore, packages=("galore_torch",)),
+    _fake("apollo", "APOLLO, rank h/4", rivals.apollo, packages=("apollo_torch",)),
+    _fake("apollo_mini", "APOLLO-Mini, rank 1", partial(rivals.apollo, mini=True), tier=4),
+    _fake("badam", "BAdam, a block at a time", rivals.badam, packages=("badam",), tracked=24),
+    _fake("lisa", "LISA, 2 blocks at a time (own lines)", rivals.lisa, tracked=4),
     _ours("paper", 1),
     _ours("balanced", 0),
     _ours("lean", 1),

@@ -23,8 +23,10 @@ __all__ = [
     "full",
     "galore",
     "gradient_checkpointing",
+    "gradients_leave",
     "lisa",
     "lora",
+    "micro_batch",
     "torchao_8bit",
     "torchao_offload",
     "zero_offload",
@@ -45,10 +47,15 @@ def gradient_checkpointing(request: Request) -> Trainer:
     return PlainTrainer(model, adamw(model.parameters()), autocast=True)
 
 
-def accumulation(request: Request, micro_batch: int = 8) -> Trainer:
-    """The batch in micro-batches of 8 (of half the batch where that is less)."""
+def micro_batch(batch: int, most: int = 8) -> int:
+    """Samples of a forward pass of accumulation: 8, or half the batch where that is less."""
+    return min(most, max(1, batch // 2))
+
+
+def accumulation(request: Request) -> Trainer:
+    """The batch in micro-batches."""
     model = build_model(request, "fp32")
-    size = min(micro_batch, max(1, request.batch // 2))
+    size = micro_batch(request.batch)
     trainer = PlainTrainer(model, adamw(model.parameters()), autocast=True, micro_batch=size)
     trainer.facts["micro_batch"] = size
     return trainer
@@ -101,6 +108,28 @@ def torchao_offload(request: Request) -> Trainer:
         return [t for one in inner for t in (*optimizer_tensors(one), *one.param_groups[0]["params"])]
 
     return PlainTrainer(model, optimizer, autocast=True, states=tuple, host_states=on_host)
+
+
+def gradients_leave(request: Request) -> Trainer:
+    """What CPUOffloadOptimizer leaves on the device, for fake tensors: weights; gradients go as they are made.
+
+    The buffers of its transfers are not in it.
+    """
+    model = build_model(request, "fp32")
+
+    def leave(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(leave)
+    return PlainTrainer(model, _Elsewhere(), autocast=True, states=tuple)
+
+
+class _Elsewhere:
+    """An optimizer of which nothing happens on the device."""
+
+    def step(self) -> None:
+        pass
 
 
 def bitsandbytes_8bit(request: Request) -> Trainer:
@@ -175,7 +204,12 @@ def apollo(request: Request, mini: bool = False) -> Trainer:
 
 
 def badam(request: Request) -> Trainer:
-    """BAdam: one block trains at a time (random order, 50 steps each), bf16 weights, fp32 copies of that block."""
+    """BAdam: one block trains at a time (random order), bf16 weights, fp32 copies of that block.
+
+    A new block every other step, where its authors stay with one for 50 or 100: bytes and time depend on how far back
+    the block lies, and a few steps should show them all. On fake tensors every draw is the first block, whose backward
+    pass is the longest.
+    """
     need("badam")
     from badam import BlockOptimizer
 
@@ -185,7 +219,7 @@ def badam(request: Request) -> Trainer:
         base,
         list(model.named_parameters()),
         block_prefix_list=[[f"{name}."] for name in find_blocks(model)],
-        switch_block_every=50,
+        switch_block_every=2,
         switch_mode="random",
         verbose=0,
     )

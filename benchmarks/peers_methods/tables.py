@@ -170,9 +170,19 @@ def _fit(row: Row) -> str:
         if row.fit["status"] == "ok":
             return " / ".join(f"{size:,}" for size in row.fit["largest"].values())
         return "" if row.fit["status"] == "unavailable" else str(row.fit["status"])
-    if row.estimated is not None and "largest" in row.estimated:
-        return " / ".join(f"{size:,}" if size else "none" for size in row.estimated["largest"].values())
-    return ""
+    if row.estimated is None:
+        return ""
+    return " / ".join(dict.fromkeys(_batches(row.estimated))) or f"not simulated: {_why(row.estimated)}"
+
+
+def _batches(found: Mapping[str, Any]) -> list[str]:
+    """The largest batches of an estimate as texts, one per card; none if it failed."""
+    texts = {"any": f"any, micro-batch {found.get('micro_batch')}", 0: "none"}
+    return [texts.get(size) or f"{size:,}" for size in found.get("largest", {}).values()]
+
+
+def _why(found: Mapping[str, Any]) -> str:
+    return str(found["error"]).replace("|", "/")[:100]
 
 
 # key -> title (CUDA, CPU), value; no title: no such column there.
@@ -308,7 +318,7 @@ def estimated_table(methods: Sequence[str], estimated: Mapping[str, Mapping[str,
             continue
         full = _peak(estimated.get(f"{case}__full"))
         lines = [
-            f"### {CASES[case].label}: estimated for a GPU, not measured",
+            f"### {CASES[case].label}: simulated for a GPU, not measured",
             "",
             "| method | peak, GiB | of full | largest batch 24 GB | 32 GB |",
             "|---|---:|---:|---:|---:|",
@@ -319,10 +329,9 @@ def estimated_table(methods: Sequence[str], estimated: Mapping[str, Mapping[str,
                 continue
             peak = _peak(found)
             if peak is None:
-                cells = [str(found["error"]).replace("|", "/")[:100], "", "", ""]
+                cells = [f"not simulated: {_why(found)}", "", "", ""]
             else:
-                cells = [f"{peak / 2**30:.2f}", f"{peak / full:.3f}" if full else ""]
-                cells += [f"{size:,}" if size else "does not fit" for size in found["largest"].values()]
+                cells = [f"{peak / 2**30:.2f}", f"{peak / full:.3f}" if full else "", *_batches(found)]
             lines.append(_line([METHODS[method].label, *cells]))
         parts.append("\n".join(lines))
     return "\n" + "\n\n".join(parts) + "\n" if parts else ""

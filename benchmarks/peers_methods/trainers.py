@@ -22,12 +22,14 @@ class Trainer:
 
     Attributes:
         model: the module whose parameters are counted.
+        autocast: whether the forward pass runs under bf16 autocast.
         uncounted_phases: phases that work in host memory, which a CPU run cannot tell from the device's, or that run
             in a compiled kernel without temporaries, which a tracker cannot enter.
         facts: anything worth a note in the result.
     """
 
     model: nn.Module
+    autocast = False
     uncounted_phases: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module):
@@ -83,7 +85,7 @@ class PlainTrainer(Trainer):
     ):
         super().__init__(model)
         self.optimizer = optimizer
-        self._autocast = autocast
+        self.autocast = autocast
         self._micro_batch = micro_batch
         self._states = states or (lambda: optimizer_tensors(self.optimizer))
         self._host_states = host_states
@@ -96,7 +98,7 @@ class PlainTrainer(Trainer):
         total = torch.zeros((), device=self._device)
         for start in range(0, samples, size):
             micro = {key: value[start : start + size] for key, value in batch.items()}
-            with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(self._device, torch.bfloat16, enabled=self.autocast):
                 loss = self.model(**micro).loss
             weight = len(next(iter(micro.values()))) / samples
             (loss if weight == 1 else loss * weight).backward()

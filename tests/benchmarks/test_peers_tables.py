@@ -96,8 +96,33 @@ def test_estimates_stand_beside_measurements_and_say_so(results):
     from peers_methods.tables import table
 
     estimated = {"tiny__minimal": {"largest": {"24 GB": 70, "32 GB": 0}, "peaks": {"4": 1}}}
+    estimated["tiny__lora"] = {"error": "no | fake step"}
+    estimated["tiny__full"] = {
+        "largest": {"24 GB": "any", "32 GB": "any"},
+        "micro_batch": 8,
+        "peaks": {"4": 2},
+    }
     text = table(["tiny"], METHODS, results, estimated)
-    assert ("largest batch 24 / 32 GB, simulated", "70 / none") in columns(text, "ours, `minimal`")
+    title = "largest batch 24 / 32 GB, simulated"
+    assert (title, "70 / none") in columns(text, "ours, `minimal`")
+    assert (title, "not simulated: no / fake step") in columns(text, "LoRA")
+    assert (title, "any, micro-batch 8") in columns(text, "full")
+    assert (title, "") in columns(text, "BAdam")
+
+
+def test_published_shapes_say_that_they_are_simulated():
+    from peers_methods.tables import estimated_table
+
+    estimated = {
+        "bert-base__full": {"largest": {"24 GB": 140, "32 GB": 192}, "peaks": {"128": 2**34, "32": 2**30}},
+        "bert-base__lora": {"error": "no | fake step"},
+        "tiny__full": {"largest": {"24 GB": 1, "32 GB": 1}, "peaks": {"4": 2**20}},
+    }
+    text = estimated_table(["full", "lora"], estimated)
+    assert "simulated for a GPU, not measured" in text
+    assert "| 16.00 | 1.000 | 140 | 192 |" in text
+    assert "not simulated: no / fake step" in text
+    assert "BERT 2 x h64" not in text
 
 
 def test_the_summary_shows_who_is_ahead(results):
