@@ -118,6 +118,10 @@ class StateStore:
                 continue
             state = self._on_device.pop(unit)
             host = self._on_host.get(unit)
+            if host is None and self.device.type == "cpu":
+                # One memory: what leaves the device stays where it is.
+                self._on_host[unit] = state
+                continue
             if host is None:
                 pin = self._stream is not None
                 buffers = {

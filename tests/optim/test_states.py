@@ -117,6 +117,18 @@ def test_store_keeps_states_where_they_belong(inactive):
     assert made == [3, 4]
 
 
+def test_states_that_first_leave_the_device_are_not_there_twice():
+    store = StateStore(torch.device("cpu"), "host", lambda unit: {"exp_avg": torch.zeros(10)})
+    made = store.get(0).tensors["exp_avg"]
+    store.write_back([0])
+    assert store.peek(0).tensors["exp_avg"] is made
+    # Awake again: a copy for the device, as between two memories.
+    store.get(0).tensors["exp_avg"].add_(1)
+    assert made.sum() == 0
+    store.write_back([0])
+    assert made.sum() == 10
+
+
 def test_put_replaces_a_state():
     store = StateStore(torch.device("cpu"), "host", lambda unit: {"exp_avg": torch.zeros(2)})
     store.get(0)
