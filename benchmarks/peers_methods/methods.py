@@ -14,7 +14,7 @@ from peers_methods import ours, rivals
 from peers_methods.building import Request
 from peers_methods.trainers import Trainer
 from peers_methods.workloads import Case
-from slimfit_ds.memory.strategy import Strategy, slimfit_block
+from slimfit_ds.memory.strategy import Strategy
 
 __all__ = ["METHODS", "Method", "get_method"]
 
@@ -70,8 +70,8 @@ def _accumulation(case: Case) -> Strategy:
     return _PLAIN.with_(accumulation=min(2, case.workload.batch))
 
 
-def _slim(preset: str, loss_chunk: int | None = None, **activations) -> Strategy:
-    block = slimfit_block(preset, ours.RATE, "host", **activations)
+def _slim(preset: str, loss_chunk: int | None = None, policy: str = "ils", **activations: Any) -> Strategy:
+    block = ours.block(preset, policy, **activations)
     return Strategy(preset, stage=0, slimfit=block, dtype="bf16", loss_chunk=loss_chunk)
 
 
@@ -84,6 +84,18 @@ def _ours(preset: str, tier: int) -> Method:
     label = f"ours, `{preset}`" if preset != "paper" else "the paper's codecs, our engine"
     build = partial(ours.ours, preset=preset)
     return Method(preset, label, build, tier, _always(_slim(preset)), _ENGINE, tracked=4)
+
+
+def _auto(preset: str) -> Method:
+    return Method(
+        f"auto_{preset}",
+        f"ours, `{preset}`, policy auto (columns)",
+        partial(ours.ours, preset=preset, policy="auto"),
+        1,
+        _always(_slim(preset, policy="auto")),
+        _ENGINE,
+        tracked=4,
+    )
 
 
 def _fake(
@@ -163,6 +175,8 @@ _ALL = (
         _ENGINE,
         tracked=4,
     ),
+    _auto("balanced"),
+    _auto("minimal"),
     Method("full_again", "full, once more at the end (noise)", rivals.full, 5),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -10,17 +10,25 @@ from peers_methods.trainers import EngineTrainer, PlainTrainer, Trainer
 from peers_methods.workloads import Case
 from slimfit_ds.memory.strategy import Strategy, slimfit_block
 
-__all__ = ["RATE", "ours", "ours_tuned", "tuned"]
+__all__ = ["RATE", "block", "ours", "ours_tuned", "tuned"]
 
 RATE = 0.95
 
 
-def ours(request: Request, preset: str, loss_chunk: int | None = None, **activations: Any) -> Trainer:
+def block(preset: str, policy: str = "ils", **activations: Any) -> dict[str, Any]:
+    """The `"slimfit"` block of a preset: few whole layers (`ils`), or a part of every layer (`auto`)."""
+    made = slimfit_block(preset, RATE, "host", **activations)
+    return {**made, "freeze": {**made["freeze"], "policy": policy}}
+
+
+def ours(
+    request: Request, preset: str, loss_chunk: int | None = None, policy: str = "ils", **activations: Any
+) -> Trainer:
     """The engine (bf16 weights, fp32 masters on the host) if DeepSpeed is installed, else `slim` and `follow`."""
-    block = slimfit_block(preset, RATE, "host", **activations)
+    settings = block(preset, policy, **activations)
     build = _engine if importlib.util.find_spec("deepspeed") else _without_deepspeed
-    trainer = build(request, block, loss_chunk)
-    trainer.facts |= {"slimfit": block, "backend": "engine" if build is _engine else "slim"}
+    trainer = build(request, settings, loss_chunk)
+    trainer.facts |= {"slimfit": settings, "backend": "engine" if build is _engine else "slim"}
     return trainer
 
 

@@ -122,6 +122,23 @@ for name in ("galore", "torchao_8bit", "lisa"):
     assert "lisa agrees" in done.stdout
 
 
+def test_ours_is_the_policy_that_its_label_says():
+    from peers_methods.methods import METHODS
+    from peers_methods.workloads import CASES
+
+    from slimfit_ds.config import SlimFitConfig
+
+    for name, policy, preset in (
+        ("minimal", "ils", "minimal"),
+        ("auto_minimal", "columns", "minimal"),
+        ("auto_balanced", "columns", "balanced"),
+    ):
+        config = SlimFitConfig.parse(METHODS[name].strategy(CASES["tiny"]).slimfit)
+        assert (config.freeze.policy, config.freeze.rate) == (policy, 0.95)
+        assert config.activations.preset == preset
+        assert config.optimizer_states.inactive == "host"
+
+
 def test_every_method_has_a_simulation_or_is_a_repetition():
     from peers_methods.methods import METHODS
 
