@@ -11,6 +11,7 @@ codecs keep tables that must not be fake in the caller, and because a failed job
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -41,9 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         os.environ["MASTER_PORT"] = str(_free_port())
     _prepare()
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         results.write(json.dumps(_run(json.loads(line), arguments.world_size, arguments.real)) + "\n")
         results.flush()
+        if number == 0:
+            # Each step collects garbage first, which need not go through all that the first one imported.
+            gc.collect()
+            gc.freeze()
     # Native libraries with hooks at exit meet fake tensors there; everything has been written.
     os._exit(0)
 
