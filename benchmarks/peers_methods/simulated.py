@@ -48,9 +48,6 @@ def simulate(case: str, method: str, batch: int, target: str = "cuda") -> dict[s
         with semantics, torch.compiler.set_stance("force_eager"):
             trainer.step(inputs)
             reports = [_tracked(trainer, inputs) for _ in range(1 if chosen.tracked <= 2 else 2)]
-    # The next collection need not go through all that has been imported.
-    gc.collect()
-    gc.freeze()
     report = max(reports, key=lambda one: one.peak)
     return {"bytes": report.peak, "phase": report.peak_phase, "module": report.peak_module}
 
