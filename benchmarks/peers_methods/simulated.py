@@ -15,7 +15,7 @@ from peers_methods.workloads import CASES, make_batches
 from slimfit_ds.memory.cuda_semantics import CudaSemantics
 from slimfit_ds.memory.fake_world import FakeWorld
 from slimfit_ds.memory.report import MemoryReport
-from slimfit_ds.memory.tracker import MemoryTracker
+from slimfit_ds.memory.tracker import HOST, MemoryTracker
 
 __all__ = ["simulate"]
 
@@ -54,7 +54,11 @@ def simulate(case: str, method: str, batch: int, target: str = "cuda") -> dict[s
 
 def _tracked(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> MemoryReport:
     gc.collect()
-    tracker = MemoryTracker(trainer.model, trainer.roots())
+    roots = dict(trainer.roots())
+    hosted = roots.get(HOST, tuple)
+    # The batch itself does not count, as in the memory estimator.
+    roots[HOST] = lambda: [*hosted(), *inputs.values()]
+    tracker = MemoryTracker(trainer.model, roots)
     with tracker:
         trainer.step(inputs, tracker.phase)
     return tracker.report(without_phases=trainer.uncounted_phases)

@@ -110,7 +110,8 @@ for name in ("galore", "torchao_8bit", "lisa"):
             trainer.step(batch, tracker.phase)
     real = tracker.report(without_phases=trainer.uncounted_phases)
     fake = simulate("tiny", name, 4, target="cpu")
-    assert abs(fake["bytes"] - real.peak) <= 64, (name, fake, real.peak)
+    inputs = sum(t.nbytes for t in batch.values())
+    assert 0 <= real.peak - fake["bytes"] <= inputs + 64, (name, fake, real.peak)
     print(name, "agrees", real.peak)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
