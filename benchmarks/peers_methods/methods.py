@@ -75,9 +75,9 @@ def _slim(preset: str, loss_chunk: int | None = None, policy: str = "ils", **act
     return Strategy(preset, stage=0, slimfit=block, dtype="bf16", loss_chunk=loss_chunk)
 
 
-def _tuned(case: Case) -> Strategy:
+def _tuned(case: Case, policy: str = "ils") -> Strategy:
     loss_chunk, options = ours.tuned(case)
-    return _slim("minimal", loss_chunk, **options)
+    return _slim("minimal", loss_chunk, policy, **options)
 
 
 def _ours(preset: str, tier: int) -> Method:
@@ -177,6 +177,15 @@ _ALL = (
     ),
     _auto("balanced"),
     _auto("minimal"),
+    Method(
+        "auto_tuned",
+        "ours, `minimal` in chunks, policy auto (columns)",
+        partial(ours.ours_tuned, policy="auto"),
+        2,
+        partial(_tuned, policy="auto"),
+        _ENGINE,
+        tracked=4,
+    ),
     Method("full_again", "full, once more at the end (noise)", rivals.full, 5),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -39,10 +39,10 @@ def tuned(case: Case) -> tuple[int | None, dict[str, Any]]:
     return loss if case.task == "causal_lm" else None, options
 
 
-def ours_tuned(request: Request) -> Trainer:
+def ours_tuned(request: Request, policy: str = "ils") -> Trainer:
     """`minimal` with recomputation and loss in the case's chunks, norms outside of blocks exact."""
     loss_chunk, options = tuned(request.case)
-    return ours(request, "minimal", loss_chunk, **options)
+    return ours(request, "minimal", loss_chunk, policy, **options)
 
 
 def _model(request: Request, dtype: str, loss_chunk: int | None) -> Any:

@@ -133,6 +133,7 @@ def test_ours_is_the_policy_that_its_label_says():
         ("minimal", "ils", "minimal"),
         ("auto_minimal", "columns", "minimal"),
         ("auto_balanced", "columns", "balanced"),
+        ("auto_tuned", "columns", "minimal"),
     ):
         config = SlimFitConfig.parse(METHODS[name].strategy(CASES["tiny"]).slimfit)
         assert (config.freeze.policy, config.freeze.rate) == (policy, 0.95)
