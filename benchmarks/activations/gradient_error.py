@@ -54,8 +54,10 @@ def errors(trained: Trained, preset: str, rate: float, sets: range, overrides: d
         active = freeze(trained.model, rate, seed)
         batch = trained.batches[seed % len(trained.batches)]
         exact = gradients(trained.model, active, batch, seed)
+        # Masks of `philox` are not those of the exact gradients.
+        operations = {"dropout": "replay"} | overrides
         handle = compress(
-            trained.model, ActivationsConfig(preset=preset, operations=overrides, chunk_tokens=None)
+            trained.model, ActivationsConfig(preset=preset, operations=operations, chunk_tokens=None)
         )
         approximate = gradients(trained.model, active, batch, seed)
         handle.remove()

@@ -17,8 +17,8 @@ _RANGES = (
     (re.compile(r"c10d|gloo|nccl"), "communication"),
     (re.compile(r"_Norm(Backward)?$"), "norm"),
     (re.compile(r"_Activation(Backward)?$"), "activation function"),
-    (re.compile(r"_(Replayed|Packed)(Backward)?$"), "dropout"),
-    (re.compile(r"_StoredProbabilities(Backward)?$"), "attention"),
+    (re.compile(r"_(Replayed|Packed|Philox)(Backward)?$"), "dropout"),
+    (re.compile(r"_(StoredProbabilities|PlainAttention)(Backward)?$"), "attention"),
 )
 # Names of operations, from the innermost out.
 _OPERATIONS = (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.codecs.base import is_fake
 from slimfit_ds.activations.functions.attention import recomputed_attention, stored_probabilities
+from slimfit_ds.activations.functions.attention_dropout import DrawMask, replayed_mask
 from slimfit_ds.activations.functions.plain_attention import plain_attention
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.saved_hooks import saved_as_they_are
@@ -38,12 +39,14 @@ class AttentionSetting:
         values: codec of the values; `None`: they are kept as they are.
         probabilities: of the softmax output; `None`: recomputed.
         chunk_tokens: tokens recomputed at a time.
+        draw: how dropout's masks are drawn, where attention is differentiated by its formula.
     """
 
     codec: Codec | None
     values: Codec | None
     probabilities: Codec | None
     chunk_tokens: int | None
+    draw: DrawMask = replayed_mask
 
 
 def install_attention(
@@ -106,9 +109,11 @@ def _attention(
         # Exact softmax statistics beside lossy queries and keys can overflow.
         with saved_as_they_are():
             return function(query, key, value, mask, **kwargs)
-    if _is_plain(kwargs) and (setting.probabilities is not None or _has_formula(base, query, mask)):
+    dropout = kwargs.get("dropout") or 0.0
+    by_formula = setting.probabilities is None and _has_formula(base, query, mask, dropout)
+    if _is_plain(kwargs) and (by_formula or (setting.probabilities is not None and not dropout)):
         causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", False) if causal is None else causal
+        causal = getattr(module, "is_causal", base == "sdpa") if causal is None else causal
         results: list[Any] = []
 
         def run() -> Tensor:
@@ -119,11 +124,12 @@ def _attention(
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         causal = bool(causal) and mask is None and query.shape[2] > 1
         operands = (run, query, key, value, mask, scale, causal, setting.codec, setting.values)
-        if setting.probabilities is None:
-            output = plain_attention(*operands)
-        else:
+        if setting.probabilities is not None:
             output = stored_probabilities(*operands, setting.probabilities)
-        return (output, *results[1:])
+        else:
+            output = plain_attention(*operands, dropout, setting.draw)
+        # With dropout `run` is not called; PyTorch's own attention returns no probabilities.
+        return (output, *(results[1:] if results else [None]))
     return recomputed_attention(
         function,
         query,
@@ -138,17 +144,17 @@ def _attention(
 
 
 def _is_plain(kwargs: dict[str, Any]) -> bool:
-    """Whether scores are scaled products plus a mask, without dropout, bias, soft caps or sinks."""
-    special = ("dropout", "position_bias", "softcap", "s_aux", "cache")
+    """Whether scores are scaled products plus a mask, without bias, soft caps or sinks."""
+    special = ("position_bias", "softcap", "s_aux", "cache")
     return not any(isinstance(kwargs.get(name), Tensor) or kwargs.get(name) for name in special)
 
 
-def _has_formula(base: str, query: Tensor, mask: Any) -> bool:
+def _has_formula(base: str, query: Tensor, mask: Any, dropout: float) -> bool:
     """Whether attention is differentiated by its formula: on a CPU, where that is faster than running it again.
 
-    Fake tensors stand for a device, whose memory is that of the kernels there.
+    Fake tensors stand for a device, whose memory is that of the kernels there. An eager attention with dropout returns
+    dropped probabilities, so its own forward pass has to run.
     """
-    known = base in {"sdpa", "eager"} and (
-        mask is None or (isinstance(mask, Tensor) and not mask.requires_grad)
-    )
+    known = base == "sdpa" or (base == "eager" and not dropout)
+    known = known and (mask is None or (isinstance(mask, Tensor) and not mask.requires_grad))
     return known and query.device.type == "cpu" and not is_fake(query)

@@ -22,6 +22,7 @@ from slimfit_ds.activations.checkpoint import make_checkpoint, resolve_codec
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
+from slimfit_ds.activations.functions.attention_dropout import mask_drawing
 from slimfit_ds.activations.functions.norm import NormKind
 from slimfit_ds.activations.modules import (
     ActivationSetting,
@@ -195,7 +196,8 @@ class Installer:
             stored = tables[name].probabilities
             probabilities = None if stored == "recompute" else resolve_codec(stored)
             values = codec if tables[name].values is None else resolve_codec(tables[name].values)
-            settings[module] = AttentionSetting(codec, values, probabilities, self._config.chunk_tokens)
+            draw = mask_drawing(tables[name].dropout)
+            settings[module] = AttentionSetting(codec, values, probabilities, self._config.chunk_tokens, draw)
             reason = f"{type(module).__name__}, through transformers' attention interface"
             self.rows.append(Row(name, "attention", describe(spec), reason))
         install_attention(self.patches, self._model, settings)

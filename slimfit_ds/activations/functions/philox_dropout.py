@@ -1,7 +1,8 @@
 """Dropout with masks of its own that nothing has to be kept for: seed and position give them again.
 
-On a GPU forward and backward are one kernel each, without the mask of bytes that PyTorch's writes. The masks are not
-those that PyTorch draws from the same seed. Where the kernel does not run, dropout is PyTorch's, replayed.
+Forward and backward are one kernel each, in Triton on a GPU and in C on a CPU, without the mask of bytes that PyTorch's
+writes on a GPU and ten times as fast as it draws one on a CPU. The masks are not those that PyTorch draws from the same
+seed, and differ between the two kernels. Where neither runs, dropout is PyTorch's, replayed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from slimfit_ds.activations import rng
 from slimfit_ds.activations.codecs.base import is_fake
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
+from slimfit_ds.activations.functions.cpu_dropout import CpuMask, runs_in_c
 from slimfit_ds.activations.functions.dropout import replayed_dropout
 from slimfit_ds.activations.storing import RECIPE, SHARED, Payload
 
@@ -31,9 +33,9 @@ def philox_dropout(forward: Callable[[Tensor], Tensor], x: Tensor, p: float) -> 
         x: any shape.
         p: the probability of a zero.
     """
-    if not _takes(x) or not 0 < p < 1:
+    mask = _draw(x, p) if x.is_contiguous() and x.numel() and 0 < p < 1 else None
+    if mask is None:
         return replayed_dropout(forward, x, p)
-    mask = _Mask.draw(x, p)
     source = SHARED.find(x.detach(), RECIPE)
     y = _Philox.apply(x, mask)
     if source is not None:
@@ -41,27 +43,26 @@ def philox_dropout(forward: Callable[[Tensor], Tensor], x: Tensor, p: float) -> 
     return y
 
 
-def _takes(x: Tensor) -> bool:
-    """Fake tensors stand for a device with the kernel."""
-    known = runs_in_triton(x) or (is_fake(x) and x.dtype != torch.float64)
-    return known and x.is_contiguous() and x.numel() > 0
+def _draw(x: Tensor, p: float) -> _TritonMask | CpuMask | None:
+    """A new mask for `x`, or `None` where no kernel takes it. Fake tensors stand for a device with the kernel."""
+    if is_fake(x) and x.dtype != torch.float64:
+        return _TritonMask(p, 0, 0)
+    if runs_in_triton(x):
+        from slimfit_ds.activations.functions.triton_dropout import counters_for
+
+        return _TritonMask(p, *rng.take_counters(x.device, counters_for(x.numel())))
+    if runs_in_c(x) and CpuMask.takes(p):
+        return CpuMask.draw(p)
+    return None
 
 
 @dataclass(frozen=True)
-class _Mask:
+class _TritonMask:
     """A mask as the numbers it is made from."""
 
     p: float
     seed: int
     first: int
-
-    @classmethod
-    def draw(cls, x: Tensor, p: float) -> _Mask:
-        if is_fake(x):
-            return cls(p, 0, 0)
-        from slimfit_ds.activations.functions.triton_dropout import counters_for
-
-        return cls(p, *rng.take_counters(x.device, counters_for(x.numel())))
 
     def apply(self, values: Tensor) -> Tensor:
         """The values that stay, scaled; zero elsewhere."""
@@ -76,7 +77,7 @@ class _Mask:
 
 class _Philox(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mask: _Mask):
+    def forward(ctx, x, mask: _TritonMask | CpuMask):
         ctx.mask = mask
         return mask.apply(x)
 
@@ -92,7 +93,7 @@ class _Dropped:
 
     tensors: tuple[Tensor, ...]
     source: Payload
-    mask: _Mask
+    mask: _TritonMask | CpuMask
 
 
 class _DropAgain:

@@ -1,8 +1,9 @@
-"""Attention without dropout, differentiated by its formula from queries, keys and values in a codec.
+"""Attention differentiated by its formula from queries, keys and values in a codec, with or without dropout.
 
-The backward pass needs the probabilities P only, never the output: with S = scale Q K^T + mask and P = softmax(S),
+The backward pass needs the probabilities P only, never the output: with S = scale Q K^T + mask, P = softmax(S) and a
+dropout mask M of 0 and 1 / (1 - p), which is made again rather than kept (`attention_dropout`),
 
-    dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K,  dK = scale dS^T Q
+    dV = (M * P)^T dO,  dP = M * dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K,  dK = scale dS^T Q
 
 five matrix products for a few rows of the batch at a time, where running the forward pass again and differentiating
 that takes seven. PyTorch's fused kernels beat it on a GPU; on a CPU it beats them (docs/activations.md, Time).
@@ -17,12 +18,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimfit_ds.activations.codecs import Codec
+from slimfit_ds.activations.functions.attention_dropout import (
+    NOTHING_DROPPED,
+    AttentionMask,
+    DrawMask,
+    replayed_mask,
+)
+from slimfit_ds.activations.functions.attention_heads import Heads
 from slimfit_ds.activations.storing import SavedTensors
 
 __all__ = ["plain_attention"]
-
-# Scores at a time: one row of a batch of BERT-base at 128 tokens, which a second-level cache holds.
-_SCORES = 1 << 18
 
 
 def plain_attention(
@@ -35,102 +40,92 @@ def plain_attention(
     causal: bool,
     codec: Codec,
     value_codec: Codec | None,
+    dropout: float = 0.0,
+    draw: DrawMask = replayed_mask,
 ) -> Tensor:
-    """softmax(scale Q K^T + mask) V that keeps queries, keys and values in codecs.
+    """dropout(softmax(scale Q K^T + mask)) V that keeps queries, keys and values in codecs.
 
     Args:
-        function: computes the result `[batch, tokens, heads, width]`, which is returned as it is.
+        function: computes the result `[batch, tokens, heads, width]`, which is returned as it is. With dropout, whose
+            mask has to be known, the result is computed here instead.
         query: [batch, heads, tokens, width].
         key: [batch, groups, tokens, width]; `heads` is a multiple of `groups`.
         value: as `key`.
         mask: boolean (true: attend) or additive without gradient, broadcastable to [batch, heads, tokens, tokens],
-            or `None`; kept as it is.
+            or `None`; kept as it is. A token that may attend to nothing gets zeros, as in PyTorch.
         scale: factor of the scores.
         causal: each token attends to those up to itself.
         codec: stores queries and keys.
         value_codec: stores the values; `None`: they are kept as they are.
+        dropout: the probability with which each one of P is set to zero.
+        draw: draws the mask for that.
     """
-    return _PlainAttention.apply(query, key, value, function, mask, scale, causal, codec, value_codec)
+    return _PlainAttention.apply(
+        query, key, value, function, mask, scale, causal, codec, value_codec, dropout, draw
+    )
 
 
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, function, mask, scale, causal, codec, value_codec):
+    def forward(
+        ctx, query, key, value, function, mask, scale, causal, codec, value_codec, dropout, draw: DrawMask
+    ):
         saved = SavedTensors()
         saved.add_all((query, key, value), (codec, codec, value_codec))
         if mask is not None:
             saved.add(mask)
         ctx.records, ctx.scale, ctx.causal = saved.records, scale, causal
         ctx.save_for_backward(*saved.tensors)
-        return function()
+        if not dropout:
+            ctx.dropped = lambda: NOTHING_DROPPED
+            return function()
+        dropped, ctx.dropped = draw(query, (*query.shape[:3], key.shape[2]), dropout)
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+        heads = Heads.of(query, key, mask, scale, causal)
+        with torch.autocast(kind, enabled=False):
+            return _output(heads, value.to(dtype), dropped)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         query, key, value, *masks = SavedTensors.restore(ctx.records, ctx.saved_tensors)
-        gradient = gradient.to(value.dtype).transpose(1, 2)
-        batch, heads, tokens, _ = query.shape
-        groups, seen = key.shape[1:3]
-        repeats = heads // groups
-        mask = masks[0].expand(batch, heads, tokens, seen) if masks else None
-        dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
-        # As many rows as fit, or else as many groups of heads of one row.
-        rows = max(_SCORES // (heads * tokens * seen), 1)
-        step = groups if rows > 1 else max(_SCORES // (repeats * tokens * seen), 1)
-        for row in range(0, batch, rows):
-            for group in range(0, groups, step):
-                few = slice(row, row + rows), slice(group, group + step)
-                many = few[0], slice(group * repeats, (group + step) * repeats)
-                allowed = None if mask is None else _by_group(mask[many], repeats)
-                operands = _by_group(query[many], repeats), key[few], value[few]
-                # Autocast, where a backward pass runs under it, would round the scores.
-                with torch.autocast(query.device.type, enabled=False):
-                    of_query, of_key, of_value = _gradients(
-                        *operands, _by_group(gradient[many], repeats), allowed, ctx.scale, ctx.causal
-                    )
-                _by_group(dquery[many], repeats).copy_(of_query)
-                dkey[few] = of_key
-                dvalue[few] = of_value
-        return dquery, dkey, dvalue, *([None] * 6)
+        heads = Heads.of(query, key, masks[0] if masks else None, ctx.scale, ctx.causal)
+        # Autocast, where a backward pass runs under it, would round the scores.
+        with torch.autocast(query.device.type, enabled=False):
+            found = _gradients(heads, value, gradient.to(value.dtype).transpose(1, 2), ctx.dropped())
+        return *found, *([None] * 8)
 
 
-def _by_group(tensor: Tensor, repeats: int) -> Tensor:
-    """[rows, heads, ...] as [rows, groups, repeats, ...]."""
-    return tensor.unflatten(1, (-1, repeats))
+def _output(heads: Heads, value: Tensor, dropped: AttentionMask) -> Tensor:
+    """The result of attention [batch, tokens, heads, width]."""
+    batch, count, tokens, _ = heads.query.shape
+    output = value.new_empty(batch, tokens, count, value.shape[3])
+    for piece in heads.pieces():
+        p = heads.probabilities(piece)
+        kept = dropped.drop(p.flatten(0, 2), piece.first, value.dtype).view_as(p)
+        result = kept.flatten(2, 3) @ piece.of_groups(value)
+        piece.of_heads(output.transpose(1, 2)).copy_(result.unflatten(2, (piece.repeats, -1)))
+    return heads.without_blind(output.transpose(1, 2)).transpose(1, 2)
 
 
 def _gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gradient: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
+    heads: Heads, value: Tensor, gradient: Tensor, dropped: AttentionMask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries [rows, groups, repeats, tokens, width], keys and values [rows, groups, tokens, width]."""
-    repeats, dtype = query.shape[2], value.dtype
-    # All heads of a group in one matrix: its keys and values are not repeated.
-    query, gradient = (t.flatten(2, 3) for t in (query, gradient))
-    # Scores of 16-bit operands stay in fp32: their rounding would be exponentiated.
-    exact = dtype if dtype == torch.float64 else torch.float32
-    scores = (query.to(exact) * scale) @ key.to(exact).transpose(-1, -2)
-    p = _softmax(scores.unflatten(2, (repeats, -1)), mask, causal).flatten(2, 3)
-    dvalue = p.to(dtype).transpose(-1, -2) @ gradient
-    dp = (gradient @ value.transpose(-1, -2)).to(exact)
-    dscores = torch._softmax_backward_data(dp, p, -1, exact).mul_(scale).to(dtype)
-    # Under autocast rotary embeddings leave queries and keys wider than values.
-    dquery = (dscores @ key.to(dtype)).unflatten(2, (repeats, -1))
-    return dquery, dscores.transpose(-1, -2) @ query.to(dtype), dvalue
-
-
-def _softmax(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Probabilities from scores [rows, groups, repeats, tokens, seen], which are overwritten."""
-    if causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
-        scores.masked_fill_(~allowed, float("-inf"))
-    if mask is not None and mask.dtype == torch.bool:
-        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores.add_(mask.to(scores.dtype))
-    return scores.softmax(-1)
+    """Gradients of queries, keys and values from that of the result [batch, heads, tokens, width]."""
+    query, key, dtype = heads.query, heads.key, value.dtype
+    dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
+    gradient = heads.without_blind(gradient)
+    for piece in heads.pieces():
+        p = heads.probabilities(piece)
+        # All heads of a group in one matrix: its keys and values are not repeated.
+        of_output = piece.of_heads(gradient).flatten(2, 3)
+        dp = (of_output @ piece.of_groups(value).transpose(-1, -2)).view_as(p)
+        found = dropped.gradient(p.flatten(0, 2), dp.flatten(0, 2), piece.first, heads.scale)
+        kept, dscores = (t.view_as(p).flatten(2, 3) for t in found)
+        piece.of_groups(dvalue).copy_(kept.transpose(-1, -2) @ of_output)
+        # Under autocast rotary embeddings leave queries and keys wider than values.
+        of_query = dscores @ piece.of_groups(key).to(dtype)
+        piece.of_heads(dquery).copy_(of_query.unflatten(2, (piece.repeats, -1)))
+        piece.of_groups(dkey).copy_(dscores.transpose(-1, -2) @ piece.of_heads(query).flatten(2, 3).to(dtype))
+    return dquery, dkey, dvalue

@@ -9,16 +9,15 @@ from torch import nn
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.codecs import get_codec
 from slimfit_ds.activations.config import ActivationsConfig
+from slimfit_ds.activations.functions.cpu_dropout import runs_in_c
 from slimfit_ds.activations.functions.dropout import packed_dropout, replayed_dropout
-from slimfit_ds.activations.functions.philox_dropout import philox_dropout
 
 
 def packed(layer, x, p):
     return packed_dropout(layer, x, p, get_codec("mask"))
 
 
-# Without its kernel, philox_dropout is PyTorch's too.
-@pytest.mark.parametrize("function", [replayed_dropout, philox_dropout, packed])
+@pytest.mark.parametrize("function", [replayed_dropout, packed])
 @pytest.mark.parametrize("p", [0.1, 0.7, 1.0])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 def test_same_values_and_gradients_as_pytorch(function, p, layout):
@@ -69,7 +68,11 @@ def test_the_setting_reaches_the_layers_of_a_model(way, most):
     handle = compress(model, ActivationsConfig(operations={"dropout": way}))
     assert [row.codec for row in handle.report() if row.kind == "dropout"] == [way]
     found, kept = step()
-    torch.testing.assert_close(found, expected)
+    if way == "philox" and runs_in_c(x):
+        # Masks of its own: the gradient is that of other elements, of the same size on average.
+        assert 0.7 < found.norm() / expected.norm() < 1.4
+    else:
+        torch.testing.assert_close(found, expected)
     # Plain dropout keeps its mask; the first layer's input and weight stay.
     assert kept <= (32 * 64 + 64 * 64) * 4 + most
     if way == "mask":
