@@ -177,7 +177,8 @@ def _fit(row: Row) -> str:
 
 def _batches(found: Mapping[str, Any]) -> list[str]:
     """The largest batches of an estimate as texts, one per card; none if it failed."""
-    texts = {"any": f"any, micro-batch {found.get('micro_batch')}", 0: "none"}
+    micro = f", micro-batch {found['micro_batch']}" if "micro_batch" in found else ""
+    texts = {"any": f"any{micro}", 0: f"none{micro}"}
     return [texts.get(size) or f"{size:,}" for size in found.get("largest", {}).values()]
 
 

@@ -62,6 +62,8 @@ def engine_roots(engine: Any) -> Roots:
             yield from store.host_tensors()
         if states == HOST:
             yield from owned()
+            # Gradients are sent to the masters' own, which stay there from step to step.
+            yield from (master.grad for master in _attributes(optimizer, _MASTERS) if master.grad is not None)
             yield from _attributes(optimizer, _HOST_BUFFERS)
 
     def buckets() -> Iterator[torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 
 from slimfit_ds.memory.estimator import Simulator, estimate
-from slimfit_ds.memory.strategy import get_strategy, slimfit_block
+from slimfit_ds.memory.strategy import Strategy, get_strategy, slimfit_block
 from slimfit_ds.memory.workload import Workload
 
 BERT = {
@@ -124,3 +124,13 @@ def test_wrong_arguments():
         estimate(workload, ["minimall"])
     with pytest.raises(ValueError, match="world_size"):
         estimate(workload, ["full"], world_size=0)
+
+
+def test_an_offloaded_optimizer_takes_its_gradients_along():
+    config = {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    workload = Workload({**config, "intermediate_size": 1024, "vocab_size": 30000}, batch=1, seq=8)
+    strategies = [Strategy("on", stage=2, offload=True, dtype="bf16")]
+    (row,) = estimate(workload, strategies, target="cpu")
+    # bf16 weights; the largest gradient in bf16, and in float64 for its norm; not fp32 gradients of all weights.
+    assert row.peak < 2 * row.parameters + 11 * 30000 * 256
+    assert row.report.optimizer_host >= 16 * row.parameters
