@@ -58,8 +58,8 @@ class OperationTable(BaseModel):
     )
     dropout: CodecSpec = Field(
         "exact",
-        description="replay: random state instead of a mask; philox: likewise, with masks of its own and one kernel "
-        "each way on a GPU; mask: one bit per element",
+        description="also of attention's probabilities; replay: random state instead of a mask; philox: likewise, with "
+        "masks of its own made in one kernel each way; mask: one bit per element",
     )
     linear: CodecSpec = Field("exact", description="input of a linear layer or convolution that trains")
     wide_linear: CodecSpec = Field("exact", description="the same where the input is wider than the output")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimfit_ds.activations import rng
-from slimfit_ds.activations.functions.cpu_dropout import CpuMask, drop, runs_in_c, softmax_gradient
+from slimfit_ds.activations.functions.cpu_dropout import CpuMask, converts, drop, runs_in_c, softmax_gradient
 
 __all__ = ["NOTHING_DROPPED", "AttentionMask", "DrawMask", "mask_drawing", "replayed_mask"]
 
@@ -57,7 +57,7 @@ class _Nothing:
         return p.to(dtype)
 
     def gradient(self, p: Tensor, dp: Tensor, first: int, scale: float) -> tuple[Tensor, Tensor]:
-        if runs_in_c(dp):
+        if runs_in_c(p):
             return _in_c(p, dp, None, scale)
         return p.to(dp.dtype), _of_scores(p, dp.to(p.dtype), scale).to(dp.dtype)
 
@@ -72,9 +72,9 @@ class _Counted:
     mask: CpuMask
 
     def drop(self, p: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(p, dtype=dtype)
+        out = torch.empty_like(p, dtype=dtype if converts(p.dtype, dtype) else p.dtype)
         drop(p, out, self._from(p, first), p.shape[0])
-        return out
+        return out.to(dtype)
 
     def gradient(self, p: Tensor, dp: Tensor, first: int, scale: float) -> tuple[Tensor, Tensor]:
         return _in_c(p, dp, self._from(p, first), scale)
@@ -133,10 +133,11 @@ def mask_drawing(way: Any) -> DrawMask:
 
 
 def _in_c(p: Tensor, dp: Tensor, mask: CpuMask | None, scale: float) -> tuple[Tensor, Tensor]:
-    dp = dp.contiguous()
+    dtype = dp.dtype
+    dp = dp.to(dtype if converts(p.dtype, dtype) else p.dtype).contiguous()
     dropped = p if mask is None and p.dtype == dp.dtype else torch.empty_like(dp)
     softmax_gradient(p, dp, None if dropped is p else dropped, mask, scale)
-    return dropped, dp
+    return dropped.to(dtype), dp.to(dtype)
 
 
 def _of_scores(p: Tensor, gradient: Tensor, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from slimfit_ds import native
 from slimfit_ds.activations.codecs.base import is_fake
 
-__all__ = ["CpuMask", "drop", "runs_in_c", "softmax_gradient"]
+__all__ = ["CpuMask", "converts", "drop", "runs_in_c", "softmax_gradient"]
 
 _SOURCE = Path(__file__).with_name("cpu_dropout.c")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "b16", torch.float64: "f64"}
@@ -28,6 +28,11 @@ _TILE, _COUNTERS = 256, 32
 def runs_in_c(x: Tensor) -> bool:
     """True for real CPU tensors of a dtype that the kernels take, where they compile."""
     return x.device.type == "cpu" and x.dtype in _NAMES and not is_fake(x) and _library() is not None
+
+
+def converts(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether `drop` writes `target` from `source`, and `softmax_gradient` takes probabilities and a gradient so."""
+    return (source, target) in _DROPS
 
 
 @cache

@@ -207,20 +207,21 @@ def test_a_checkpoint_repeats_the_mask(draw, reentrant):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("draw", DRAWS)
-def test_dropout_under_autocast(draw):
+def test_dropout_under_autocast(draw, dtype):
     """Rotary embeddings leave queries and keys in fp32 there; the result has autocast's dtype."""
     wide = [t.detach().float() for t in operands(2)]
-    wide[2] = wide[2].bfloat16()
+    wide[2] = wide[2].to(dtype)
     for t in wide:
         t.requires_grad_()
     torch.manual_seed(7)
     factors = drawn_mask((B, HEADS, S, S), 0.3, draw)
     exact = [t.detach().double().requires_grad_() for t in wide]
     expected = gradients(lambda *t: formula(*t, None, False, factors), exact)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         y = with_dropout(*wide, draw=draw)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
     found = torch.autograd.grad((y * weights).sum(), wide)
     assert (y.double() - expected[0]).norm() < 0.01 * expected[0].norm()
