@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,16 +12,41 @@ from slimfit_ds.config import ConfigError, FreezeConfig
 from slimfit_ds.freezing.blocks import find_blocks
 from slimfit_ds.freezing.layers import Layer, discover, match_globs
 
-__all__ = ["ColumnPlan", "plan_columns"]
+__all__ = ["ColumnPlan", "SplitLayer", "plan_columns"]
+
+# What transformers, timm and torch call layers of one module that read the same tensor.
+_READ_TOGETHER = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+# There queries read another tensor than keys and values.
+_CROSS_ATTENTION = re.compile("cross|enc.*att", re.IGNORECASE)
+# Matrix products of 16-bit numbers want sizes that are multiples of it.
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class SplitLayer:
+    """A layer of which some input columns train."""
+
+    layer: Layer
+    count: int
+    """How many of its columns train."""
+    source: str
+    """What it reads; layers of the same source train the same columns, and share the copy that is kept of them."""
 
 
 @dataclass(frozen=True)
 class ColumnPlan:
     """What a policy of columns makes of a model."""
 
-    split: tuple[Layer, ...]
-    """Layers of which every `stride`-th input column trains."""
-    stride: int
+    split: tuple[SplitLayer, ...]
     whole: frozenset[str]
     """Names of the layers that train whole."""
 
@@ -30,7 +55,7 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
     """Which layers `split_columns` would split, and how finely; the model is not changed.
 
     Raises:
-        ConfigError: a rate schedule, globs without a match, or no stride that keeps to the rate.
+        ConfigError: a rate schedule, globs without a match, or no number of columns that keeps to the rate.
     """
     layers = discover(model).layers
     names = [layer.name for layer in layers]
@@ -50,13 +75,13 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
     head = {i for i in parts.after if layers[i].kind == "linear" and i in small}
     added = {i for i, layer in enumerate(layers) if layer.kind in ("norm", "parameter") and not layer.inputs}
     whole = (always | added | head) - never
-    split = [
-        i
+    split = {
+        i: _source(layer)
         for i, layer in enumerate(layers)
-        if i in small - whole - never and _splittable(model.get_submodule(layer.name.rpartition(".")[0]))
-    ]
-    stride = _stride(layers, whole, split, config.rates[0])
-    if stride is None:
+        if i in small - whole - never and _splittable(model.get_submodule(_module(layer)))
+    }
+    counts = _counts(layers, whole, split, config.rates[0])
+    if not any(counts.values()):
         raise ConfigError(
             [
                 f"slimfit.freeze: policy columns finds no part of the linear layers that trains within rate "
@@ -64,10 +89,13 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
             ]
         )
     return ColumnPlan(
-        tuple(layers[i] for i in split if layers[i].inputs >= stride),
-        stride,
+        tuple(SplitLayer(layers[i], counts[i], source) for i, source in split.items() if counts[i]),
         frozenset(names[i] for i in whole),
     )
+
+
+def _module(layer: Layer) -> str:
+    return layer.name.rpartition(".")[0]
 
 
 def _splittable(module: nn.Module) -> bool:
@@ -75,18 +103,33 @@ def _splittable(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _stride(layers: Sequence[Layer], whole: Iterable[int], split: Sequence[int], rate: float) -> int | None:
-    """The smallest stride whose columns, with the layers that train whole, keep to the rate.
+def _source(layer: Layer) -> str:
+    """A name for the tensor that a linear layer reads, as far as names of modules tell."""
+    owner, _, name = _module(layer).rpartition(".")
+    for together in _READ_TOGETHER:
+        if name in together and not _CROSS_ATTENTION.search(owner.rpartition(".")[2]):
+            return f"{owner}.{together[0]}"
+    return _module(layer)
 
-    Inputs of layers that train whole do not count: norms and added parameters need none, the head reads one vector of
-    an example; who asks for more by `always_active` knows.
+
+def _counts(
+    layers: Sequence[Layer], whole: Iterable[int], split: Mapping[int, str], rate: float
+) -> dict[int, int]:
+    """How many columns of each layer train: of every tensor that is read the same number, the largest that the rate allows.
+
+    The rate holds for the weights and for the inputs that are kept. With so many columns of a narrow input as of a wide one
+    the bytes go to the layers that have many outputs for a column. Inputs of layers that train whole do not count: norms
+    and added parameters need none, the head reads one vector of an example; who asks for more by `always_active` knows.
     """
     room = (1 - rate) * sum(layer.numel for layer in layers) - sum(layers[i].numel for i in whole)
-    inputs = (1 - rate) * sum(layer.inputs for layer in layers)
-    least = max(1, math.ceil(1 / (1 - rate) - 1e-9))
-    for stride in range(least, max((layers[i].inputs for i in split), default=0) + 1):
-        counts = {i: layers[i].inputs // stride for i in split}
+    read = {split.get(i, layer.name): layer.inputs for i, layer in enumerate(layers)}
+    inputs = (1 - rate) * sum(read.values())
+    for number in range(max((layers[i].inputs for i in split), default=0) // 2, 0, -1):
+        aligned = number - number % _ALIGNMENT if number >= 8 * _ALIGNMENT else number
+        # At most every other column: the rest is frozen.
+        counts = {i: min(aligned, layers[i].inputs // 2) for i in split}
         weights = sum(layers[i].numel // layers[i].inputs * count for i, count in counts.items())
-        if weights <= room + 1e-6 and sum(counts.values()) <= inputs + 1e-6:
-            return stride
-    return None
+        kept = sum({split[i]: count for i, count in counts.items()}.values())
+        if weights <= room + 1e-6 and kept <= inputs + 1e-6:
+            return counts
+    return dict.fromkeys(split, 0)

@@ -2,7 +2,8 @@
 
 The weight gradient of a linear layer is `dy^T x`; its columns `c` are `dy^T x[:, c]`. So a layer of which one input column
 in ten trains keeps a tenth of its input, makes a tenth of its gradient and has a tenth of the optimizer states, as if one
-layer in ten trained; but every layer learns at every step.
+layer in ten trained; but every layer learns at every step. Layers that read the same tensor (queries, keys and values)
+train the same columns of it and share one copy.
 
 The trained columns are a parameter of their own, `weight_columns`, and a copy of them stands in the layer's frozen
 `weight`, which is what the layer computes with. In `state_dict()` there is only `weight`, up to date, and
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 from slimfit_ds.config import FreezeConfig
 from slimfit_ds.freezing.column_plan import plan_columns
 from slimfit_ds.freezing.layers import COLUMNS, discover
+
+_COPIES = "_slimfit_columns"
 
 __all__ = [
     "adopt_columns",
@@ -73,16 +76,17 @@ class _SplitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, columns: Tensor, bias: Tensor | None, layer: _SplitForward, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor | None,
+        columns: Tensor,
+        bias: Tensor | None,
+        layer: _SplitForward,
+        dtype: torch.dtype,
     ) -> Tensor:
-        split = layer.split
         ctx.layer, ctx.x_dtype = layer, x.dtype
-        kept = None
-        if columns.requires_grad:
-            # A view would keep all of x alive.
-            kept = split.of_input(x).to(dtype, copy=True, memory_format=torch.contiguous_format)
         ctx.save_for_backward(kept, columns)
-        weight = split.fill(layer.weight, columns).to(dtype)
+        weight = layer.split.fill(layer.weight, columns).to(dtype)
         return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -94,12 +98,12 @@ class _SplitLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (dy @ split.fill(ctx.layer.weight, columns).to(dy.dtype)).to(ctx.x_dtype)
         rows = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             kept = kept.reshape(-1, split.count)
             d_columns = (kept.mT @ rows if split.transposed else rows.mT @ kept).to(columns.dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             d_bias = rows.sum(0).to(columns.dtype)
-        return dx, d_columns, d_bias, None, None
+        return dx, None, d_columns, d_bias, None, None
 
 
 class _SplitForward(nn.Module):
@@ -115,7 +119,23 @@ class _SplitForward(nn.Module):
         kind, dtype = x.device.type, x.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
-        return _SplitLinear.apply(x, self.weight_columns, self.bias, self, dtype)
+        kept = None
+        if self.weight_columns.requires_grad and torch.is_grad_enabled():
+            kept = _kept_columns(x, self.split, dtype)
+        return _SplitLinear.apply(x, kept, self.weight_columns, self.bias, self, dtype)
+
+
+def _kept_columns(x: Tensor, split: _Split, dtype: torch.dtype) -> Tensor:
+    """A copy of the columns of `[..., in]`: the same one for each layer that reads this tensor and trains these columns."""
+    key = (split.start, split.stride, split.count, dtype, x._version)
+    known = getattr(x, _COPIES, None)
+    if known is not None and key in known:
+        return known[key]
+    # A view would keep all of x alive.
+    kept = split.of_input(x.detach()).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    # It lives with x: who reads x next finds it.
+    setattr(x, _COPIES, {key: kept})
+    return kept
 
 
 def _merge_into_state(module: _SplitForward, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -139,13 +159,13 @@ def split_columns(
     config: FreezeConfig,
     whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda weight: nullcontext(),
 ) -> tuple[str, ...]:
-    """Make a share `1 - rate` of the input columns of every linear layer trainable, and the rest of them frozen.
+    """Make some input columns of every linear layer trainable, and the rest of them frozen.
 
-    Norms, biases, parameters that are merely added, the linear layers behind the blocks (pooler and head of a task, no output
-    embedding) and `always_active` layers train whole; embeddings,
-    convolutions and `never_active` layers do not train. The columns of a layer are evenly spaced, from a start that is
-    drawn by `seed`. All that trains, biases aside, takes at most `1 - rate` of the weights and of the inputs. A model
-    that is split already stays as it is.
+    Of each tensor that linear layers read the same number of columns trains, a share `1 - rate` on the whole. Norms, biases,
+    parameters that are merely added, the linear layers behind the blocks (pooler and head of a task, no output embedding)
+    and `always_active` layers train whole; embeddings, convolutions and `never_active` layers do not train. The columns of
+    a layer are evenly spaced, from a start that is drawn by `seed`. All that trains, biases aside, takes at most `1 - rate`
+    of the weights and of the inputs. A model that is split already stays as it is.
 
     Args:
         model: is changed in place.
@@ -161,7 +181,7 @@ def split_columns(
     if any(isinstance(module, _SplitForward) for module in model.modules()):
         return ()
     plan = plan_columns(model, config)
-    split = {layer.name for layer in plan.split}
+    split = {each.layer.name: each for each in plan.split}
     frozen = []
     for layer in discover(model).layers:
         if layer.name in plan.whole:
@@ -170,15 +190,16 @@ def split_columns(
         if layer.name in split:
             owner: Any = model.get_submodule(layer.name.rpartition(".")[0])
             with whole(owner.weight):
-                _split(owner, layer.inputs, plan.stride, random.Random(f"{config.seed}:{layer.name}"))
+                chance = random.Random(f"{config.seed}:{split[layer.name].source}")
+                _split(owner, layer.inputs, split[layer.name].count, chance)
         else:
             model.get_parameter(layer.name).requires_grad_(False)
     return tuple(frozen)
 
 
-def _split(module: Any, width: int, stride: int, chance: random.Random) -> None:
+def _split(module: Any, width: int, count: int, chance: random.Random) -> None:
     base = type(module)
-    count = width // stride
+    stride = width // count
     start = chance.randrange(width - (count - 1) * stride)
     split = _Split(start, stride, count, transposed=base.__name__ == "Conv1D")
     trained = split.of_weight(module.weight.detach()).clone(memory_format=torch.contiguous_format)

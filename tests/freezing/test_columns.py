@@ -48,6 +48,20 @@ class Model(nn.Module):
         return self.head(x.mean(1))
 
 
+def bert(hidden_size: int = 40, intermediate_size: int = 80):
+    """With 512 positions, two types and two classes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = BertConfig(
+        vocab_size=300,
+        hidden_size=hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=intermediate_size,
+    )
+    return BertForSequenceClassification(shape)
+
+
 LINEAR = [f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down")]
 
 
@@ -134,6 +148,57 @@ def test_weights_and_inputs_keep_to_the_rate(rate):
     assert 0 < sum(layer.inputs for layer in trained) <= (1 - rate) * inputs + 1e-6
     # Not half of what would be allowed.
     assert sum(layer.inputs for layer in trained) > 0.6 * (1 - rate) * inputs
+
+
+def test_every_tensor_that_is_read_has_the_same_number_of_columns():
+    plan = plan_columns(bert(hidden_size=64, intermediate_size=256), config(0.9))
+    assert len(plan.split) == 12
+    assert {each.count for each in plan.split} == {plan.split[0].count}
+    # By hand: a column has 9 * 64 outputs in each of two blocks, 4 sources of them 7 * 64 inputs.
+    numel = 300 * 64 + 512 * 64 + 2 * 64 + 64 * 5 * 2 + 2 * 12 * 64**2 + 64**2 + 2 * 64
+    whole = 64 * 5 + 64**2 + 2 * 64
+    by_weights = (0.1 * numel - whole) / (2 * 9 * 64)
+    by_inputs = 0.1 * (2 * 7 * 64 + 64 + 64) / (2 * 4)
+    assert plan.split[0].count == int(min(by_weights, by_inputs))
+
+
+def test_layers_that_read_the_same_tensor_share_one_copy():
+    model = bert()
+    split_columns(model, config())
+    attention = model.bert.encoder.layer[0].attention
+    layers = [attention.self.query, attention.self.key, attention.self.value]
+    assert columns_of(layers[0]) == columns_of(layers[1]) == columns_of(layers[2])
+    x = torch.randn(2, 5, 40, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in attention.parameters()}
+    saved: set[int] = set()
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = sum(layer(x) for layer in layers)
+        # Nothing is shared with a tensor that was changed since.
+        with torch.no_grad():
+            x.mul_(2)
+        other = layers[0](x)
+    assert len(saved) == 2
+    (out + other).sum().backward()
+    inputs = (0.5 * x.detach())[..., columns_of(layers[0])].sum((0, 1))
+    torch.testing.assert_close(layers[1].weight_columns.grad, inputs.expand(40, -1))
+    torch.testing.assert_close(layers[0].weight_columns.grad, 3 * inputs.expand(40, -1))
+
+
+def test_queries_of_cross_attention_read_a_tensor_of_their_own():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = T5Config(vocab_size=300, d_model=40, d_kv=20, d_ff=80, num_layers=1, num_heads=2)
+    source = {e.layer.name: e.source for e in plan_columns(T5ForConditionalGeneration(shape), config()).split}
+    own = "decoder.block.0.layer.0.SelfAttention"
+    assert source[f"{own}.q.weight"] == source[f"{own}.v.weight"]
+    cross = "decoder.block.0.layer.1.EncDecAttention"
+    assert source[f"{cross}.q.weight"] != source[f"{cross}.k.weight"]
 
 
 def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
@@ -295,21 +360,18 @@ def test_moments_of_a_whole_weight_are_not_taken_for_those_of_its_columns(model,
 
 def test_globs_choose_what_trains_whole_and_what_never_trains(model):
     plan = plan_columns(model, config(0.5, always_active=("blocks.1.up",), never_active=("blocks.0.*",)))
-    assert [layer.name for layer in plan.split] == ["blocks.1.down.weight"]
+    assert [each.layer.name for each in plan.split] == ["blocks.1.down.weight"]
     assert plan.whole == {"blocks.1.up.weight", "blocks.1.norm.weight", "head.weight"}
 
 
 def test_pooler_and_classifier_train_whole_and_a_language_models_output_does_not():
-    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+    from transformers import BertForMaskedLM
 
-    shape = BertConfig(
-        vocab_size=300, hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80
-    )
-    whole = plan_columns(BertForSequenceClassification(shape), config()).whole
-    assert {"bert.pooler.dense.weight", "classifier.weight"} <= whole
-    plan = plan_columns(BertForMaskedLM(shape), config())
+    model = bert()
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= plan_columns(model, config()).whole
+    plan = plan_columns(BertForMaskedLM(model.config), config())
     embedding = "bert.embeddings.word_embeddings.weight"
-    assert embedding not in plan.whole | {layer.name for layer in plan.split}
+    assert embedding not in plan.whole | {each.layer.name for each in plan.split}
 
 
 def test_what_cannot_be_is_said_before_anything_is_changed(model):
