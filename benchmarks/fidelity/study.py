@@ -62,8 +62,10 @@ def merit(result: Mapping[str, Any]) -> tuple[float, float, float]:
     return result["value"], -result["metrics"]["loss"], -result["run"]["lr"]
 
 
-def next_rate(tried: Mapping[float, Any], ladder: Sequence[float] = LADDER) -> float | None:
+def next_rate(tried: Mapping[float, tuple[float, ...]], ladder: Sequence[float] = LADDER) -> float | None:
     """The rate to try next, or None when the best one lies between two worse ones or at the end of the ladder.
+
+    Where all have the same metric, none has learned anything: then rates on both sides are tried.
 
     Args:
         tried: rate -> merit, what is known.
@@ -73,7 +75,10 @@ def next_rate(tried: Mapping[float, Any], ladder: Sequence[float] = LADDER) -> f
         if lr not in tried:
             return lr
     at = ladder.index(max(tried, key=tried.__getitem__))
-    neighbours = [ladder[i] for i in (at - 1, at + 1) if 0 <= i < len(ladder)]
+    places = [at - 1, at + 1]
+    if len({tried[lr][0] for lr in tried}) == 1:
+        places += [ladder.index(min(tried)) - 1, ladder.index(max(tried)) + 1]
+    neighbours = [ladder[i] for i in places if 0 <= i < len(ladder)]
     return next((lr for lr in neighbours if lr not in tried), None)
 
 

@@ -52,13 +52,23 @@ def test_the_best_rate_is_that_of_the_tuning_seed():
 
 @pytest.mark.parametrize("best", range(len(study.LADDER)))
 def test_the_search_ends_at_the_best_rate_of_a_hill(best):
-    tried: dict[float, float] = {}
+    tried: dict[float, tuple[float, ...]] = {}
     while (lr := study.next_rate(tried)) is not None:
         assert lr not in tried
-        tried[lr] = -abs(study.LADDER.index(lr) - best)
+        tried[lr] = (-abs(study.LADDER.index(lr) - best), 0.0)
     assert max(tried, key=tried.get) == study.LADDER[best]
     # Its neighbours were looked at.
     assert {*study.LADDER[max(best - 1, 0) : best + 2]} <= tried.keys()
+
+
+@pytest.mark.parametrize("best", range(len(study.LADDER)))
+def test_the_search_goes_both_ways_where_nothing_was_learned(best):
+    # The loss of a model that has learned nothing leads away from the one rate that works.
+    tried: dict[float, tuple[float, ...]] = {}
+    while (lr := study.next_rate(tried)) is not None:
+        at = study.LADDER.index(lr)
+        tried[lr] = (float(at == best), abs(at - best))
+    assert max(tried, key=tried.get) == study.LADDER[best]
 
 
 def test_equal_metrics_are_told_apart_by_the_loss():
