@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +172,7 @@ def load(
     metadata = read_metadata(path)
     with safe_open(path / MODEL, framework="pt") as file:
         weights.check_names(engine.module, set(file.keys()))
+        _check_columns(metadata.get("columns", {}), column_places(engine.module))
         if schedule:
             engine.schedule.load_state_dict(metadata["schedule"])
         weights.scatter(engine.module, file.get_tensor)
@@ -192,6 +193,20 @@ def load(
         if own.is_file():
             random_state.restore(own)
     return str(path), metadata["client_state"]
+
+
+def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:
+    """Whether the trained columns of a checkpoint stand where those of the model do."""
+    differing = [name for name in own if tuple(saved.get(name, ())) != tuple(own[name])]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            [
+                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than policy columns chooses "
+                f"now ({name}: start, stride, count {list(saved.get(name, ()))[:3]}, now {list(own[name][:3])}); resume with "
+                f"the rate and the seed of that run, or export the checkpoint and start from its whole weights"
+            ]
+        )
 
 
 def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from stage_matrix_worker import batch_of, tiny_bert
 
 import slimfit_ds
+from slimfit_ds.config import ConfigError
 from slimfit_ds.engine.checkpoint import load_states_of
 from slimfit_ds.freezing.columns import column_places
 
@@ -74,6 +75,32 @@ def test_it_trains_as_a_plain_model_with_masked_gradients_does(one_rank):
     vectors = sum(p.numel() for p in plain.parameters() if p.dim() == 1)
     states = sum(unit.numel for unit in engine.optimizer.updater.units)
     assert 0 < states <= 0.2 * numel + vectors
+
+
+def test_a_checkpoint_of_other_columns_is_refused_before_anything_is_changed(one_rank, tmp_path):
+    def engine_of(seed: int):
+        freeze = {"rate": 0.8, "policy": "columns", "seed": seed}
+        config = {
+            "train_batch_size": 8,
+            "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "slimfit": {"freeze": freeze},
+        }
+        return slimfit_ds.initialize(model=tiny_bert(), config=config)[0]
+
+    first, other = engine_of(0), engine_of(1)
+    assert column_places(first.module) != column_places(other.module)
+    first.backward(first(**batch_of(0, 0, 0, size=8)).loss)
+    first.step()
+    first.save_checkpoint(tmp_path)
+    before = {name: p.detach().clone() for name, p in other.module.named_parameters()}
+    with pytest.raises(ConfigError, match="the rate and the seed of that run"):
+        other.load_checkpoint(tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.module.named_parameters())
+    again = engine_of(0)
+    again.load_checkpoint(tmp_path)
+    for name, weight in first.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], weight), name
 
 
 @pytest.mark.slow
