@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimfit_ds.activations.codecs import Codec
-from slimfit_ds.activations.codecs.base import is_fake
 from slimfit_ds.activations.functions.attention import recomputed_attention, stored_probabilities
 from slimfit_ds.activations.functions.attention_dropout import DrawMask, replayed_mask
+from slimfit_ds.activations.functions.cpu_dropout import on_cpu
 from slimfit_ds.activations.functions.plain_attention import plain_attention
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.saved_hooks import saved_as_they_are
@@ -152,9 +152,9 @@ def _is_plain(kwargs: dict[str, Any]) -> bool:
 def _has_formula(base: str, query: Tensor, mask: Any, dropout: float) -> bool:
     """Whether attention is differentiated by its formula: on a CPU, where that is faster than running it again.
 
-    Fake tensors stand for a device, whose memory is that of the kernels there. An eager attention with dropout returns
+    Fake tensors stand for a device, whose memory is that of the kernels there, if nobody says otherwise. An eager attention with dropout returns
     dropped probabilities, so its own forward pass has to run.
     """
     known = base == "sdpa" or (base == "eager" and not dropout)
     known = known and (mask is None or (isinstance(mask, Tensor) and not mask.requires_grad))
-    return known and query.device.type == "cpu" and not is_fake(query)
+    return known and on_cpu(query)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimfit_ds.activations.codecs.base import fakes_stand_for_a_cpu
 from slimfit_ds.freezing.budget import room_at
 from slimfit_ds.memory.active_sets import choose_active
 from slimfit_ds.memory.cuda_semantics import CudaSemantics
@@ -54,8 +55,7 @@ def track_step(
     autocast = dtype == "bf16_autocast"
     micro = workload.batch // strategy.accumulation
     with ExitStack() as stack:
-        if target == "cuda":
-            stack.enter_context(CudaSemantics(autocast))
+        stack.enter_context(CudaSemantics(autocast) if target == "cuda" else fakes_stand_for_a_cpu())
         model = _adapt(workload.build(), strategy, dtype)
         facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
         batch = workload.inputs(micro)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,11 @@ __all__ = [
     "FloatCodec",
     "StorageLayout",
     "chunks",
+    "fakes_stand_for_a_cpu",
     "flatten",
     "is_dense",
     "is_fake",
+    "stands_for_device",
     "unflatten",
 ]
 
@@ -188,6 +191,25 @@ def chunks(numel: int, device: torch.device, multiple: int) -> Iterator[tuple[in
 def is_fake(x: Tensor) -> bool:
     """True where there is no data: on `meta` and under FakeTensorMode."""
     return x.is_meta or isinstance(x, FakeTensor)
+
+
+_fakes_on_cpu = False
+
+
+@contextmanager
+def fakes_stand_for_a_cpu() -> Iterator[None]:
+    """Inside, fake tensors take the ways of real ones of this CPU, not those of a device with kernels of its own."""
+    global _fakes_on_cpu
+    before, _fakes_on_cpu = _fakes_on_cpu, True
+    try:
+        yield
+    finally:
+        _fakes_on_cpu = before
+
+
+def stands_for_device(x: Tensor) -> bool:
+    """True for fake tensors that stand for those of a device with Triton's kernels."""
+    return is_fake(x) and not _fakes_on_cpu
 
 
 def is_dense(x: Tensor) -> bool:

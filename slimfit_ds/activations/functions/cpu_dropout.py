@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from slimfit_ds import native
-from slimfit_ds.activations.codecs.base import is_fake
+from slimfit_ds.activations.codecs.base import is_fake, stands_for_device
 
-__all__ = ["CpuMask", "converts", "drop", "runs_in_c", "softmax_gradient"]
+__all__ = ["CpuMask", "converts", "drop", "on_cpu", "runs_in_c", "softmax_gradient"]
 
 _SOURCE = Path(__file__).with_name("cpu_dropout.c")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "b16", torch.float64: "f64"}
@@ -25,9 +25,14 @@ _LEVELS = 1 << 16
 _TILE, _COUNTERS = 256, 32
 
 
+def on_cpu(x: Tensor) -> bool:
+    """True for CPU tensors, and for fake ones that stand for those."""
+    return x.device.type == "cpu" and not stands_for_device(x)
+
+
 def runs_in_c(x: Tensor) -> bool:
-    """True for real CPU tensors of a dtype that the kernels take, where they compile."""
-    return x.device.type == "cpu" and x.dtype in _NAMES and not is_fake(x) and _library() is not None
+    """True for CPU tensors of a dtype that the kernels take, where they compile; on fake ones these do nothing."""
+    return on_cpu(x) and x.dtype in _NAMES and _library() is not None
 
 
 def converts(source: torch.dtype, target: torch.dtype) -> bool:
@@ -106,6 +111,8 @@ def drop(x: Tensor, y: Tensor, mask: CpuMask, matrices: int = 1) -> None:
         mask: each matrix takes counters of its own.
         matrices: how many.
     """
+    if is_fake(x):
+        return
     function = getattr(_library(), f"drop_{_DROPS[x.dtype, y.dtype]}")
     function(x.data_ptr(), y.data_ptr(), matrices, x.numel() // matrices, *mask.numbers())
 
@@ -123,6 +130,8 @@ def softmax_gradient(
         mask: as `drop` took it for these matrices; `None`: everything stays.
         scale: factor of the scores.
     """
+    if is_fake(p):
+        return
     numbers = (None, 0, 0, 1.0) if mask is None else mask.numbers()
     function = getattr(_library(), f"softmax_gradient_{_NAMES[gradient.dtype]}")
     target = None if dropped is None else dropped.data_ptr()

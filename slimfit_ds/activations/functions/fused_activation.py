@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimfit_ds.activations.codecs import Codec, Encoded, StepDerivative
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
-from slimfit_ds.activations.codecs.base import is_fake
+from slimfit_ds.activations.codecs.base import is_fake, stands_for_device
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 
 __all__ = ["ActivationKernels", "find_kernels"]
@@ -111,7 +111,7 @@ def find_kernels(codec: Codec, function: str | None, x: Tensor) -> ActivationKer
     """
     if not x.is_contiguous() or not x.numel() or function not in KNOWN:
         return None
-    if not (runs_in_triton(x) or (is_fake(x) and x.dtype != torch.float64)):
+    if not (runs_in_triton(x) or (stands_for_device(x) and x.dtype != torch.float64)):
         return None
     packing = PACKINGS.get(type(codec))
     if packing is None or not codec.fits_kernels:  # type: ignore[attr-defined]

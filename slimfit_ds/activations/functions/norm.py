@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from slimfit_ds.activations.codecs import Codec, Encoded
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
-from slimfit_ds.activations.codecs.base import is_fake
+from slimfit_ds.activations.codecs.base import is_fake, stands_for_device
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 from slimfit_ds.activations.functions.norm_rows import (
     decode_rows,
@@ -159,7 +159,7 @@ def _runs_fused(x: Tensor, codec: Codec) -> bool:
         and x.shape[-1] % codec.group == 0
         and x.is_contiguous()
         and x.numel() > 0
-        and (runs_in_triton(x) or (is_fake(x) and x.dtype != torch.float64))
+        and (runs_in_triton(x) or (stands_for_device(x) and x.dtype != torch.float64))
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimfit_ds.activations import rng
-from slimfit_ds.activations.codecs.base import is_fake
+from slimfit_ds.activations.codecs.base import is_fake, stands_for_device
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 from slimfit_ds.activations.functions.cpu_dropout import CpuMask, runs_in_c
 from slimfit_ds.activations.functions.dropout import replayed_dropout
@@ -45,7 +45,7 @@ def philox_dropout(forward: Callable[[Tensor], Tensor], x: Tensor, p: float) -> 
 
 def _draw(x: Tensor, p: float) -> _TritonMask | CpuMask | None:
     """A new mask for `x`, or `None` where no kernel takes it. Fake tensors stand for a device with the kernel."""
-    if is_fake(x) and x.dtype != torch.float64:
+    if stands_for_device(x) and x.dtype != torch.float64:
         return _TritonMask(p, 0, 0)
     if runs_in_triton(x):
         from slimfit_ds.activations.functions.triton_dropout import counters_for
