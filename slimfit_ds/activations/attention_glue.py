@@ -152,8 +152,8 @@ def _is_plain(kwargs: dict[str, Any]) -> bool:
 def _has_formula(base: str, query: Tensor, mask: Any, dropout: float) -> bool:
     """Whether attention is differentiated by its formula: on a CPU, where that is faster than running it again.
 
-    Fake tensors stand for a device, whose memory is that of the kernels there, if nobody says otherwise. An eager attention with dropout returns
-    dropped probabilities, so its own forward pass has to run.
+    Fake tensors stand for a device, whose memory is that of the kernels there, if nobody says otherwise. An eager
+    attention with dropout returns dropped probabilities, so its own forward pass has to run.
     """
     known = base == "sdpa" or (base == "eager" and not dropout)
     known = known and (mask is None or (isinstance(mask, Tensor) and not mask.requires_grad))
