@@ -89,7 +89,6 @@ def _listed(value: Any) -> Any:
 
 RECOMMENDED: Mapping[str, Any] = {
     "policy": "columns",
-    "always_lr_scale": 3.0,
 }
 """What `policy: auto` stands for; the evidence is in docs/fidelity.md. Fields that the block states itself win."""
 

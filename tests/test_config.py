@@ -80,9 +80,9 @@ def problems_of(block) -> list[str]:
 
 def test_auto_fills_in_what_the_block_does_not_say():
     freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "rate": 0.95}}).freeze
-    assert (freeze.policy, freeze.rate, freeze.always_lr_scale) == ("columns", 0.95, 3.0)
-    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "always_lr_scale": 1.0}}).freeze
-    assert (freeze.policy, freeze.always_lr_scale) == ("columns", 1.0)
+    assert (freeze.policy, freeze.rate, freeze.always_lr_scale) == ("columns", 0.95, 1.0)
+    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "always_lr_scale": 3.0}}).freeze
+    assert (freeze.policy, freeze.always_lr_scale) == ("columns", 3.0)
     # Without it nothing changes: the paper's schedule.
     freeze = SlimFitConfig.parse({}).freeze
     assert (freeze.policy, freeze.head, freeze.lr_scale, freeze.refresh) == ("ils", "scheduled", 1.0, None)
