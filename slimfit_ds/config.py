@@ -83,7 +83,7 @@ class RateSchedule(_Model):
 
 def _listed(value: Any) -> Any:
     if isinstance(value, list | tuple) and not value:
-        raise ValueError("must name at least one of layers, parameters, activations")
+        raise ValueError("must name at least one of layers, parameters, activations, flops")
     return (value,) if isinstance(value, str) else value
 
 
@@ -104,12 +104,12 @@ class FreezeConfig(_Model):
         0.9, description="share of the layers that is frozen at each step, in [0, 1), or a schedule"
     )
     budget: Annotated[
-        tuple[Literal["layers", "parameters", "activations"], ...], BeforeValidator(_listed)
+        tuple[Literal["layers", "parameters", "activations", "flops"], ...], BeforeValidator(_listed)
     ] = Field(
         ("layers",),
         min_length=1,
         description="what the rate is a share of, for every active set: layers (the paper), parameters, "
-        "activations (inputs kept for active weights), or a list of which all must hold",
+        "activations (inputs kept for active weights), flops (of weight gradients), or a list of which all must hold",
     )
     interval: int = Field(1, ge=1, description="choose a new set every this many optimizer steps")
     refresh: int | None = Field(
@@ -122,6 +122,11 @@ class FreezeConfig(_Model):
     )
     always_lr_scale: float = Field(
         1.0, gt=0, description="factor of the learning rate of biases and of always-active layers"
+    )
+    embedding_lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="factor of the learning rate of the word embedding's trained columns (policy columns); auto: the "
+        "square root of all columns over trained ones, so that a vector moves as far as if all of it trained",
     )
     statistic: str = Field(
         "relative_update", description="how much a layer learned in a step, by its update or its gradient"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ import slimfit_ds
 from slimfit_ds.training.learning_rate import rate_factor
 from slimfit_ds.training.models import add_adapters, parameter_groups
 from slimfit_ds.training.recipe import LoraOptions
+from slimfit_ds.training.surroundings import hardware
 from slimfit_ds.training.tasks.metrics import classification_metrics
 
 __all__ = ["Run", "train"]
@@ -69,6 +71,7 @@ def train(run: Run) -> dict[str, Any]:
     problem = PROBLEMS[run.problem]
     torch.manual_seed(run.seed)
     model = problem.model().train()
+    pretrained = fingerprint(model)
     if run.lora is not None:
         model = add_adapters(model, LoraOptions(**run.lora))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -119,7 +122,18 @@ def train(run: Run) -> dict[str, Any]:
         "mean_active_weights": active_weights / run.steps if handle else None,
         "layers": len(sizes) or None,
         "right": "".join("01"[hit] for hit in right),
+        "cpu": hardware(torch.device("cpu"))["cpu"],
+        "pretrained": pretrained,
     }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that tell pretrained weights apart: of the model without its new head."""
+    digest = hashlib.sha256()
+    for name, weight in getattr(model, "base_model", model).named_parameters():
+        if "pooler" not in name:
+            digest.update(weight.detach().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()

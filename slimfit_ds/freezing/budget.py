@@ -14,9 +14,11 @@ COSTS: dict[str, Callable[[Layer], int]] = {
     "layers": lambda layer: 1,
     "parameters": lambda layer: layer.numel,
     "activations": lambda layer: layer.inputs,
+    "flops": lambda layer: layer.numel if layer.inputs else 0,
 }
 """Currency -> cost of training a layer for one step: one; its weights (gradient, states, traffic); the
-elements of its input that the backward pass needs per position."""
+elements of its input that the backward pass needs per position; the multiply-adds of its weight gradient per
+position, which are none for what is looked up, added or multiplied element by element (embeddings, norms)."""
 
 
 @dataclass(frozen=True)

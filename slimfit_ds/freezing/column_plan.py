@@ -37,7 +37,7 @@ class SplitLayer:
 
     layer: Layer
     count: int
-    """How many of its columns train."""
+    """How many columns of its weight train."""
     source: str
     """What it reads; layers of the same source train the same columns, and share the copy that is kept of them."""
 
@@ -80,8 +80,9 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
         for i, layer in enumerate(layers)
         if i in small - whole - never and _splittable(model.get_submodule(_module(layer)))
     }
-    counts = _counts(layers, whole, split, config.rates[0])
-    if not any(counts.values()):
+    words = _words(model, layers, whole | never)
+    counts = _counts(layers, whole, split, words, config.rates[0])
+    if not any(counts[i] for i in split):
         raise ConfigError(
             [
                 f"slimfit.freeze: policy columns finds no part of the linear layers that trains within rate "
@@ -89,7 +90,11 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
             ]
         )
     return ColumnPlan(
-        tuple(SplitLayer(layers[i], counts[i], source) for i, source in split.items() if counts[i]),
+        tuple(
+            SplitLayer(layers[i], count, split.get(i, _module(layers[i])))
+            for i, count in sorted(counts.items())
+            if count
+        ),
         frozenset(names[i] for i in whole),
     )
 
@@ -112,14 +117,46 @@ def _source(layer: Layer) -> str:
     return _module(layer)
 
 
+def _words(model: nn.Module, layers: Sequence[Layer], taken: Iterable[int]) -> dict[int, int]:
+    """The word embedding, if its columns can train alone: position -> places of a vector.
+
+    One whose weight the output layer shares cannot, nor one that computes in a way of its own. Without transformers'
+    `get_input_embeddings` it is the largest.
+    """
+    positions = {model.get_submodule(_module(layer)): i for i, layer in enumerate(layers)}
+    try:
+        module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embeddings = [each for each in positions if isinstance(each, nn.Embedding)]
+        module = max(embeddings, key=lambda each: each.weight.numel(), default=None)
+    if type(module) is not nn.Embedding or positions.get(module) in {None, *taken}:
+        return {}
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return {}
+    holders = sum(p is module.weight for each in model.modules() for p in each.parameters(recurse=False))
+    return {positions[module]: module.embedding_dim} if holders == 1 else {}
+
+
 def _counts(
-    layers: Sequence[Layer], whole: Iterable[int], split: Mapping[int, str], rate: float
+    layers: Sequence[Layer],
+    whole: Iterable[int],
+    split: Mapping[int, str],
+    words: Mapping[int, int],
+    rate: float,
 ) -> dict[int, int]:
     """How many columns of each layer train: of every tensor that is read the same number, the largest that the rate allows.
 
     The rate holds for the weights and for the inputs that are kept. With so many columns of a narrow input as of a wide one
     the bytes go to the layers that have many outputs for a column. Inputs of layers that train whole do not count: norms
     and added parameters need none, the head reads one vector of an example; who asks for more by `always_active` knows.
+    The word embedding gets what is left of the weights: at least an eighth of the columns of a layer, at most as many.
+
+    Args:
+        layers: of the model.
+        whole: positions of those that train whole.
+        split: position -> source of the linear layers.
+        words: position -> width of the word embedding, if it can be split.
+        rate: what is frozen.
     """
     room = (1 - rate) * sum(layer.numel for layer in layers) - sum(layers[i].numel for i in whole)
     read = {split.get(i, layer.name): layer.inputs for i, layer in enumerate(layers)}
@@ -128,8 +165,11 @@ def _counts(
         aligned = number - number % _ALIGNMENT if number >= 8 * _ALIGNMENT else number
         # At most every other column: the rest is frozen.
         counts = {i: min(aligned, layers[i].inputs // 2) for i in split}
-        weights = sum(layers[i].numel // layers[i].inputs * count for i, count in counts.items())
+        left = room + 1e-6 - sum(layers[i].numel // layers[i].inputs * count for i, count in counts.items())
         kept = sum({split[i]: count for i, count in counts.items()}.values())
-        if weights <= room + 1e-6 and kept <= inputs + 1e-6:
+        for i, width in words.items():
+            counts[i] = min(aligned, width // 2, int(left // (layers[i].numel // width)))
+        enough = all(counts[i] >= aligned // 8 for i in words)
+        if left >= 0 and kept <= inputs + 1e-6 and enough:
             return counts
     return dict.fromkeys(split, 0)

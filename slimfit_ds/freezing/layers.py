@@ -7,8 +7,9 @@ import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 __all__ = ["COLUMNS", "Layer", "ParameterRoles", "discover", "is_part", "match_globs"]
@@ -31,6 +32,8 @@ class Layer:
     """Elements per position (token, patch) of the input that only this weight's gradient needs: what an
     active layer adds to the activations kept. 0 for norms (their input is kept in any case), embeddings (ids)
     and parameters that are merely added."""
+    share: float = 1.0
+    """Of the weights it stands for: below 1 for the trained columns of a split layer."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,23 @@ def discover(model: nn.Module) -> ParameterRoles:
     small: list[str] = []
     user_frozen: list[str] = []
     for name, parameter, owner, local_name in _owned_parameters(model):
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = _shape(parameter)
         if not parameter.requires_grad:
             user_frozen.append(name)
         elif len(shape) >= 2:
             kind = _kind(owner)
-            layers.append(Layer(name, kind, shape.numel(), _inputs(kind, owner, tuple(shape))))
+            share = shape.numel() / _shape(owner.weight).numel() if local_name == COLUMNS else 1.0
+            layers.append(Layer(name, kind, shape.numel(), _inputs(kind, owner, tuple(shape)), share))
         elif _is_norm(owner) and local_name in {"weight", "gamma", "scale"}:
             layers.append(Layer(name, "norm", shape.numel()))
         else:
             small.append(name)
     return ParameterRoles(tuple(layers), tuple(small), tuple(user_frozen))
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """Also of a parameter that ZeRO 3 has cut."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module, str]]:

@@ -128,7 +128,14 @@ class FreezeSchedule:
         factors: dict[int | None, float] = {None: self.config.always_lr_scale}
         for layer in self.active:
             factors[layer] = self.config.always_lr_scale if layer in self._always else self._scale(layer)
+            if self.layers[layer].kind == "embedding" and is_part(self.names[layer]):
+                factors[layer] *= self._embedding_scale(self.layers[layer])
         return factors
+
+    def _embedding_scale(self, layer: Layer) -> float:
+        """`auto`: the step of a vector has the norm that it would have if all of its places trained."""
+        scale = self.config.embedding_lr_scale
+        return 1 / math.sqrt(layer.share) if scale == "auto" else scale
 
     def _scale(self, layer: int) -> float:
         if self.config.lr_scale != "auto":

@@ -84,7 +84,33 @@ def test_mean_spread_and_paired_difference_by_hand():
     # Seeds 0 and 1: -1 and 0 points.
     mean, error, pairs = ils.against(full)
     assert (mean, error, pairs) == pytest.approx((-0.5, math.sqrt(0.5) / math.sqrt(2), 2))
-    assert full.seconds_per_step == pytest.approx(0.1)
+    assert full.time_of_full == pytest.approx(1.0)
+
+
+def test_times_are_compared_on_one_processor_only():
+    fast = {"cpu": "fast", "seconds": 6.0}
+    found = [*FOUND, {**outcome("ils-90", 6e-4, 2, 0.9), **fast}]
+    # Nothing on the fast processor tells what full fine-tuning takes there.
+    assert summary.rows(found, "sst2", 300)["ils-90"].time_of_full == pytest.approx(1.0)
+    found.append({**outcome("full", 1e-4, 2, 0.9), **fast, "seconds": 12.0})
+    assert summary.rows(found, "sst2", 300)["ils-90"].time_of_full == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_runs_from_other_weights_are_not_compared():
+    found = [{**FOUND[0], "pretrained": "aa"}, {**FOUND[5], "pretrained": "bb"}, FOUND[1]]
+    with pytest.raises(SystemExit, match="sst2: runs start from different pretrained weights: aa, bb"):
+        summary.rows(found, "sst2", 300)
+    summary.rows(found[::2], "sst2", 300)
+
+
+def test_the_overview_has_what_was_run_everywhere():
+    cola = [{**r, "run": {**r["run"], "problem": "cola"}} for r in FOUND if r["run"]["contender"] == "full"]
+    steps = {"sst2": 300, "cola": 300}
+    assert len(summary.overview(FOUND + cola, steps).splitlines()) == 2
+    ours = outcome("ils-90", 6e-4, 0, 0.85)
+    cola.append({**ours, "run": {**ours["run"], "problem": "cola"}})
+    *_, line = summary.overview(FOUND + cola, steps).splitlines()
+    assert line == "| ils-90 (seeds: 1, 2) | -0.50 ± 0.50 | +1.00 | +0.25 |"
 
 
 def test_every_contender_is_a_valid_setting():

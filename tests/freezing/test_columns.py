@@ -63,6 +63,7 @@ def bert(hidden_size: int = 40, intermediate_size: int = 80):
 
 
 LINEAR = [f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down")]
+SPLIT = ["words", *LINEAR]
 
 
 @pytest.fixture
@@ -94,26 +95,24 @@ def test_output_and_gradients_are_those_of_the_whole_layer_cut_to_the_columns(mo
     assert torch.equal(out, expected)
     out.square().sum().backward()
     expected.square().sum().backward()
-    for name in LINEAR:
+    for name in SPLIT:
         mine, whole = model.get_submodule(name), plain.get_submodule(name)
         cut = whole.weight.grad[:, columns_of(mine)]
         torch.testing.assert_close(mine.weight_columns.grad, cut, rtol=1e-5, atol=1e-6)
         assert mine.weight.grad is None
-        if whole.bias is not None:
+        if getattr(whole, "bias", None) is not None:
             torch.testing.assert_close(mine.bias.grad, whole.bias.grad)
     torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
     torch.testing.assert_close(model.blocks[0].norm.weight.grad, plain.blocks[0].norm.weight.grad)
-    assert model.words.weight.grad is None
 
 
 def test_training_is_that_of_the_whole_model_with_masked_gradients(model, ids):
     plain = copy.deepcopy(model)
     split_columns(model, config())
-    for name in LINEAR:
+    for name in SPLIT:
         mask = torch.zeros(plain.get_submodule(name).weight.shape)
         mask[:, columns_of(model.get_submodule(name))] = 1
         plain.get_submodule(name).weight.register_hook(lambda grad, mask=mask: grad * mask)
-    plain.words.weight.requires_grad_(False)
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
     for each in (model, plain):
         optimizer = torch.optim.Adam([p for p in each.parameters() if p.requires_grad], lr=1e-2)
@@ -125,7 +124,7 @@ def test_training_is_that_of_the_whole_model_with_masked_gradients(model, ids):
     assert trained.keys() == before.keys()
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-5)
-    for name in LINEAR:
+    for name in SPLIT:
         rest = [
             c
             for c in range(before[f"{name}.weight"].shape[1])
@@ -152,14 +151,97 @@ def test_weights_and_inputs_keep_to_the_rate(rate):
 
 def test_every_tensor_that_is_read_has_the_same_number_of_columns():
     plan = plan_columns(bert(hidden_size=64, intermediate_size=256), config(0.9))
-    assert len(plan.split) == 12
-    assert {each.count for each in plan.split} == {plan.split[0].count}
+    words, *linear = plan.split
+    assert len(linear) == 12
+    (count,) = {each.count for each in linear}
     # By hand: a column has 9 * 64 outputs in each of two blocks, 4 sources of them 7 * 64 inputs.
-    numel = 300 * 64 + 512 * 64 + 2 * 64 + 64 * 5 * 2 + 2 * 12 * 64**2 + 64**2 + 2 * 64
+    numel = 300 * 64 + 512 * 64 + 2 * 64 + 64 * 5 + 2 * 12 * 64**2 + 64**2 + 2 * 64
     whole = 64 * 5 + 64**2 + 2 * 64
     by_weights = (0.1 * numel - whole) / (2 * 9 * 64)
     by_inputs = 0.1 * (2 * 7 * 64 + 64 + 64) / (2 * 4)
-    assert plan.split[0].count == int(min(by_weights, by_inputs))
+    assert count == int(min(by_weights, by_inputs))
+    assert words.layer.name == "bert.embeddings.word_embeddings.weight"
+    # What the layers leave, of 300 weights a column, and no more columns than a layer has.
+    assert words.count == min(count, int((0.1 * numel - whole - count * 2 * 9 * 64) / 300))
+
+
+def test_the_word_embedding_has_no_less_than_an_eighth_of_the_columns_of_a_layer():
+    words, blocks = nn.Embedding(20_000, 10), nn.ModuleList(Block(200) for _ in range(3))
+    plan = plan_columns(nn.ModuleDict({"words": words, "blocks": blocks}), config(0.8))
+    embedding, *linear = plan.split
+    count = linear[0].count
+
+    def left(count: int) -> int:
+        """Columns of the embedding that so many of each layer leave of the weights."""
+        room = 0.2 * (20_000 * 10 + 3 * (200 + 2 * 200 * 400)) - 3 * 200
+        return int((room - count * 3 * 600) / 20_000)
+
+    assert embedding.count == left(count) >= count // 8
+    # The inputs would allow more columns of a layer, and the weights too.
+    assert (count + 1) * 6 <= 0.2 * 3 * 600
+    assert 0 <= left(count + 1) < (count + 1) // 8
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_computes_in_a_way_of_its_own_stays_frozen(model, options):
+    model.words = nn.Embedding(50, 40, **options)
+    assert [each.layer.name for each in plan_columns(model, config()).split] == [
+        f"{n}.weight" for n in LINEAR
+    ]
+    split_columns(model, config())
+    assert not model.words.weight.requires_grad
+
+
+def test_words_are_what_a_model_takes_for_its_inputs():
+    # 512 positions are more than 300 words, and a ViT has none.
+    from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, ViTForImageClassification
+
+    names = {each.layer.name for each in plan_columns(bert(), config()).split}
+    assert {name for name in names if "embedding" in name} == {"bert.embeddings.word_embeddings.weight"}
+    shape = GPT2Config(vocab_size=300, n_embd=40, n_layer=2, n_head=2)
+    names = {each.layer.name for each in plan_columns(GPT2ForSequenceClassification(shape), config()).split}
+    assert {name for name in names if name.startswith("transformer.w")} == {"transformer.wte.weight"}
+    vit = ViTConfig(hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80)
+    names = {each.layer.name for each in plan_columns(ViTForImageClassification(vit), config()).split}
+    assert not any("embedding" in name for name in names)
+
+
+def test_the_vector_of_the_padding_token_stays(model, ids):
+    model.words = nn.Embedding(50, 40, padding_idx=3)
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    ids[:, 0] = 3
+    for each in (model, plain):
+        each(ids).square().sum().backward()
+    gradient = model.words.weight_columns.grad
+    assert not gradient[3].any()
+    torch.testing.assert_close(gradient, plain.words.weight.grad[:, columns_of(model.words)])
+
+
+def test_the_embedding_keeps_no_more_than_the_ids(model, ids):
+    split_columns(model, config())
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model.words(ids)
+    assert [t.data_ptr() for t in saved] == [ids.data_ptr()]
+
+
+@pytest.mark.parametrize("scale", [10.0, "auto"])
+def test_the_rate_of_the_embedding_has_a_factor_of_its_own(model, ids, scale):
+    plain = copy.deepcopy(model)
+    for each, factor in ((model, scale), (plain, 1.0)):
+        block = {"freeze": {"policy": "columns", "rate": 0.8, "embedding_lr_scale": factor}}
+        optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
+        slimfit_ds.slim(each, block).follow(optimizer)
+        start = {name: p.detach().clone() for name, p in each.named_parameters()}
+        each(ids).square().sum().backward()
+        optimizer.step()
+        each.moved = {name: p.detach() - start[name] for name, p in each.named_parameters()}
+    # As many places move so much further that a whole vector moves as far, in the norm.
+    expected = 10.0 if scale == 10.0 else (40 / model.words.split.count) ** 0.5
+    for name, moved in model.moved.items():
+        factor = expected if name == "words.weight_columns" else 1.0
+        torch.testing.assert_close(moved, factor * plain.moved[name], rtol=1e-3, atol=1e-6)
 
 
 def test_layers_that_read_the_same_tensor_share_one_copy():
@@ -206,10 +288,10 @@ def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
     split_columns(model, config())
     split_columns(other, config(seed=1))
     split_columns(again, config())
-    places = [columns_of(model.get_submodule(name)) for name in LINEAR]
+    places = [columns_of(model.get_submodule(name)) for name in SPLIT]
     assert all(len({b - a for a, b in itertools.pairwise(p)}) == 1 for p in places)
-    assert places == [columns_of(again.get_submodule(name)) for name in LINEAR]
-    assert places != [columns_of(other.get_submodule(name)) for name in LINEAR]
+    assert places == [columns_of(again.get_submodule(name)) for name in SPLIT]
+    assert places != [columns_of(other.get_submodule(name)) for name in SPLIT]
 
 
 def test_only_the_columns_of_the_input_are_kept(model, ids):
@@ -299,7 +381,7 @@ def test_an_optimizer_that_is_older_than_the_split_trains_the_columns(model, ids
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert {id(model.get_submodule(name).weight_columns) for name in LINEAR} <= held
+    assert {id(model.get_submodule(name).weight_columns) for name in SPLIT} <= held
     before = model.blocks[0].up.weight_columns.detach().clone()
     model(ids).square().sum().backward()
     optimizer.step()
@@ -312,7 +394,9 @@ def test_an_optimizer_that_is_older_than_the_split_trains_the_columns(model, ids
 def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids):
     plain = copy.deepcopy(model)
     for each, scale in ((model, 3.0), (plain, 1.0)):
-        block = {"freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": scale}}
+        block = {
+            "freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": scale, "embedding_lr_scale": 1.0}
+        }
         optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
         slimfit_ds.slim(each, block).follow(optimizer)
         start = {name: p.detach().clone() for name, p in each.named_parameters()}
@@ -360,7 +444,7 @@ def test_moments_of_a_whole_weight_are_not_taken_for_those_of_its_columns(model,
 
 def test_globs_choose_what_trains_whole_and_what_never_trains(model):
     plan = plan_columns(model, config(0.5, always_active=("blocks.1.up",), never_active=("blocks.0.*",)))
-    assert [each.layer.name for each in plan.split] == ["blocks.1.down.weight"]
+    assert [each.layer.name for each in plan.split] == ["words.weight", "blocks.1.down.weight"]
     assert plan.whole == {"blocks.1.up.weight", "blocks.1.norm.weight", "head.weight"}
 
 

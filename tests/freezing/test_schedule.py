@@ -110,12 +110,17 @@ def mixed_layers(seed: int, count: int) -> list[Layer]:
     ]
 
 
+def products(layer: Layer) -> int:
+    """Multiply-adds of a weight gradient per position."""
+    return layer.numel if layer.inputs > 0 else 0
+
+
 @given(
     seed=st.integers(0, 50),
     count=st.integers(3, 30),
     rate=st.sampled_from([0.0, 0.5, 0.8]),
     policy=st.sampled_from(["ils", "random"]),
-    budget=st.sampled_from(["parameters", "activations", ("parameters", "activations", "layers")]),
+    budget=st.sampled_from(["parameters", "activations", "flops", ("parameters", "activations", "layers")]),
 )
 def test_every_active_set_keeps_within_its_budget_and_every_layer_that_fits_trains(
     seed, count, rate, policy, budget
@@ -130,6 +135,7 @@ def test_every_active_set_keeps_within_its_budget_and_every_layer_that_fits_trai
             shares = {
                 "parameters": (layer.numel, sum(other.numel for other in all_layers)),
                 "activations": (layer.inputs, sum(other.inputs for other in all_layers)),
+                "flops": (products(layer), sum(map(products, all_layers))),
             }
             assert any(
                 cost > (1 - rate) * total + 1e-6
@@ -145,6 +151,8 @@ def test_every_active_set_keeps_within_its_budget_and_every_layer_that_fits_trai
         if "activations" in config.budget:
             total = sum(layer.inputs for layer in all_layers)
             assert sum(layer.inputs for layer in active) <= (1 - rate) * total + 1e-6
+        if "flops" in config.budget:
+            assert sum(map(products, active)) <= (1 - rate) * sum(map(products, all_layers)) + 1e-6
         seen |= schedule.active
         schedule.advance({layer: 1 / (2 + layer) for layer in schedule.active})
     assert {schedule.names[i] for i in range(count) if i not in seen} >= set(schedule.oversized)
