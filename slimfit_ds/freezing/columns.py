@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from slimfit_ds.config import FreezeConfig
 from slimfit_ds.freezing.column_plan import plan_columns
 from slimfit_ds.freezing.layers import COLUMNS, discover
-from slimfit_ds.freezing.split_layers import Split, SplitEmbedding, SplitLayer, SplitLinear
+from slimfit_ds.freezing.split_modules import Split, SplitEmbedding, SplitLinear, SplitModule
 
 __all__ = [
     "adopt_columns",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def _merge_into_state(module: SplitLayer, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _merge_into_state(module: SplitModule, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """A state dict has whole weights only."""
     columns = state.pop(f"{prefix}{COLUMNS}", None)
     weight = state.get(f"{prefix}weight")
@@ -43,7 +43,7 @@ def _merge_into_state(module: SplitLayer, state: dict[str, Any], prefix: str, _m
         module.split.fill(weight, columns)
 
 
-def _take_from_state(module: SplitLayer, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take_from_state(module: SplitModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The columns of a state dict of whole weights."""
     weight = state.get(f"{prefix}weight")
     if weight is not None and f"{prefix}{COLUMNS}" not in state:
@@ -75,7 +75,7 @@ def split_columns(
     Raises:
         ConfigError: what `plan_columns` finds.
     """
-    if any(isinstance(module, SplitLayer) for module in model.modules()):
+    if any(isinstance(module, SplitModule) for module in model.modules()):
         return ()
     plan = plan_columns(model, config)
     split = {each.layer.name: each for each in plan.split}
@@ -121,7 +121,7 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
         groups: as torch's optimizers have them; changed in place.
         states: of the optimizer, by parameter: what it loaded for columns under the name of their weight is theirs.
     """
-    instead = {m.weight: m.weight_columns for m in model.modules() if isinstance(m, SplitLayer)}
+    instead = {m.weight: m.weight_columns for m in model.modules() if isinstance(m, SplitModule)}
     if not instead:
         return
     groups = list(groups)
@@ -143,7 +143,7 @@ def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool]]:
     return {
         f"{name}.weight" if name else "weight": dataclasses.astuple(module.split)
         for name, module in model.named_modules()
-        if isinstance(module, SplitLayer)
+        if isinstance(module, SplitModule)
     }
 
 
@@ -172,7 +172,7 @@ def unsplit_columns(model: nn.Module, frozen: Iterable[str]) -> None:
         frozen: what `split_columns` returned.
     """
     for module in list(model.modules()):
-        if isinstance(module, SplitLayer):
+        if isinstance(module, SplitModule):
             module.split.fill(module.weight, module.weight_columns)
             for hook in module.split_hooks:
                 hook.remove()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Split", "SplitEmbedding", "SplitLayer", "SplitLinear"]
+__all__ = ["Split", "SplitEmbedding", "SplitLinear", "SplitModule"]
 
 _COPIES = "_slimfit_columns"
 
@@ -48,7 +48,7 @@ class Split:
         return weight.mT if self.transposed else weight
 
 
-class SplitLayer(nn.Module):
+class SplitModule(nn.Module):
     """In front of the class of a split layer."""
 
     split: Split
@@ -59,7 +59,7 @@ class SplitLayer(nn.Module):
     split_hooks: tuple[Any, ...]
 
 
-class SplitLinear(SplitLayer):
+class SplitLinear(SplitModule):
     """A linear layer, or a Conv1D of transformers, that trains some of its input columns."""
 
     bias: nn.Parameter | None
@@ -74,7 +74,7 @@ class SplitLinear(SplitLayer):
         return _Product.apply(x, kept, self.weight_columns, self.bias, self, dtype)
 
 
-class SplitEmbedding(SplitLayer):
+class SplitEmbedding(SplitModule):
     """An embedding of whose vectors some places train."""
 
     padding_idx: int | None
@@ -131,7 +131,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, columns: Tensor, layer: SplitEmbedding) -> Tensor:
         ctx.split, ctx.padding = layer.split, layer.padding_idx
-        ctx.rows = columns.shape[0]
+        ctx.rows, ctx.dtype = columns.shape[0], columns.dtype
         ctx.save_for_backward(ids)
         found = F.embedding(ids, layer.weight.detach())
         ctx.split.of_rows(found).copy_(F.embedding(ids, columns))
@@ -148,7 +148,7 @@ class _Lookup(torch.autograd.Function):
         parts = ctx.split.of_rows(dy).to(exact, memory_format=torch.contiguous_format)
         padding = -1 if ctx.padding is None else ctx.padding
         gradient = torch.ops.aten.embedding_dense_backward(parts, ids, ctx.rows, padding, False)
-        return None, gradient.to(dy.dtype), None
+        return None, gradient.to(ctx.dtype), None
 
 
 def _kept_columns(x: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
