@@ -88,6 +88,16 @@ def columns_of(module) -> list[int]:
     return (module.split.fill(weight, marked) == 1e6).all(0).nonzero().flatten().tolist()
 
 
+def moves_of_a_step(model, ids, block) -> dict[str, torch.Tensor]:
+    """How far one step of SGD takes each parameter, by name."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    slimfit_ds.slim(model, block).follow(optimizer)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(ids).square().sum().backward()
+    optimizer.step()
+    return {name: p.detach() - start[name] for name, p in model.named_parameters()}
+
+
 def test_output_and_gradients_are_those_of_the_whole_layer_cut_to_the_columns(model, ids):
     plain = copy.deepcopy(model)
     split_columns(model, config())
@@ -231,12 +241,7 @@ def test_the_rate_of_the_embedding_has_a_factor_of_its_own(model, ids, scale):
     plain = copy.deepcopy(model)
     for each, factor in ((model, scale), (plain, 1.0)):
         block = {"freeze": {"policy": "columns", "rate": 0.8, "embedding_lr_scale": factor}}
-        optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
-        slimfit_ds.slim(each, block).follow(optimizer)
-        start = {name: p.detach().clone() for name, p in each.named_parameters()}
-        each(ids).square().sum().backward()
-        optimizer.step()
-        each.moved = {name: p.detach() - start[name] for name, p in each.named_parameters()}
+        each.moved = moves_of_a_step(each, ids, block)
     # As many places move so much further that a whole vector moves as far, in the norm.
     expected = 10.0 if scale == 10.0 else (40 / model.words.split.count) ** 0.5
     for name, moved in model.moved.items():
@@ -397,12 +402,7 @@ def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids)
         block = {
             "freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": scale, "embedding_lr_scale": 1.0}
         }
-        optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
-        slimfit_ds.slim(each, block).follow(optimizer)
-        start = {name: p.detach().clone() for name, p in each.named_parameters()}
-        each(ids).square().sum().backward()
-        optimizer.step()
-        each.moved = {name: p.detach() - start[name] for name, p in each.named_parameters()}
+        each.moved = moves_of_a_step(each, ids, block)
     for name, moved in model.moved.items():
         factor = 1.0 if name.endswith("weight_columns") else 3.0
         torch.testing.assert_close(moved, factor * plain.moved[name], rtol=1e-3, atol=1e-6)
