@@ -12,6 +12,7 @@ from torch import nn
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import ConfigError, SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
+from slimfit_ds.engine.processes import end_after_gloo
 from slimfit_ds.freezing.columns import adopt_columns
 from slimfit_ds.freezing.prepare import freeze_problems, prepare_layers
 
@@ -75,6 +76,7 @@ def initialize(
     """
     import deepspeed
 
+    end_after_gloo()
     loaded = load_config(config if config is not None else config_params, args)
     arguments: dict[str, Any] = {
         "model": model,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
+import time
+from pathlib import Path
 
 import torch
 
-__all__ = ["accelerator_and_backend", "start_processes"]
+__all__ = ["accelerator_and_backend", "end_after_gloo", "start_processes"]
+
+_GLOO_THREADS = "(pt_gloo_runloop)"
+_QUIET_LOOKS = 5
 
 
 def accelerator_and_backend() -> tuple[str, str]:
@@ -39,5 +46,38 @@ def start_processes() -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    end_after_gloo()
     torch.distributed.barrier()
     return torch.device("cpu" if accelerator.device_name() == "cpu" else device)
+
+
+@functools.cache
+def end_after_gloo() -> None:
+    """Let this process end only when gloo's threads have nothing left to do.
+
+    DeepSpeed's engine, and under ZeRO 3 each parameter, holds its process groups beyond `destroy_process_group()`, so their
+    threads live on. One that still has a collective's tensors, because a busy machine has not let it put them down,
+    asks for the interpreter's lock; when the interpreter is ending by then, the thread is ended in the middle of C++ and
+    takes the process with it: "terminate called without an active exception", SIGABRT, after a whole and good run.
+    """
+    atexit.register(_await_gloo)
+
+
+def _await_gloo(limit: float = 10.0) -> None:
+    """Sleep, without the interpreter's lock, until no thread of gloo has run for some looks in a row, `limit` seconds at most."""
+    end, quiet = time.monotonic() + limit, 0
+    while quiet < _QUIET_LOOKS and time.monotonic() < end:
+        time.sleep(0.001)
+        quiet = 0 if _gloo_runs() else quiet + 1
+
+
+def _gloo_runs() -> bool:
+    """Whether the system says so; not where it has no /proc."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        try:
+            _, name, state = stat.read_text().partition(_GLOO_THREADS)
+        except OSError:
+            continue
+        if name and state.split()[0] != "S":
+            return True
+    return False
