@@ -26,9 +26,8 @@ _POLICIES: dict[str, dict[str, Any]] = {
     "ils+": frozen("ils", 0.9, head="always", always_lr_scale=3.0, statistic="gradient_norm"),
     # `policy: auto`, spelled out so that old results keep their meaning.
     "ours": frozen("columns", 0.9),
-    # With the pooler whole; and without the word embedding, too.
-    "ours-pooler": frozen("columns", 0.9, always_active=["*pooler*"]),
-    "ours-nowords": frozen("columns", 0.9, never_active=["*word_embeddings*"], always_active=["*pooler*"]),
+    # What it gains by the word embedding.
+    "ours-nowords": frozen("columns", 0.9, never_active=["*word_embeddings*"]),
     "random": frozen("random", 0.9),
     "lisa": frozen("lisa", 0.9, interval=20),
     "badam": frozen("badam", 0.9, interval=20, optimizer_states={"stale_moments": "reset"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -74,17 +74,14 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
     small = {i for i, layer in enumerate(layers) if layer.numel <= largest}
     head = {i for i in parts.after if layers[i].kind == "linear" and i in small}
     added = {i for i, layer in enumerate(layers) if layer.kind in ("norm", "parameter") and not layer.inputs}
-    poolers = {
-        i for i in head if _is_pooler(layers[i]) and _splittable(model.get_submodule(_module(layers[i])))
-    }
-    whole = (always | added | (head - poolers)) - never
+    whole = (always | added | head) - never
     split = {
         i: _source(layer)
         for i, layer in enumerate(layers)
         if i in small - whole - never and _splittable(model.get_submodule(_module(layer)))
     }
     words = _words(model, layers, whole | never)
-    counts = _counts(layers, whole, split, poolers, words, config.rates[0])
+    counts = _counts(layers, whole, split, words, config.rates[0])
     if not any(counts[i] for i in split):
         raise ConfigError(
             [
@@ -109,11 +106,6 @@ def _module(layer: Layer) -> str:
 def _splittable(module: nn.Module) -> bool:
     """Whether the layer computes by its own forward: `MultiheadAttention` reads the weight of its projection."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def _is_pooler(layer: Layer) -> bool:
-    """Whether it is what BERT and its like put between the blocks and the head: pretrained, as the blocks are."""
-    return "pooler" in _module(layer).split(".")
 
 
 def _source(layer: Layer) -> str:
@@ -149,7 +141,6 @@ def _counts(
     layers: Sequence[Layer],
     whole: Iterable[int],
     split: Mapping[int, str],
-    poolers: Container[int],
     words: Mapping[int, int],
     rate: float,
 ) -> dict[int, int]:
@@ -158,14 +149,12 @@ def _counts(
     The rate holds for the weights and for the inputs that are kept. With so many columns of a narrow input as of a wide one
     the bytes go to the layers that have many outputs for a column. Inputs of layers that train whole do not count: norms
     and added parameters need none, the head reads one vector of an example; who asks for more by `always_active` knows.
-    A pooler reads one vector too, so it trains twice as many columns.
     The word embedding gets what is left of the weights: at least an eighth of the columns of a layer, at most as many.
 
     Args:
         layers: of the model.
         whole: positions of those that train whole.
         split: position -> source of the linear layers.
-        poolers: those of them that read one vector of an example.
         words: position -> width of the word embedding, if it can be split.
         rate: what is frozen.
     """
@@ -175,9 +164,9 @@ def _counts(
     for number in range(max((layers[i].inputs for i in split), default=0) // 2, 0, -1):
         aligned = number - number % _ALIGNMENT if number >= 8 * _ALIGNMENT else number
         # At most every other column: the rest is frozen.
-        counts = {i: min(2 * aligned if i in poolers else aligned, layers[i].inputs // 2) for i in split}
+        counts = {i: min(aligned, layers[i].inputs // 2) for i in split}
         left = room + 1e-6 - sum(layers[i].numel // layers[i].inputs * count for i, count in counts.items())
-        kept = sum({split[i]: count for i, count in counts.items() if i not in poolers}.values())
+        kept = sum({split[i]: count for i, count in counts.items()}.values())
         for i, width in words.items():
             counts[i] = min(aligned, width // 2, int(left // (layers[i].numel // width)))
         enough = all(counts[i] >= aligned // 8 for i in words)

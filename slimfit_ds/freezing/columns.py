@@ -59,8 +59,8 @@ def split_columns(
 
     Of each tensor that linear layers read the same number of columns trains, a share `1 - rate` on the whole, and of the
     word embedding as many as that leaves, if no output layer shares its weight. Norms, biases,
-    parameters that are merely added, the linear layers behind the blocks (a task's head, no output embedding; of a pooler
-    twice as many columns as of others) and `always_active` layers train whole; other embeddings, convolutions and `never_active` layers do not train. The columns
+    parameters that are merely added, the linear layers behind the blocks (pooler and head of a task, no output embedding)
+    and `always_active` layers train whole; other embeddings, convolutions and `never_active` layers do not train. The columns
     of a layer are evenly spaced, from a start that is drawn by `seed`. All that trains, biases aside, takes at most `1 - rate`
     of the weights and of the inputs. A model that is split already stays as it is.
 
