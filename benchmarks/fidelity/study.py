@@ -1,12 +1,15 @@
 """Run the study, or as much of it as there is time for: one JSON per run, resumable, any number of workers.
 
     python benchmarks/fidelity/study.py --stage tune --problems cifar                 # the learning rates
+    python benchmarks/fidelity/study.py --stage refine --problems cifar --names full ours-95
     python benchmarks/fidelity/study.py --stage compare --problems cifar --seeds 0 1 2
     python benchmarks/fidelity/summary.py                                             # tables and pictures
 
 Stages: `tune` looks for the best learning rate of every contender on seed 0: the two rates in the middle of the ladder,
-then outwards for as long as the outermost rate that was tried is the best one, the same way for everybody. `compare`
-runs each contender at its own best rate on more seeds. A run is claimed by a lock file, so several workers may share a
+then outwards for as long as the outermost rate that was tried is the best one, the same way for everybody. `refine` runs
+that rate and the two halfway to its neighbours on seeds 0 to 2, of which the best mean counts from then on: one seed of a
+short run tells rates apart that are far from each other, not these. `compare` runs each contender at its own best rate
+on more seeds. A run is claimed by a lock file, so several workers may share a
 folder; a claim without a result older than `--stale` minutes is taken over. Single-threaded; run it under `nice`.
 """
 
@@ -27,9 +30,12 @@ from problems import PROBLEMS
 from training import Run, train
 
 LADDER = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3, 1e-2)
+# Halfway from one rate of the ladder to the next.
+BETWEEN = (3.5e-5, 7e-5, 1.5e-4, 4e-4, 1e-3, 2.5e-3, 6e-3)
 # Where the search begins: what full fine-tuning and a tenth of the layers liked best on the first problems.
 START = (2.5e-4, 6e-4)
 TUNING_SEED = 0
+REFINING_SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -44,17 +50,42 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def best_rates(
-    found: Sequence[Mapping[str, Any]], steps: int, seed: int = TUNING_SEED
-) -> dict[tuple[str, str], float]:
-    """(problem, contender) -> the learning rate with the best metric on the tuning seed."""
-    best: dict[tuple[str, str], tuple[float, float, float]] = {}
+def best_rates(found: Sequence[Mapping[str, Any]], steps: int) -> dict[tuple[str, str], float]:
+    """(problem, contender) -> its learning rate.
+
+    The one with the best metric on the tuning seed; where that and the rates halfway to its neighbours have all been run
+    on `REFINING_SEEDS`, the best mean of these.
+    """
+    merits: dict[tuple[str, str], dict[float, dict[int, tuple[float, float, float]]]] = {}
     for result in found:
         run = result["run"]
-        if run["seed"] == seed and run["steps"] == steps:
-            place = (run["problem"], run["contender"])
-            best[place] = max(best.get(place, merit(result)), merit(result))
-    return {place: -lr for place, (_, _, lr) in best.items()}
+        if run["steps"] == steps:
+            rates = merits.setdefault((run["problem"], run["contender"]), {})
+            rates.setdefault(run["lr"], {})[run["seed"]] = merit(result)
+    best = {}
+    for place, rates in merits.items():
+        coarse = [r[TUNING_SEED] for lr, r in rates.items() if TUNING_SEED in r and lr not in BETWEEN]
+        if not coarse:
+            continue
+        best[place] = -max(coarse)[2]
+        near = [best[place], *halfway(best[place])]
+        if all(seed in rates.get(lr, ()) for lr in near for seed in REFINING_SEEDS):
+            best[place] = max(near, key=lambda lr, rates=rates: mean_merit(rates[lr]))
+    return best
+
+
+def mean_merit(merits: Mapping[int, tuple[float, float, float]]) -> tuple[float, ...]:
+    """Over the refining seeds."""
+    each = [merits[seed] for seed in REFINING_SEEDS]
+    return tuple(sum(part) / len(each) for part in zip(*each, strict=True))
+
+
+def halfway(lr: float) -> tuple[float, ...]:
+    """The rates between one of the ladder and its neighbours."""
+    if lr not in LADDER:
+        return ()
+    at = LADDER.index(lr)
+    return BETWEEN[max(at - 1, 0) : at + 1]
 
 
 def merit(result: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -94,6 +125,7 @@ def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) 
                 for r in results(folder)
                 if (r["run"]["problem"], r["run"]["contender"], r["run"]["steps"], r["run"]["seed"])
                 == (problem, name, lengths.steps, TUNING_SEED)
+                and r["run"]["lr"] in LADDER
             }
             lr = next_rate(tried)
             if lr is None:
@@ -103,6 +135,18 @@ def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) 
                 still.append(name)
                 yield run
         searching = still
+
+
+def refinement(problem: str, names: Sequence[str], steps: int | None, folder: Path) -> Iterator[Run]:
+    """The best rate of the ladder for every contender, and those halfway to its neighbours; a seed at a time."""
+    length = steps or PROBLEMS[problem].steps
+    coarse = best_rates([r for r in results(folder) if r["run"]["seed"] == TUNING_SEED], length)
+    for seed in REFINING_SEEDS:
+        for name in names:
+            if (problem, name) in coarse:
+                best = coarse[problem, name]
+                for lr in (best, *halfway(best)):
+                    yield Run(problem, name, lr, seed, steps=steps, **fields(name)).sized()
 
 
 def comparison(
@@ -147,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", choices=("tune", "compare"), required=True)
+    parser.add_argument("--stage", choices=("tune", "refine", "compare"), required=True)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--names", nargs="+", default=list(CONTENDERS), help="contenders or levers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `compare`")
@@ -160,6 +204,8 @@ def main() -> None:
     for problem in options.problems:
         if options.stage == "tune":
             runs = tuning(problem, options.names, options.steps, options.results)
+        elif options.stage == "refine":
+            runs = refinement(problem, options.names, options.steps, options.results)
         else:
             runs = comparison(problem, options.names, options.steps, options.seeds, options.results)
         work(runs, options.results, options.stale)
