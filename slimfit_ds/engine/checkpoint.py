@@ -36,6 +36,7 @@ from slimfit_ds.engine.checkpoint_files import (
 )
 from slimfit_ds.engine.shard_files import ShardReader, write_shards
 from slimfit_ds.freezing.columns import column_places, fill_columns
+from slimfit_ds.freezing.split_modules import Split
 
 if TYPE_CHECKING:
     from slimfit_ds.engine.engine import SlimFitEngine
@@ -197,7 +198,7 @@ def load(
 
 def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:
     """Whether the trained columns of a checkpoint stand where those of the model do."""
-    differing = [name for name in own if tuple(saved.get(name, ())) != tuple(own[name])]
+    differing = [name for name in own if name not in saved or Split(*saved[name]) != Split(*own[name])]
     if differing:
         name = differing[0]
         raise ConfigError(

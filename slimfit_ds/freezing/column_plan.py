@@ -40,6 +40,8 @@ class SplitLayer:
     """How many columns of its weight train."""
     source: str
     """What it reads; layers of the same source train the same columns, and share the copy that is kept of them."""
+    rows: int | None = None
+    """Of the word embedding: how many words from the front of the vocabulary train; None: all."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
         if i in small - whole - never and _splittable(model.get_submodule(_module(layer)))
     }
     words = _words(model, layers, whole | never)
-    counts = _counts(layers, whole, split, words, config.rates[0])
+    counts, rows = _counts(layers, whole, split, words, config.rates[0])
     if not any(counts[i] for i in split):
         raise ConfigError(
             [
@@ -91,7 +93,7 @@ def plan_columns(model: nn.Module, config: FreezeConfig) -> ColumnPlan:
         )
     return ColumnPlan(
         tuple(
-            SplitLayer(layers[i], count, split.get(i, _module(layers[i])))
+            SplitLayer(layers[i], count, split.get(i, _module(layers[i])), rows.get(i))
             for i, count in sorted(counts.items())
             if count
         ),
@@ -143,13 +145,14 @@ def _counts(
     split: Mapping[int, str],
     words: Mapping[int, int],
     rate: float,
-) -> dict[int, int]:
+) -> tuple[dict[int, int], dict[int, int]]:
     """How many columns of each layer train: of every tensor that is read the same number, the largest that the rate allows.
 
     The rate holds for the weights and for the inputs that are kept. With so many columns of a narrow input as of a wide one
     the bytes go to the layers that have many outputs for a column. Inputs of layers that train whole do not count: norms
     and added parameters need none, the head reads one vector of an example; who asks for more by `always_active` knows.
-    The word embedding gets what is left of the weights: at least an eighth of the columns of a layer, at most as many.
+    The word embedding gets what is left of the weights: as many columns as a layer, of as many words from the front of the
+    vocabulary as that is enough for, at least an eighth of them. Vocabularies have frequent words first.
 
     Args:
         layers: of the model.
@@ -157,6 +160,10 @@ def _counts(
         split: position -> source of the linear layers.
         words: position -> width of the word embedding, if it can be split.
         rate: what is frozen.
+
+    Returns:
+        position -> columns, 0 of every layer where no number keeps to the rate; position of the word embedding -> words,
+        if not all.
     """
     room = (1 - rate) * sum(layer.numel for layer in layers) - sum(layers[i].numel for i in whole)
     read = {split.get(i, layer.name): layer.inputs for i, layer in enumerate(layers)}
@@ -167,9 +174,9 @@ def _counts(
         counts = {i: min(aligned, layers[i].inputs // 2) for i in split}
         left = room + 1e-6 - sum(layers[i].numel // layers[i].inputs * count for i, count in counts.items())
         kept = sum({split[i]: count for i, count in counts.items()}.values())
-        for i, width in words.items():
-            counts[i] = min(aligned, width // 2, int(left // (layers[i].numel // width)))
-        enough = all(counts[i] >= aligned // 8 for i in words)
-        if left >= 0 and kept <= inputs + 1e-6 and enough:
-            return counts
-    return dict.fromkeys(split, 0)
+        counts |= {i: min(aligned, width // 2) for i, width in words.items()}
+        vocabulary = {i: layers[i].numel // width for i, width in words.items()}
+        rows = {i: int(left // counts[i]) for i in words}
+        if left >= 0 and kept <= inputs + 1e-6 and all(8 * rows[i] >= vocabulary[i] for i in words):
+            return counts, {i: n for i, n in rows.items() if n < vocabulary[i]}
+    return dict.fromkeys(split, 0), {}

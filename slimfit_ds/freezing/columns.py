@@ -58,7 +58,8 @@ def split_columns(
     """Make some columns of every linear layer and of the word embedding trainable, and the rest of them frozen.
 
     Of each tensor that linear layers read the same number of columns trains, a share `1 - rate` on the whole, and of the
-    word embedding as many as that leaves, if no output layer shares its weight. Norms, biases,
+    word embedding, if no output layer shares its weight, as many, for as many words from the front of the vocabulary as the
+    weights that this leaves are enough for. Norms, biases,
     parameters that are merely added, the linear layers behind the blocks (pooler and head of a task, no output embedding)
     and `always_active` layers train whole; other embeddings, convolutions and `never_active` layers do not train. The columns
     of a layer are evenly spaced, from a start that is drawn by `seed`. All that trains, biases aside, takes at most `1 - rate`
@@ -87,20 +88,19 @@ def split_columns(
         if layer.name in split:
             owner: Any = model.get_submodule(layer.name.rpartition(".")[0])
             with whole(owner.weight):
-                _split(
-                    owner, split[layer.name].count, random.Random(f"{config.seed}:{split[layer.name].source}")
-                )
+                each = split[layer.name]
+                _split(owner, each.count, each.rows, random.Random(f"{config.seed}:{each.source}"))
         else:
             model.get_parameter(layer.name).requires_grad_(False)
     return tuple(frozen)
 
 
-def _split(module: Any, count: int, chance: random.Random) -> None:
+def _split(module: Any, count: int, rows: int | None, chance: random.Random) -> None:
     base = type(module)
     transposed = base.__name__ == "Conv1D"
     width = module.weight.shape[0 if transposed else 1]
     stride = width // count
-    split = Split(chance.randrange(width - (count - 1) * stride), stride, count, transposed)
+    split = Split(chance.randrange(width - (count - 1) * stride), stride, count, transposed, rows)
     trained = split.of_weight(module.weight.detach()).clone(memory_format=torch.contiguous_format)
     module.weight.requires_grad_(False)
     module.register_parameter(COLUMNS, nn.Parameter(trained))

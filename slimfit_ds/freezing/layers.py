@@ -33,7 +33,7 @@ class Layer:
     active layer adds to the activations kept. 0 for norms (their input is kept in any case), embeddings (ids)
     and parameters that are merely added."""
     share: float = 1.0
-    """Of the weights it stands for: below 1 for the trained columns of a split layer."""
+    """Of the weights it stands for, below 1 for the trained columns of a split layer; of an embedding, of a word's vector."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def discover(model: nn.Module) -> ParameterRoles:
             user_frozen.append(name)
         elif len(shape) >= 2:
             kind = _kind(owner)
-            share = shape.numel() / _shape(owner.weight).numel() if local_name == COLUMNS else 1.0
+            share = _share(kind, shape, _shape(owner.weight)) if local_name == COLUMNS else 1.0
             layers.append(Layer(name, kind, shape.numel(), _inputs(kind, owner, tuple(shape)), share))
         elif _is_norm(owner) and local_name in {"weight", "gamma", "scale"}:
             layers.append(Layer(name, "norm", shape.numel()))
@@ -103,6 +103,10 @@ def _kind(owner: nn.Module) -> Kind:
     if isinstance(owner, nn.Linear | nn.Bilinear) or type(owner).__name__ == "Conv1D":
         return "linear"
     return "parameter"
+
+
+def _share(kind: Kind, part: torch.Size, whole: torch.Size) -> float:
+    return part[1] / whole[1] if kind == "embedding" else part.numel() / whole.numel()
 
 
 def _inputs(kind: Kind, owner: nn.Module, shape: tuple[int, ...]) -> int:

@@ -21,13 +21,15 @@ _COPIES = "_slimfit_columns"
 
 @dataclass(frozen=True)
 class Split:
-    """Which columns of a weight train: every `stride`-th from `start` on, `count` of them."""
+    """Which columns of a weight train: every `stride`-th from `start` on, `count` of them, in the first `rows` rows."""
 
     start: int
     stride: int
     count: int
     transposed: bool
     """Whether the weight is `[in, out]` (transformers' Conv1D) instead of `[out, in]`."""
+    rows: int | None = None
+    """Of an embedding: how many words from the front of the vocabulary; None: all rows."""
 
     @property
     def _range(self) -> slice:
@@ -38,8 +40,8 @@ class Split:
         return x[..., self._range]
 
     def of_weight(self, weight: Tensor) -> Tensor:
-        """The trained part of a whole weight, a view: `[out, count]`, or `[count, out]` where transposed."""
-        return weight[self._range] if self.transposed else weight[:, self._range]
+        """The trained part of a whole weight, a view: `[rows, count]`, or `[count, out]` where transposed."""
+        return weight[self._range] if self.transposed else weight[: self.rows, self._range]
 
     def fill(self, weight: Tensor, columns: Tensor) -> Tensor:
         """Write the trained columns into a whole weight, and return it as `[out, in]`."""
@@ -75,7 +77,7 @@ class SplitLinear(SplitModule):
 
 
 class SplitEmbedding(SplitModule):
-    """An embedding of whose vectors some places train."""
+    """An embedding of whose vectors some places train, for the words at the front of the vocabulary."""
 
     padding_idx: int | None
 
@@ -134,7 +136,10 @@ class _Lookup(torch.autograd.Function):
         ctx.rows, ctx.dtype = columns.shape[0], columns.dtype
         ctx.save_for_backward(ids)
         found = F.embedding(ids, layer.weight.detach())
-        ctx.split.of_rows(found).copy_(F.embedding(ids, columns))
+        places = ctx.split.of_rows(found)
+        # An id behind the trained rows reads any of them and keeps what it has.
+        trained = F.embedding(ids.clamp(max=ctx.rows - 1), columns)
+        places.copy_(torch.where((ids < ctx.rows).unsqueeze(-1), trained, places))
         return found
 
     @staticmethod
@@ -146,8 +151,12 @@ class _Lookup(torch.autograd.Function):
         # A frequent token is a long sum.
         exact = torch.promote_types(dy.dtype, torch.float32)
         parts = ctx.split.of_rows(dy).to(exact, memory_format=torch.contiguous_format)
-        padding = -1 if ctx.padding is None else ctx.padding
-        gradient = torch.ops.aten.embedding_dense_backward(parts, ids, ctx.rows, padding, False)
+        known = ids < ctx.rows
+        if ctx.padding is not None:
+            known &= ids != ctx.padding
+        parts = parts * known.unsqueeze(-1)
+        ids = ids.clamp(max=ctx.rows - 1)
+        gradient = torch.ops.aten.embedding_dense_backward(parts, ids, ctx.rows, -1, False)
         return None, gradient.to(ctx.dtype), None
 
 
