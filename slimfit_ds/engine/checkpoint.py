@@ -204,7 +204,7 @@ def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequenc
         raise ConfigError(
             [
                 f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than policy columns chooses "
-                f"now ({name}: start, stride, count {list(saved.get(name, ()))[:3]}, now {list(own[name][:3])}); resume with "
+                f"now ({name}: start, stride, count, transposed, rows {list(saved.get(name, ()))}, now {list(own[name])}); resume with "
                 f"the rate and the seed of that run, or export the checkpoint and start from its whole weights"
             ]
         )

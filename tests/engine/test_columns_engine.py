@@ -12,7 +12,7 @@ from stage_matrix_worker import batch_of, tiny_bert
 
 import slimfit_ds
 from slimfit_ds.config import ConfigError
-from slimfit_ds.engine.checkpoint import load_states_of
+from slimfit_ds.engine.checkpoint import _check_columns, load_states_of
 from slimfit_ds.freezing.columns import column_places
 
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -40,9 +40,9 @@ def test_it_trains_as_a_plain_model_with_masked_gradients_does(one_rank):
     trained = {name.replace("weight_columns", "weight") for name in engine.active_layers}
     for name, parameter in plain.named_parameters():
         if name in places:
-            start, stride, count, _ = places[name]
+            start, stride, count, _, rows = places[name]
             mask = torch.zeros_like(parameter)
-            mask[:, start : start + stride * count : stride] = 1
+            mask[:rows, start : start + stride * count : stride] = 1
             parameter.register_hook(lambda grad, mask=mask: grad * mask)
         elif parameter.dim() > 1 and name not in trained:
             parameter.requires_grad_(False)
@@ -73,16 +73,25 @@ def test_it_trains_as_a_plain_model_with_masked_gradients_does(one_rank):
     assert after.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(after[name], weight, rtol=0, atol=2e-5, msg=name)
-    for name, (start, stride, count, _) in places.items():
-        rest = torch.ones(before[name].shape[1], dtype=torch.bool)
-        rest[start : start + stride * count : stride] = False
-        assert torch.equal(after[name][:, rest], before[name][:, rest]), name
+    assert 0 < places[words][4] < len(before[words])
+    for name, (start, stride, count, _, rows) in places.items():
+        rest = torch.ones(before[name].shape, dtype=torch.bool)
+        rest[:rows, start : start + stride * count : stride] = False
+        assert torch.equal(after[name][rest], before[name][rest]), name
         assert not torch.equal(after[name], before[name]), name
     # What frozen weights would have cost: states of no more than a fifth of the weights and of the vectors.
     numel = sum(p.numel() for p in plain.parameters())
     vectors = sum(p.numel() for p in plain.parameters() if p.dim() == 1)
     states = sum(unit.numel for unit in engine.optimizer.updater.units)
     assert 0 < states <= 0.2 * numel + vectors
+
+
+def test_places_of_a_checkpoint_that_knew_of_no_rows_are_understood():
+    own = {"a.weight": (1, 2, 3, False, None), "words.weight": (1, 2, 3, False, 40)}
+    _check_columns({"a.weight": [1, 2, 3, False], "words.weight": [1, 2, 3, False, 40]}, own)
+    for saved in ({"a.weight": [1, 2, 3, False]}, {name: [1, 2, 3, False] for name in own}):
+        with pytest.raises(ConfigError, match=r"other columns of 1 layers.*words.weight"):
+            _check_columns(saved, own)
 
 
 def test_a_checkpoint_of_other_columns_is_refused_before_anything_is_changed(one_rank, tmp_path):
