@@ -7,8 +7,8 @@
 
 Stages: `tune` looks for the best learning rate of every contender on seed 0: the two rates in the middle of the ladder,
 then outwards for as long as the outermost rate that was tried is the best one, the same way for everybody. `refine` runs
-that rate and the two halfway to its neighbours on seeds 0 to 2, of which the best mean counts from then on: one seed of a
-short run tells rates apart that are far from each other, not these. `compare` runs each contender at its own best rate
+that rate, the second best and the one halfway between them on seeds 0 to 2, of which the best mean counts from then on: one
+seed of a short run tells rates apart that are far from each other, not these. `compare` runs each contender at its own best rate
 on more seeds. A run is claimed by a lock file, so several workers may share a
 folder; a claim without a result older than `--stale` minutes is taken over. Single-threaded; run it under `nice`.
 """
@@ -53,8 +53,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def best_rates(found: Sequence[Mapping[str, Any]], steps: int) -> dict[tuple[str, str], float]:
     """(problem, contender) -> its learning rate.
 
-    The one with the best metric on the tuning seed; where that and the rates halfway to its neighbours have all been run
-    on `REFINING_SEEDS`, the best mean of these.
+    The one with the best metric on the tuning seed; where all of `contested` have been run on `REFINING_SEEDS`, the best
+    mean of these.
     """
     merits: dict[tuple[str, str], dict[float, dict[int, tuple[float, float, float]]]] = {}
     for result in found:
@@ -64,28 +64,28 @@ def best_rates(found: Sequence[Mapping[str, Any]], steps: int) -> dict[tuple[str
             rates.setdefault(run["lr"], {})[run["seed"]] = merit(result)
     best = {}
     for place, rates in merits.items():
-        coarse = [r[TUNING_SEED] for lr, r in rates.items() if TUNING_SEED in r and lr not in BETWEEN]
-        if not coarse:
-            continue
-        best[place] = -max(coarse)[2]
-        near = [best[place], *halfway(best[place])]
-        if all(seed in rates.get(lr, ()) for lr in near for seed in REFINING_SEEDS):
-            best[place] = max(near, key=lambda lr, rates=rates: mean_merit(rates[lr]))
+        close = contested({lr: of[TUNING_SEED] for lr, of in rates.items() if TUNING_SEED in of})
+        if close and all(seed in rates.get(lr, ()) for lr in close for seed in REFINING_SEEDS):
+            best[place] = max(close, key=lambda lr, rates=rates: mean_merit(rates[lr]))
+        elif close:
+            best[place] = close[0]
     return best
+
+
+def contested(tried: Mapping[float, tuple[float, ...]]) -> list[float]:
+    """The best rate, the second best, and those of `BETWEEN` that lie between them.
+
+    Args:
+        tried: rate -> merit on the tuning seed; those of `BETWEEN` are not looked at.
+    """
+    best = sorted((lr for lr in tried if lr not in BETWEEN), key=tried.__getitem__, reverse=True)[:2]
+    return best + [lr for lr in BETWEEN if best and min(best) < lr < max(best)]
 
 
 def mean_merit(merits: Mapping[int, tuple[float, float, float]]) -> tuple[float, ...]:
     """Over the refining seeds."""
     each = [merits[seed] for seed in REFINING_SEEDS]
     return tuple(sum(part) / len(each) for part in zip(*each, strict=True))
-
-
-def halfway(lr: float) -> tuple[float, ...]:
-    """The rates between one of the ladder and its neighbours."""
-    if lr not in LADDER:
-        return ()
-    at = LADDER.index(lr)
-    return BETWEEN[max(at - 1, 0) : at + 1]
 
 
 def merit(result: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -138,15 +138,18 @@ def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) 
 
 
 def refinement(problem: str, names: Sequence[str], steps: int | None, folder: Path) -> Iterator[Run]:
-    """The best rate of the ladder for every contender, and those halfway to its neighbours; a seed at a time."""
+    """Every contender at its contested rates; a seed at a time."""
     length = steps or PROBLEMS[problem].steps
-    coarse = best_rates([r for r in results(folder) if r["run"]["seed"] == TUNING_SEED], length)
     for seed in REFINING_SEEDS:
         for name in names:
-            if (problem, name) in coarse:
-                best = coarse[problem, name]
-                for lr in (best, *halfway(best)):
-                    yield Run(problem, name, lr, seed, steps=steps, **fields(name)).sized()
+            tried = {
+                r["run"]["lr"]: merit(r)
+                for r in results(folder)
+                if (r["run"]["problem"], r["run"]["contender"], r["run"]["steps"], r["run"]["seed"])
+                == (problem, name, length, TUNING_SEED)
+            }
+            for lr in contested(tried):
+                yield Run(problem, name, lr, seed, steps=steps, **fields(name)).sized()
 
 
 def comparison(
