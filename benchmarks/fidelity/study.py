@@ -113,6 +113,19 @@ def next_rate(tried: Mapping[float, tuple[float, ...]], ladder: Sequence[float] 
     return next((lr for lr in neighbours if lr not in tried), None)
 
 
+def tried_rates(
+    problem: str, name: str, steps: int | None, folder: Path
+) -> dict[float, tuple[float, float, float]]:
+    """Rate of the ladder -> merit on the tuning seed, what is known."""
+    wanted = (problem, name, steps, TUNING_SEED)
+    return {
+        r["run"]["lr"]: merit(r)
+        for r in results(folder)
+        if tuple(r["run"][key] for key in ("problem", "contender", "steps", "seed")) == wanted
+        and r["run"]["lr"] in LADDER
+    }
+
+
 def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) -> Iterator[Run]:
     """Every contender at the rates that its search asks for, one rate at a time around the contenders."""
     searching = list(names)
@@ -120,13 +133,7 @@ def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) 
         still = []
         for name in searching:
             lengths = Run(problem, name, 0.0, steps=steps, **fields(name)).sized()
-            tried = {
-                r["run"]["lr"]: merit(r)
-                for r in results(folder)
-                if (r["run"]["problem"], r["run"]["contender"], r["run"]["steps"], r["run"]["seed"])
-                == (problem, name, lengths.steps, TUNING_SEED)
-                and r["run"]["lr"] in LADDER
-            }
+            tried = tried_rates(problem, name, lengths.steps, folder)
             lr = next_rate(tried)
             if lr is None:
                 continue
@@ -142,13 +149,7 @@ def refinement(problem: str, names: Sequence[str], steps: int | None, folder: Pa
     length = steps or PROBLEMS[problem].steps
     for seed in REFINING_SEEDS:
         for name in names:
-            tried = {
-                r["run"]["lr"]: merit(r)
-                for r in results(folder)
-                if (r["run"]["problem"], r["run"]["contender"], r["run"]["steps"], r["run"]["seed"])
-                == (problem, name, length, TUNING_SEED)
-            }
-            for lr in contested(tried):
+            for lr in contested(tried_rates(problem, name, length, folder)):
                 yield Run(problem, name, lr, seed, steps=steps, **fields(name)).sized()
 
 

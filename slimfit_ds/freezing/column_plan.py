@@ -133,7 +133,7 @@ def _words(model: nn.Module, layers: Sequence[Layer], taken: Iterable[int]) -> d
         module = max(embeddings, key=lambda each: each.weight.numel(), default=None)
     if type(module) is not nn.Embedding or positions.get(module) in {None, *taken}:
         return {}
-    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse or module.embedding_dim < 2:
         return {}
     holders = sum(p is module.weight for each in model.modules() for p in each.parameters(recurse=False))
     return {positions[module]: module.embedding_dim} if holders == 1 else {}

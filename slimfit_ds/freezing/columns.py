@@ -138,7 +138,7 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
                 states[columns] = state
 
 
-def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool]]:
+def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool, int | None]]:
     """Where the columns of each split weight stand in it, by the weight's name: what `fill_columns` needs."""
     return {
         f"{name}.weight" if name else "weight": dataclasses.astuple(module.split)

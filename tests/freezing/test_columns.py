@@ -213,6 +213,13 @@ def test_words_behind_the_front_of_the_vocabulary_stay_as_they_are(model):
     assert torch.equal(model.state_dict()["words.weight"], plain)
 
 
+def test_a_vector_of_one_place_stays_frozen():
+    plan = plan_columns(
+        nn.ModuleDict({"words": nn.Embedding(50, 1), "blocks": nn.ModuleList([Block(), Block()])}), config()
+    )
+    assert not any("words" in each.layer.name for each in plan.split)
+
+
 def test_all_words_train_where_the_weights_are_enough():
     plan = plan_columns(
         nn.ModuleDict(
