@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --parts time,time_ranks         # measured on this CPU
     python benchmarks/scaling.py --parts ""                      # tables and picture from what is there
 
-Memory: a real step on fake CUDA tensors (slimfit_ds.memory.estimator), of one rank or of pretended worlds. Traffic:
+Memory: a real step on fake CUDA tensors (slimfit_ds.planner.estimator), of one rank or of pretended worlds. Traffic:
 collectives counted in pretended worlds. Time: CPU time of real steps, methods in turns; wall time of 1, 2 and 4 gloo
 ranks. Everything is kept in `benchmarks/results/scaling/`: `scaling.json` (a second run adds what is missing),
 `scaling.md`, `scaling.png`.

@@ -25,7 +25,7 @@ PARTS: list[tuple[str, str, list[str]]] = [
     (
         "Training",
         "Everything here is imported from `slimfit_ds` at first use, so that `import slimfit_ds` costs nothing.",
-        ["slimfit_ds:initialize", "slimfit_ds:slim", "slimfit_ds.slimming:SlimHandle"],
+        ["slimfit_ds:initialize", "slimfit_ds:slim", "slimfit_ds.integrations.plain_loop:SlimHandle"],
     ),
     (
         "The engine",
@@ -62,10 +62,10 @@ PARTS: list[tuple[str, str, list[str]]] = [
         "To extend it",
         "See [extending.md](extending.md).",
         [
-            "slimfit_ds.freezing.policies.base:Policy",
-            "slimfit_ds.freezing.policies.base:Selection",
-            "slimfit_ds.freezing.statistics:Statistic",
-            "slimfit_ds.freezing.schedule:FreezeSchedule",
+            "slimfit_ds.schedule.policies.base:Policy",
+            "slimfit_ds.schedule.policies.base:Selection",
+            "slimfit_ds.schedule.statistics:Statistic",
+            "slimfit_ds.schedule.schedule:FreezeSchedule",
             "slimfit_ds.activations.codecs.base:Codec",
             "slimfit_ds.training.tasks.base:Task",
         ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from slimfit_ds.memory.plan_cli import main
+from slimfit_ds.planner.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

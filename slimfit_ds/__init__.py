@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from slimfit_ds.comparison.runner import compare
     from slimfit_ds.config import SlimFitConfig
     from slimfit_ds.engine.initialize import initialize
+    from slimfit_ds.integrations.plain_loop import slim
     from slimfit_ds.integrations.trainer_callback import SlimFitCallback
-    from slimfit_ds.memory.estimator import estimate
-    from slimfit_ds.slimming import slim
+    from slimfit_ds.planner.estimator import estimate
 
 __all__ = ["SlimFitCallback", "SlimFitConfig", "compare", "estimate", "initialize", "slim"]
 __version__ = "0.1.0"
@@ -20,9 +20,9 @@ _HOMES = {
     "SlimFitCallback": "slimfit_ds.integrations.trainer_callback",
     "SlimFitConfig": "slimfit_ds.config",
     "compare": "slimfit_ds.comparison.runner",
-    "estimate": "slimfit_ds.memory.estimator",
+    "estimate": "slimfit_ds.planner.estimator",
     "initialize": "slimfit_ds.engine.initialize",
-    "slim": "slimfit_ds.slimming",
+    "slim": "slimfit_ds.integrations.plain_loop",
 }
 
 

@@ -15,7 +15,7 @@ COMMANDS = {
         "run one recipe by several methods and tabulate memory and speed",
     ),
     "report": ("slimfit_ds.report.cli:main", "one HTML page about a run, finished or not"),
-    "plan": ("slimfit_ds.memory.plan_cli:main", "what a setting would need, without running it"),
+    "plan": ("slimfit_ds.planner.cli:main", "what a setting would need, without running it"),
     "doctor": (
         "slimfit_ds.doctor.cli:main",
         "examine this machine, or all machines of a run, before it starts",

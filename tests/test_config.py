@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimfit_ds.config import ConfigError, SlimFitConfig, parse_bytes
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError, parse_bytes
 
 
 @pytest.mark.parametrize(

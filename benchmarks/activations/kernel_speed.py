@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from slimfit_ds.activations import channels
 from slimfit_ds.activations.codecs import absmax, exact, get_codec, magnitude_table
-from slimfit_ds.activations.functions import fused_activation, norm, philox_dropout
-from slimfit_ds.activations.functions.activation import compressed_activation
-from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
+from slimfit_ds.activations.ops import fused_activation, norm, philox_dropout
+from slimfit_ds.activations.ops.activation import compressed_activation
+from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
 from slimfit_ds.training.surroundings import hardware, versions
 
 Passes = tuple[Callable[[], Any], Callable[[], Any]]

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimfit_ds.activations import attention_glue
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.config import ActivationsConfig
-from slimfit_ds.activations.functions import fused_activation
-from slimfit_ds.activations.functions.triton_elementwise import FORMS
+from slimfit_ds.activations.ops import fused_activation
+from slimfit_ds.activations.ops.triton_elementwise import FORMS
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "vocab_size": 50}
 MODELS: dict[str, Callable[[int], nn.Module]] = {

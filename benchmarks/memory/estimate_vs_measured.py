@@ -13,9 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
-from slimfit_ds.memory.estimator import estimate, measure
-from slimfit_ds.memory.strategy import get_strategy, slimfit_block
-from slimfit_ds.memory.workload import Workload
+from slimfit_ds.planner.estimator import estimate, measure
+from slimfit_ds.planner.strategy import get_strategy, slimfit_block
+from slimfit_ds.planner.workload import Workload
 from slimfit_ds.report.units import human_bytes
 
 MODELS = {

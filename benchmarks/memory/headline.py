@@ -3,7 +3,7 @@
     python benchmarks/memory/headline.py --cases bert,vit
     python benchmarks/memory/headline.py --cases llama
 
-Simulated on fake tensors (slimfit_ds.memory.estimator, target cuda): kernels' inner workspaces, the CUDA context and
+Simulated on fake tensors (slimfit_ds.planner.estimator, target cuda): kernels' inner workspaces, the CUDA context and
 fragmentation are not in the numbers, and nothing here was measured on a GPU.
 """
 
@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 from slimfit_ds.comparison.result import gpus_needed
-from slimfit_ds.memory.estimator import Simulator
-from slimfit_ds.memory.strategy import Strategy, get_strategy, slimfit_block
-from slimfit_ds.memory.workload import Workload
+from slimfit_ds.planner.estimator import Simulator
+from slimfit_ds.planner.strategy import Strategy, get_strategy, slimfit_block
+from slimfit_ds.planner.workload import Workload
 
 CASES = {
     "bert": (

@@ -14,7 +14,7 @@ from peers_methods import ours, rivals
 from peers_methods.building import Request
 from peers_methods.trainers import Trainer
 from peers_methods.workloads import Case
-from slimfit_ds.memory.strategy import Strategy
+from slimfit_ds.planner.strategy import Strategy
 
 __all__ = ["METHODS", "Method", "get_method"]
 

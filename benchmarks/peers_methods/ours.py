@@ -8,7 +8,7 @@ from typing import Any
 from peers_methods.building import LEARNING_RATE, Request, adamw, build_model, make_engine
 from peers_methods.trainers import EngineTrainer, PlainTrainer, Trainer
 from peers_methods.workloads import Case
-from slimfit_ds.memory.strategy import Strategy, slimfit_block
+from slimfit_ds.planner.strategy import Strategy, slimfit_block
 
 __all__ = ["RATE", "block", "ours", "ours_tuned", "tuned"]
 

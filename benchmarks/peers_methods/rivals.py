@@ -13,8 +13,8 @@ from torch import nn
 from peers_methods.building import LEARNING_RATE, Request, Unavailable, adamw, build_model, make_engine, need
 from peers_methods.trainers import EngineTrainer, PlainTrainer, Trainer
 from slimfit_ds.activations.blocks import find_blocks
-from slimfit_ds.memory.strategy import Strategy
 from slimfit_ds.memory.tracker import optimizer_tensors
+from slimfit_ds.planner.strategy import Strategy
 
 __all__ = [
     "accumulation",

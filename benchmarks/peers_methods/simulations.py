@@ -11,7 +11,7 @@ from peers_methods.batch_fit import CannotSimulate, Peak, estimated_batches
 from peers_methods.methods import Method
 from peers_methods.worker import Gone, Worker
 from peers_methods.workloads import Case
-from slimfit_ds.memory.estimator import Simulator
+from slimfit_ds.planner.estimator import Simulator
 
 __all__ = ["Simulations"]
 

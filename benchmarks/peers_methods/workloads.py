@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slimfit_ds.memory.workload import Workload
+from slimfit_ds.planner.workload import Workload
 
 __all__ = ["CASES", "Case", "cases_for", "make_batches"]
 

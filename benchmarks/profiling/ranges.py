@@ -29,12 +29,12 @@ _PLACES = (
 
 # What deciding and applying the next active set takes; `set_active` holds `move_states`, which moves data.
 SCHEDULE_RANGES = (
-    ("slimfit_ds.freezing.schedule", "FreezeSchedule", "advance", "schedule"),
+    ("slimfit_ds.schedule.schedule", "FreezeSchedule", "advance", "schedule"),
     ("slimfit_ds.engine.engine", "SlimFitEngine", "_apply_active_set", "schedule"),
-    ("slimfit_ds.slimming", "SlimHandle", "_apply", "schedule"),
-    ("slimfit_ds.slimming", "SlimHandle", "_before_step", "statistic"),
-    ("slimfit_ds.freezing.statistics", "Statistic", "of_update", "statistic"),
-    ("slimfit_ds.freezing.statistics", "Statistic", "of_move", "statistic"),
+    ("slimfit_ds.integrations.plain_loop", "SlimHandle", "_apply", "schedule"),
+    ("slimfit_ds.integrations.plain_loop", "SlimHandle", "_before_step", "statistic"),
+    ("slimfit_ds.schedule.statistics", "Statistic", "of_update", "statistic"),
+    ("slimfit_ds.schedule.statistics", "Statistic", "of_move", "statistic"),
     ("slimfit_ds.engine.shard_update", "ShardUpdater", "statistics", "statistic"),
 )
 

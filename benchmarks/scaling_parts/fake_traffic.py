@@ -13,11 +13,11 @@ STEPS = 20
 def main() -> None:
     ranks, method = int(sys.argv[1]), sys.argv[2]
     os.environ["DS_ACCELERATOR"] = "cpu"
-    from slimfit_ds.memory import simulate
-    from slimfit_ds.memory.fake_world import FakeWorld
-    from slimfit_ds.memory.strategy import Strategy, slimfit_block
     from slimfit_ds.memory.traffic import TrafficCounter
-    from slimfit_ds.memory.workload import Workload
+    from slimfit_ds.planner import simulate
+    from slimfit_ds.planner.fake_world import FakeWorld
+    from slimfit_ds.planner.strategy import Strategy, slimfit_block
+    from slimfit_ds.planner.workload import Workload
 
     slim, stage = not method.startswith("full"), int(method[-1])
     simulate._prepare()

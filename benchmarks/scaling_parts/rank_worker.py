@@ -20,10 +20,10 @@ def main() -> None:
 
     import slimfit_ds
     from slimfit_ds.engine.processes import start_processes
-    from slimfit_ds.memory.strategy import Strategy, slimfit_block
     from slimfit_ds.memory.tracker import MemoryTracker
     from slimfit_ds.memory.traffic import TrafficCounter
-    from slimfit_ds.memory.workload import Workload
+    from slimfit_ds.planner.strategy import Strategy, slimfit_block
+    from slimfit_ds.planner.workload import Workload
 
     torch.set_num_threads(1)
     counter = TrafficCounter().install()

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slimfit_ds.memory.estimator import Simulator
-from slimfit_ds.memory.strategy import Strategy, slimfit_block
-from slimfit_ds.memory.workload import Workload
+from slimfit_ds.planner.estimator import Simulator
+from slimfit_ds.planner.strategy import Strategy, slimfit_block
+from slimfit_ds.planner.workload import Workload
 
 __all__ = ["METHODS", "RANK_METHODS", "SWEEPS", "memory_sweep", "rank_sweep", "traffic"]
 

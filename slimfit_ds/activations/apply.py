@@ -16,8 +16,8 @@ from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_mod
 from slimfit_ds.activations.modules import MASKS_MADE_AGAIN
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.report import Row, describe
-from slimfit_ds.config import ConfigError
-from slimfit_ds.freezing.layers import is_part
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.trainable.layers import is_part
 
 __all__ = ["CompressionHandle", "Row", "activation_problems", "compress"]
 

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimfit_ds.activations.codecs import Codec
-from slimfit_ds.activations.functions.attention import recomputed_attention, stored_probabilities
-from slimfit_ds.activations.functions.attention_dropout import DrawMask, replayed_mask
-from slimfit_ds.activations.functions.cpu_dropout import on_cpu
-from slimfit_ds.activations.functions.plain_attention import plain_attention
+from slimfit_ds.activations.ops.attention import recomputed_attention, stored_probabilities
+from slimfit_ds.activations.ops.attention_dropout import DrawMask, replayed_mask
+from slimfit_ds.activations.ops.cpu_dropout import on_cpu
+from slimfit_ds.activations.ops.plain_attention import plain_attention
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.saved_hooks import saved_as_they_are
 from slimfit_ds.activations.scope import compresses

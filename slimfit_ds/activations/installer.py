@@ -22,8 +22,6 @@ from slimfit_ds.activations.checkpoint import make_checkpoint, resolve_codec
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
-from slimfit_ds.activations.functions.attention_dropout import mask_drawing
-from slimfit_ds.activations.functions.norm import NormKind
 from slimfit_ds.activations.modules import (
     ActivationSetting,
     BlockSetting,
@@ -34,6 +32,8 @@ from slimfit_ds.activations.modules import (
     Setting,
     install,
 )
+from slimfit_ds.activations.ops.attention_dropout import mask_drawing
+from slimfit_ds.activations.ops.norm import NormKind
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.report import Row, describe
 from slimfit_ds.activations.saved_hooks import call_compressed

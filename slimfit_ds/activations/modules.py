@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from slimfit_ds.activations.checkpoint import checkpoint, resolve_codec
 from slimfit_ds.activations.codecs import Codec
-from slimfit_ds.activations.functions.activation import compressed_activation
-from slimfit_ds.activations.functions.dropout import packed_dropout, replayed_dropout
-from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
-from slimfit_ds.activations.functions.philox_dropout import philox_dropout
+from slimfit_ds.activations.ops.activation import compressed_activation
+from slimfit_ds.activations.ops.dropout import packed_dropout, replayed_dropout
+from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
+from slimfit_ds.activations.ops.philox_dropout import philox_dropout
 from slimfit_ds.activations.patching import Patches, original_forward
 from slimfit_ds.activations.saved_hooks import call_compressed
 from slimfit_ds.activations.scope import compresses

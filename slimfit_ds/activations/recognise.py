@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
 from slimfit_ds.activations import rng
-from slimfit_ds.activations.functions.norm import NormKind
+from slimfit_ds.activations.ops.norm import NormKind
 
 __all__ = ["activation_name", "is_dropout", "norm_kind", "norm_width", "weighted_input_width"]
 

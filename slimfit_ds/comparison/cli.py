@@ -88,7 +88,7 @@ def _read(arguments: argparse.Namespace):
     """The comparison, or None and all problems at once."""
     from slimfit_ds.comparison.methods import get_method
     from slimfit_ds.comparison.runner import Comparison
-    from slimfit_ds.config import ConfigError, parse_bytes
+    from slimfit_ds.errors import ConfigError, parse_bytes
     from slimfit_ds.training.recipe import read_recipe
 
     problems: list[str] = []

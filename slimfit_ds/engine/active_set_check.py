@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from deepspeed import comm as dist
 
-from slimfit_ds.freezing.schedule import FreezeSchedule
+from slimfit_ds.schedule.schedule import FreezeSchedule
 
 __all__ = ["ActiveSetMismatchError", "check_active_set"]
 

@@ -11,8 +11,9 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from slimfit_ds.config import ConfigError, SlimFitConfig
-from slimfit_ds.memory.budget import settings_for_budget
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.planner.budget import settings_for_budget
 
 __all__ = ["resolve_budget"]
 

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimfit_ds.config import ConfigError
 from slimfit_ds.engine import random_state, weights
 from slimfit_ds.engine.checkpoint_files import (
     FORMAT,
@@ -35,8 +34,9 @@ from slimfit_ds.engine.checkpoint_files import (
     recover,
 )
 from slimfit_ds.engine.shard_files import ShardReader, write_shards
-from slimfit_ds.freezing.columns import column_places, fill_columns
-from slimfit_ds.freezing.split_modules import Split
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.trainable.columns import column_places, fill_columns
+from slimfit_ds.trainable.split_modules import Split
 
 if TYPE_CHECKING:
     from slimfit_ds.engine.engine import SlimFitEngine

@@ -14,16 +14,18 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from slimfit_ds.activations.apply import compress
-from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.active_set_check import check_active_set
 from slimfit_ds.engine.freeze_zero import FreezeZeroOptimizer
 from slimfit_ds.engine.sharding import Sharding
 from slimfit_ds.engine.units import build_units
-from slimfit_ds.freezing import FreezeSchedule, discover
-from slimfit_ds.freezing.columns import column_places, fill_columns
-from slimfit_ds.freezing.statistics import STATISTICS
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
+from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.schedule.statistics import STATISTICS
+from slimfit_ds.trainable.columns import column_places, fill_columns
+from slimfit_ds.trainable.layers import discover
 
 __all__ = ["SlimFitEngine"]
 

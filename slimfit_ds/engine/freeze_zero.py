@@ -16,14 +16,14 @@ from deepspeed import comm as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
 
-from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.engine.loss_scale import restore_scaler, scaler_state
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import Sharding, squared_norm
 from slimfit_ds.engine.units import Unit
-from slimfit_ds.freezing.statistics import Statistic
+from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import UpdateRule
+from slimfit_ds.schedule.statistics import Statistic
 
 __all__ = ["FreezeZeroOptimizer"]
 

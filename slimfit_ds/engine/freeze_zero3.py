@@ -26,9 +26,9 @@ from slimfit_ds.engine.partitioned_units import PartitionedCut, PartitionedUnit,
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import squared_norm
-from slimfit_ds.freezing.layers import ParameterRoles
-from slimfit_ds.freezing.statistics import STATISTICS
 from slimfit_ds.optim.rules import rule_of
+from slimfit_ds.schedule.statistics import STATISTICS
+from slimfit_ds.trainable.layers import ParameterRoles
 
 __all__ = ["REDUCE_BUCKET", "FreezeZero3Optimizer", "Setting"]
 

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from slimfit_ds.activations.apply import activation_problems
-from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.engine.processes import end_after_gloo
-from slimfit_ds.freezing.columns import adopt_columns
-from slimfit_ds.freezing.prepare import freeze_problems, prepare_layers
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.schedule.prepare import freeze_problems, prepare_layers
+from slimfit_ds.trainable.columns import adopt_columns
 
 __all__ = ["initialize", "load_config", "setting_problems"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from slimfit_ds.freezing.layers import ParameterRoles
+from slimfit_ds.trainable.layers import ParameterRoles
 
 __all__ = ["PartitionedCut", "PartitionedUnit", "build_units"]
 

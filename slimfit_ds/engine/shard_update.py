@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from slimfit_ds.activations.codecs.triton_support import runs_in_triton
-from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.engine.shard_files import Shard, ShardReader
 from slimfit_ds.engine.units import Piece, pieces
-from slimfit_ds.freezing.statistics import Statistic
+from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rounding import stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
 from slimfit_ds.optim.state_store import LayerState, StateStore
 from slimfit_ds.optim.unit_states import UnitStates
+from slimfit_ds.schedule.statistics import Statistic
 
 __all__ = ["Cut", "ShardUnit", "ShardUpdater"]
 

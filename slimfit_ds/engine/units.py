@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from slimfit_ds.freezing.layers import ParameterRoles
+from slimfit_ds.trainable.layers import ParameterRoles
 
 __all__ = ["Piece", "Unit", "build_units", "pieces"]
 

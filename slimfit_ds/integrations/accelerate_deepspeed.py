@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 
 __all__ = ["disable_deepspeed", "enable_deepspeed"]
 

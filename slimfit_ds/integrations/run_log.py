@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimfit_ds.freezing import FreezeSchedule
 from slimfit_ds.monitoring.run_card import RunCard
+from slimfit_ds.schedule.schedule import FreezeSchedule
 from slimfit_ds.training.history import History
 
 __all__ = ["RunLog"]

@@ -12,11 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from slimfit_ds.activations.apply import activation_problems
-from slimfit_ds.config import ConfigError, SlimFitConfig
-from slimfit_ds.freezing.prepare import freeze_problems
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
+from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
-from slimfit_ds.slimming import SlimHandle
+from slimfit_ds.schedule.prepare import freeze_problems
 
 __all__ = ["SlimFitCallback"]
 

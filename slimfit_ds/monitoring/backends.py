@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 
 __all__ = ["BACKENDS", "Backend", "monitor_blocks", "settle_wandb"]
 

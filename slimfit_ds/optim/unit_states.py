@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.optim import low_bit
+from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import UpdateRule
 from slimfit_ds.optim.state_store import LayerState
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
 
-    from slimfit_ds.config import ConfigError
+    from slimfit_ds.errors import ConfigError
     from slimfit_ds.training.distributed import Ranks
     from slimfit_ds.training.endings import RunEnding
     from slimfit_ds.training.recipe import read_recipe
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ranks() -> Ranks:
-    from slimfit_ds.config import ConfigError
+    from slimfit_ds.errors import ConfigError
     from slimfit_ds.training.distributed import read_ranks
 
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.recipe import Recipe
 
 __all__ = ["deepspeed_config", "load_base", "merge", "replaced_values", "slimfit_block"]

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.recipe import LoraOptions, ModelFromConfig, Recipe
 from slimfit_ds.training.tasks.base import Task
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.checkpoints import damaged_checkpoints, last_checkpoint
 from slimfit_ds.training.recipe import Draft, Recipe
 from slimfit_ds.training.whole_files import is_leftover

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from slimfit_ds.config import ConfigError, describe_validation_error
+from slimfit_ds.errors import ConfigError, describe_validation_error
 
 __all__ = ["Draft", "LoraOptions", "ModelFromConfig", "Recipe", "read_recipe"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.batches import BatchPlan, training_loader
 from slimfit_ds.training.best import Best
 from slimfit_ds.training.checkpoints import load_checkpoint, remove_old, save_checkpoint, save_model

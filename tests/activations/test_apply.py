@@ -13,7 +13,7 @@ from torch import nn
 
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.config import PRESETS, ActivationsConfig
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 
 
 def snapshot(model: nn.Module) -> list:

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import ACT2FN
 
-from slimfit_ds.activations.functions.norm import NormKind
+from slimfit_ds.activations.ops.norm import NormKind
 from slimfit_ds.activations.recognise import activation_name, is_dropout, norm_kind, weighted_input_width
 
 

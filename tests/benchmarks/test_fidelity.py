@@ -21,7 +21,7 @@ from contenders import CONTENDERS, LEVERS
 from training import Run
 
 from slimfit_ds.config import SlimFitConfig
-from slimfit_ds.freezing.policies import POLICIES
+from slimfit_ds.schedule.policies import POLICIES
 
 
 def outcome(name: str, lr: float, seed: int, value: float, loss: float = 0.5) -> dict:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from slimfit_ds.activations.codecs import get_codec, registry
-from slimfit_ds.config import FreezeConfig
-from slimfit_ds.freezing import discover
-from slimfit_ds.freezing.policies import POLICIES, Policy
-from slimfit_ds.freezing.schedule import FreezeSchedule
+from slimfit_ds.schedule.config import FreezeConfig
+from slimfit_ds.schedule.policies import POLICIES, Policy
+from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.trainable.layers import discover
 from slimfit_ds.training.tasks.sequence_classification import SequenceClassification
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"

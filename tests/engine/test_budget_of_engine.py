@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 import slimfit_ds
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.memory.engine_roots import engine_roots
 from slimfit_ds.memory.tracker import MemoryTracker
 

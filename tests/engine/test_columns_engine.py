@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from stage_matrix_worker import batch_of, tiny_bert
 
 import slimfit_ds
-from slimfit_ds.config import ConfigError
 from slimfit_ds.engine.checkpoint import _check_columns, load_states_of
-from slimfit_ds.freezing.columns import column_places
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.trainable.columns import column_places
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import slimfit_ds
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.memory.engine_roots import engine_roots
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -12,9 +12,9 @@ from test_trainer_callback import assert_same_weights, reference
 from trainer_cases import classifier
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from slimfit_ds.config import ConfigError
-from slimfit_ds.freezing import discover
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations import disable_deepspeed, enable_deepspeed
+from slimfit_ds.trainable.layers import discover
 
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 

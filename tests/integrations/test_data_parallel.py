@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_trainer_callback import assert_same_weights, reference, train
 from trainer_cases import classifier
 
-from slimfit_ds.freezing import discover
 from slimfit_ds.integrations.data_parallel import hide_from_ddp, show_to_ddp
+from slimfit_ds.trainable.layers import discover
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
 

@@ -12,8 +12,8 @@ from trainer_cases import Sentences, Watch, arguments, classifier
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
 
 import slimfit_ds
-from slimfit_ds.config import ConfigError
-from slimfit_ds.freezing import discover
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.trainable.layers import discover
 
 CONFIG = {"freeze": {"rate": 0.8}}
 

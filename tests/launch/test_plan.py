@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from slimfit_ds.config import SlimFitConfig
-from slimfit_ds.memory.plan_cli import main
+from slimfit_ds.planner.cli import main
 from slimfit_ds.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.monitoring import backends
 from slimfit_ds.monitoring.backends import monitor_blocks, settle_wandb
 

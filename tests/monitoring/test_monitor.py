@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from slimfit_ds.config import FreezeConfig
-from slimfit_ds.freezing import FreezeSchedule, discover
 from slimfit_ds.monitoring.frozen_share import FrozenShare
 from slimfit_ds.monitoring.monitor import Monitor
 from slimfit_ds.monitoring.pictures import schedule_image
+from slimfit_ds.schedule.config import FreezeConfig
+from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.trainable.layers import discover
 
 
 class Engine:

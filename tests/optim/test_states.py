@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.optim import low_bit
+from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import RULES
 from slimfit_ds.optim.state_store import LayerState, StateStore
 from slimfit_ds.optim.unit_states import UnitStates

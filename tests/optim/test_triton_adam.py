@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimfit_ds.config import OptimizerStatesConfig
 from slimfit_ds.engine import shard_update
 from slimfit_ds.engine.units import Unit
-from slimfit_ds.freezing.statistics import STATISTICS
+from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import RULES
+from slimfit_ds.schedule.statistics import STATISTICS
 
 pytest.importorskip("triton")
 

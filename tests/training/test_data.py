@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.data import open_splits
 from slimfit_ds.training.recipe import read_recipe
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.deepspeed_config import (
     deepspeed_config,
     load_base,

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.models import (
     build_model,
     fit_model_config,

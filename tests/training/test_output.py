@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.output import plan_output, resolved_yaml
 from slimfit_ds.training.recipe import read_recipe
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.deepspeed_config import load_base, slimfit_block
 from slimfit_ds.training.recipe import read_recipe
 
@@ -84,7 +85,7 @@ def test_files_that_cannot_be_read(name):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_the_project_is_sound(path):
-    from slimfit_ds.freezing.policies import POLICIES
+    from slimfit_ds.schedule.policies import POLICIES
     from slimfit_ds.training.tasks import make_task
 
     draft = read_recipe(path)

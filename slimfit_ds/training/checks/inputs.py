@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.checks.registry import Inspection, needs
 from slimfit_ds.training.recipe import ModelFromConfig
 from slimfit_ds.training.tasks import Preprocessing, make_task

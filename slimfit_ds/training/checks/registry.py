@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.distributed import Ranks
 from slimfit_ds.training.output import OutputPlan
 from slimfit_ds.training.recipe import Draft, Recipe

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from slimfit_ds.activations.config import ActivationsConfig
-from slimfit_ds.config import ConfigError, SlimFitConfig
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.checks.registry import Inspection, needs
 from slimfit_ds.training.deepspeed_config import deepspeed_config, load_base
 
@@ -61,8 +62,8 @@ def deepspeed_values(found: Inspection) -> None:
 @needs("slimfit", "deepspeed", "gradient_checkpointing", "lora", after=("deepspeed_file",))
 def slimfit_values(found: Inspection) -> None:
     from slimfit_ds.engine.compatibility import config_problems
-    from slimfit_ds.freezing.policies import POLICIES
-    from slimfit_ds.freezing.statistics import STATISTICS
+    from slimfit_ds.schedule.policies import POLICIES
+    from slimfit_ds.schedule.statistics import STATISTICS
     from slimfit_ds.training.deepspeed_config import slimfit_block
 
     block = slimfit_block(found.recipe, found.base)

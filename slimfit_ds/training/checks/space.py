@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.checks.registry import Inspection, needs
 from slimfit_ds.training.disk_space import free_bytes, planned_writes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from slimfit_ds.config import ConfigError, describe_validation_error
+from slimfit_ds.errors import ConfigError, describe_validation_error
 from slimfit_ds.training.tasks.base import Preprocessing, Splits, Task, TaskOptions
 
 __all__ = ["TASKS", "Preprocessing", "Splits", "Task", "TaskOptions", "make_task"]

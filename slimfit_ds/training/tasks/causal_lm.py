@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks.base import Rows, Splits
 from slimfit_ds.training.tasks.chat_text import LAYOUTS, messages_of, render
 from slimfit_ds.training.tasks.text import TextOptions, TextTask

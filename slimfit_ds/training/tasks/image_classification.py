@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks.base import Preprocessing, Rows, Splits, Task, TaskOptions
 from slimfit_ds.training.tasks.images import AUGMENTATIONS, pixels
 from slimfit_ds.training.tasks.labels import Labels

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks.base import Splits
 
 if TYPE_CHECKING:

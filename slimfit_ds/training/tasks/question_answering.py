@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks.base import Rows, Splits
 from slimfit_ds.training.tasks.labels import column_values, missing_column
 from slimfit_ds.training.tasks.squad_metrics import squad_metrics

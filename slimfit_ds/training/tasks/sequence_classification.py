@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks.base import Rows, Splits
 from slimfit_ds.training.tasks.labels import Labels
 from slimfit_ds.training.tasks.metrics import classification_metrics

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks.base import Preprocessing, Splits, Task, TaskOptions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from triton_cases import DEVICE, FLOATS, MARKS, SIZES, same, sample
 
 from slimfit_ds.activations.codecs import get_codec
-from slimfit_ds.activations.functions import activation, fused_activation
+from slimfit_ds.activations.ops import activation, fused_activation
 
 pytest.importorskip("triton")
 
@@ -47,7 +47,7 @@ class QuickGELU(nn.Module):
 
 
 def test_every_function_has_forms_and_a_slope():
-    from slimfit_ds.activations.functions.triton_elementwise import FORMS, SLOPES
+    from slimfit_ds.activations.ops.triton_elementwise import FORMS, SLOPES
 
     assert set(FORMS) == set(SLOPES) == fused_activation.KNOWN == set(EXACT)
 
@@ -56,8 +56,8 @@ def test_every_function_has_forms_and_a_slope():
 @pytest.mark.parametrize("name", EXACT)
 def test_values_and_slopes(name, dtype):
     """Where the result is not the difference of two numbers that nearly agree."""
-    from slimfit_ds.activations.functions.triton_activation import apply, integer_gradient
-    from slimfit_ds.activations.functions.triton_elementwise import FORMS, SLOPES
+    from slimfit_ds.activations.ops.triton_activation import apply, integer_gradient
+    from slimfit_ds.activations.ops.triton_elementwise import FORMS, SLOPES
 
     x = torch.linspace(-3, 8, 4999).to(dtype).to(DEVICE)
     exact = EXACT[name](x.double())
@@ -81,8 +81,8 @@ def test_values_and_slopes(name, dtype):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_extreme_inputs(name):
-    from slimfit_ds.activations.functions.triton_activation import apply
-    from slimfit_ds.activations.functions.triton_elementwise import FORMS
+    from slimfit_ds.activations.ops.triton_activation import apply
+    from slimfit_ds.activations.ops.triton_elementwise import FORMS
 
     x = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e4, -1e4, torch.nan], device=DEVICE)
     for form in FORMS[name]:
@@ -94,8 +94,8 @@ def test_extreme_inputs(name):
 @pytest.mark.parametrize("spec", [*STEPS, *INTEGERS], ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_forward_stores_what_the_codec_stores(spec, dtype):
-    from slimfit_ds.activations.functions.triton_activation import apply
-    from slimfit_ds.activations.functions.triton_elementwise import FORMS
+    from slimfit_ds.activations.ops.triton_activation import apply
+    from slimfit_ds.activations.ops.triton_elementwise import FORMS
 
     codec = get_codec(**spec)
     name = spec.get("activation", "silu")
@@ -117,7 +117,7 @@ def test_forward_stores_what_the_codec_stores(spec, dtype):
 @pytest.mark.parametrize("spec", STEPS, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_gradient_of_a_stored_derivative_is_that_of_torch(spec, dtype):
-    from slimfit_ds.activations.functions.triton_activation import table_gradient
+    from slimfit_ds.activations.ops.triton_activation import table_gradient
 
     codec = get_codec(**spec)
     for numel in SIZES:
@@ -143,7 +143,7 @@ def run(function, x, codec, name, patch, in_triton):
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
 @pytest.mark.parametrize("spec", [{"name": "step1", "activation": "relu"}, {"name": "int4"}])
 def test_the_autograd_function_takes_the_kernels(spec, dtype, monkeypatch):
-    from slimfit_ds.activations.functions import triton_activation
+    from slimfit_ds.activations.ops import triton_activation
 
     launched = []
     for name in ("table_forward", "integer_forward", "table_gradient", "integer_gradient"):
@@ -194,8 +194,8 @@ MODULES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_form_rounds_where_the_module_rounds(form, dtype):
     """Nearly all normal numbers agree in every bit; a form that rounds elsewhere misses 2 % and more of them."""
-    from slimfit_ds.activations.functions import triton_elementwise
-    from slimfit_ds.activations.functions.triton_activation import apply
+    from slimfit_ds.activations.ops import triton_elementwise
+    from slimfit_ds.activations.ops.triton_activation import apply
 
     numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     numbers = numbers[numbers.isfinite() & (numbers.abs() >= torch.finfo(dtype).tiny)].to(DEVICE)

@@ -11,9 +11,9 @@ from triton_cases import DEVICE, FLOATS, MARKS
 
 from slimfit_ds.activations.checkpoint import checkpoint
 from slimfit_ds.activations.codecs import get_codec
-from slimfit_ds.activations.functions import philox_dropout as module
-from slimfit_ds.activations.functions.norm import NormKind, compressed_norm
-from slimfit_ds.activations.functions.philox_dropout import philox_dropout
+from slimfit_ds.activations.ops import philox_dropout as module
+from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
+from slimfit_ds.activations.ops.philox_dropout import philox_dropout
 from slimfit_ds.activations.storing import RECIPE, SHARED
 
 pytest.importorskip("triton")
@@ -50,7 +50,7 @@ def philox(counters, seed):
 @pytest.mark.parametrize("seed", [1, (1 << 62) + 987654321, (1 << 64) - 1])
 @pytest.mark.parametrize("first", [0, (1 << 32) - 100])
 def test_the_mask_is_that_of_philox(seed, first):
-    from slimfit_ds.activations.functions import triton_dropout
+    from slimfit_ds.activations.ops import triton_dropout
 
     n, p, tile = 8201, 0.25, 1024
     x = torch.ones(n, device=DEVICE)

@@ -219,8 +219,8 @@ def test_channels_compile_for_hopper_in_wide_loads() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "quick_gelu", "relu"])
 def test_activations_compile_for_hopper_in_wide_loads(name: str) -> None:
-    from slimfit_ds.activations.functions import triton_activation
-    from slimfit_ds.activations.functions.triton_elementwise import FORMS, SLOPES
+    from slimfit_ds.activations.ops import triton_activation
+    from slimfit_ds.activations.ops.triton_elementwise import FORMS, SLOPES
 
     cells = {"BITS": 4, "HIGH_BITS": 1, "TILE": 4096}
     groups = {"GROUP": 64, "ROWS": 64, "BITS": 4, "HIGH_BITS": 0}
@@ -240,7 +240,7 @@ def test_activations_compile_for_hopper_in_wide_loads(name: str) -> None:
 
 @pytest.mark.slow
 def test_dropout_compiles_for_hopper_in_wide_loads() -> None:
-    from slimfit_ds.activations.functions import triton_dropout
+    from slimfit_ds.activations.ops import triton_dropout
 
     ptx = _ptx(triton_dropout._drop_kernel, {"TILE": 1024})
     assert "ld.global.v4" in ptx
@@ -250,7 +250,7 @@ def test_dropout_compiles_for_hopper_in_wide_loads() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [768, 4096])
 def test_norms_compile_for_hopper_in_wide_loads(width: int) -> None:
-    from slimfit_ds.activations.functions import triton_norm, triton_norm_weights
+    from slimfit_ds.activations.ops import triton_norm, triton_norm_weights
 
     groups = {
         "WIDTH": width,

@@ -19,7 +19,7 @@ CODECS = [("int4", 32), ("int4", 64), ("int5", 64), ("int6", 64), ("int8", 64)]
 @pytest.mark.parametrize("width", [64, 192, 768])
 @pytest.mark.parametrize(("name", "group"), CODECS)
 def test_forward_and_backward(name, group, width, centred, dtype):
-    from slimfit_ds.activations.functions.triton_norm import encode_norm, norm_gradient
+    from slimfit_ds.activations.ops.triton_norm import encode_norm, norm_gradient
 
     torch.manual_seed(0)
     tokens, codec = 5, get_codec(name, group=group)
@@ -54,7 +54,7 @@ def test_forward_and_backward(name, group, width, centred, dtype):
 @pytest.mark.parametrize("centred", [True, False])
 def test_gradients_of_weights(centred, name, group, width, dtype, wanted, monkeypatch):
     """Against float64, with more rows than programs and fewer."""
-    from slimfit_ds.activations.functions import triton_norm, triton_norm_weights
+    from slimfit_ds.activations.ops import triton_norm, triton_norm_weights
 
     monkeypatch.setattr(triton_norm_weights, "_PROGRAMS", 4)
     torch.manual_seed(1)
@@ -85,7 +85,7 @@ def test_gradients_of_weights(centred, name, group, width, dtype, wanted, monkey
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_norm_takes_the_kernels(monkeypatch, centred, training):
     """The torch path, which is tested against autograd, and the kernels give the same gradients."""
-    from slimfit_ds.activations.functions import norm
+    from slimfit_ds.activations.ops import norm
 
     layer = torch.nn.LayerNorm(64) if centred else torch.nn.RMSNorm(64, eps=1e-5)
     layer = layer.to(DEVICE)

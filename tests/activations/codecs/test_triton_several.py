@@ -9,7 +9,7 @@ from triton_cases import DEVICE, FLOATS, MARKS, same, sample
 
 from slimfit_ds.activations.codecs import absmax, get_codec
 from slimfit_ds.activations.codecs.packing import split_planes
-from slimfit_ds.activations.functions.attention import recomputed_attention
+from slimfit_ds.activations.ops.attention import recomputed_attention
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks import Preprocessing, Splits, make_task
 
 

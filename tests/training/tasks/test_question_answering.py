@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks import Preprocessing, Splits, make_task
 from slimfit_ds.training.tasks.question_answering import AnsweringOptions, best_span
 

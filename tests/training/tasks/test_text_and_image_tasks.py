@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 from transformers import BertConfig, ViTConfig
 
-from slimfit_ds.config import ConfigError
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.training.tasks import Preprocessing, Splits, make_task
 from slimfit_ds.training.tasks.images import AUGMENTATIONS, pixels
 

@@ -1,0 +1,230 @@
+"""Compressed activations and freezing on any module, without DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimfit_ds.activations.apply import CompressionHandle, compress
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.optim.host_states import HostStates
+from slimfit_ds.optim.rules import rule_of
+from slimfit_ds.schedule.prepare import prepare_layers
+from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.schedule.statistics import STATISTICS
+from slimfit_ds.trainable.columns import adopt_columns, unsplit_columns
+from slimfit_ds.trainable.layers import discover
+
+__all__ = ["SlimHandle", "slim"]
+
+
+class SlimHandle:
+    """What `slim` did to a model, and the schedule that it follows.
+
+    Attributes:
+        schedule: the freeze schedule.
+        compression: the compressed activations; its `report()` says what was recognised.
+        trainable: every parameter that may train at some step, by name.
+    """
+
+    def __init__(self, model: nn.Module, config: SlimFitConfig):
+        self._model = model
+        self._frozen = prepare_layers(model, config.freeze)
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        roles = discover(model)
+        self._parameters = [model.get_parameter(name) for name in roles.names]
+        self._statistic = STATISTICS.get(config.freeze.statistic)
+        small = [model.get_parameter(name) for name in roles.small]
+        self._biases, self._small = (small, []) if config.freeze.train_biases else ([], small)
+        self.schedule = FreezeSchedule(roles.layers, config.freeze)
+        self.schedule.warn_of_oversized()
+        self.compression: CompressionHandle = compress(model, config.activations)
+        # Freshly discovered layers all train.
+        self._applied = frozenset(range(len(self._parameters)))
+        inactive = config.optimizer_states.inactive
+        self._host_states = HostStates(self._parameters) if inactive == "host" else None
+        self._stale_moments = config.optimizer_states.stale_moments
+        self._before: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._stretched: list[tuple[nn.Parameter, Tensor, float]] = []
+        self._still: set[int] = set()
+        self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
+        self._hooks: list[Any] = []
+        for parameter in self._small:
+            parameter.requires_grad_(False)
+        self._apply()
+
+    @property
+    def active_layers(self) -> frozenset[str]:
+        """The layers that train in the coming step."""
+        return self.schedule.active_names
+
+    def follow(
+        self, optimizer: torch.optim.Optimizer, combine: Callable[[Tensor], Tensor] | None = None
+    ) -> SlimHandle:
+        """Move on to the next active set after each step of an optimizer.
+
+        Any optimizer that skips parameters without a gradient will do, as those of torch do: a frozen
+        layer has none. The active weights (not all of them) are copied for the length of a step, to
+        measure how far they moved and to give them a learning rate of their own; the DeepSpeed engine needs no copy.
+
+        Args:
+            optimizer: steps this model.
+            combine: makes the sums of the statistic `[layers, columns]`, float32, of this process those of all
+                processes; None: this process is alone.
+
+        Returns:
+            This handle.
+        """
+        if combine is not None:
+            self._combine = combine
+        # An optimizer may be older than the split.
+        adopt_columns(self._model, optimizer.param_groups, optimizer.state)
+        if self._host_states is not None:
+            # It stays when this handle goes: the optimizer finds its states in any case.
+            optimizer.register_step_pre_hook(self._host_states.fetch)
+        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        if self._host_states is not None:
+            self._hooks.append(optimizer.register_step_post_hook(self._host_states.store))
+            self._host_states.store(optimizer)
+        return self
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        assert self._statistic is not None
+        factors = self.schedule.lr_factors()
+        active = sorted(self.schedule.active)
+        present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
+        self._age(optimizer, present)
+        self._sums = {}
+        if self._statistic.of_gradient:
+            for layer, parameter in present.items():
+                gradient = parameter.grad.float().flatten()  # type: ignore[union-attr]
+                self._sums[layer] = self._statistic.of_update(gradient, parameter.float().flatten())
+        self._before = {
+            layer: parameter.clone()
+            for layer, parameter in present.items()
+            if not self._statistic.of_gradient or factors[layer] != 1.0
+        }
+        self._stretched = [
+            (self._parameters[layer], old, factors[layer])
+            for layer, old in self._before.items()
+            if factors[layer] != 1.0
+        ]
+        if factors[None] != 1.0:
+            self._stretched += [(p, p.clone(), factors[None]) for p in self._biases if p.grad is not None]
+        self._still = {
+            id(parameter)
+            for group in optimizer.param_groups
+            if float(group["lr"]) == 0.0
+            for parameter in group["params"]
+        }
+
+    def _age(self, optimizer: torch.optim.Optimizer, present: Mapping[int, nn.Parameter]) -> None:
+        """What becomes of the moments of layers that have missed steps."""
+        if self._stale_moments == "keep":
+            return
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for layer, parameter in present.items():
+            missed = self.schedule.missed(layer)
+            if not missed or parameter not in optimizer.state:
+                continue
+            if self._stale_moments == "reset":
+                del optimizer.state[parameter]
+                continue
+            state, options = optimizer.state[parameter], groups[id(parameter)]
+            rule = rule_of(optimizer)
+            rule.decay({name: state[name] for name in rule.states(options)}, missed, options)
+            if "step" in state:
+                state["step"] += missed
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        before, self._before = self._before, {}
+        stretched, self._stretched = self._stretched, []
+        # A fused optimizer finds out on the device whether a loss scaler lets it step; a skipped step is tried
+        # again with the same layers.
+        if (overflow := getattr(optimizer, "found_inf", None)) is not None and float(overflow):
+            return
+        # An update is proportional to the learning rate, so the step may be stretched after it was made.
+        for parameter, old, factor in stretched:
+            parameter.copy_(torch.lerp(old, parameter, factor))
+        assert self._statistic is not None
+        if not self._statistic.of_gradient:
+            self._sums = {
+                layer: self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()
+            }
+        # One transfer for all layers.
+        totals = self._combine(torch.stack([*self._sums.values()])).tolist() if self._sums else []
+        # A layer that took no part in the forward pass did not move.
+        statistics = dict.fromkeys(self.schedule.active - self._sums.keys(), 0.0)
+        for layer, total in zip(self._sums, totals, strict=True):
+            statistics[layer] = self._statistic.finish(total, self._parameters[layer].numel())
+        # A rate of zero (the first step of a warm-up) says nothing about how much a layer has to learn.
+        self.advance(
+            {layer: s for layer, s in statistics.items() if id(self._parameters[layer]) not in self._still}
+        )
+
+    def advance(self, statistics: Mapping[int, float]) -> None:
+        """Count a step and freeze all but the next active set; `follow` calls this."""
+        self.schedule.advance(statistics)
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule, as JSON types: all that is needed to go on, beside weights and optimizer states."""
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved schedule.
+
+        Raises:
+            ConfigError: it is of another model; names the difference.
+        """
+        self.schedule.load_state_dict(state)
+        self._apply()
+
+    def _apply(self) -> None:
+        """Freeze and wake the layers that the schedule's active set differs in from the one in force."""
+        active = self.schedule.active
+        for layer in self._applied - active:
+            self._parameters[layer].requires_grad_(False)
+            self._parameters[layer].grad = None
+        for layer in active - self._applied:
+            self._parameters[layer].requires_grad_(True)
+        self._applied = active
+
+    def remove(self) -> None:
+        """Restore the model exactly: every layer trains again, nothing is compressed."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for parameter in [*self._parameters, *self._small]:
+            parameter.requires_grad_(True)
+        self.compression.remove()
+        if self._frozen:
+            unsplit_columns(self._model, self._frozen)
+
+
+def slim(model: nn.Module, config: SlimFitConfig | Mapping[str, Any] | None = None) -> SlimHandle:
+    """Freeze and compress any module in a plain training loop.
+
+    Args:
+        model: the module; its `state_dict` keys do not change.
+        config: the `"slimfit"` block.
+
+    Returns:
+        A handle: `follow(optimizer)` keeps the schedule going, `remove()` restores the model.
+
+    Raises:
+        ConfigError: all problems of the block at once.
+
+    Example:
+        handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.9}, "activations": "minimal"})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+        handle.follow(optimizer)
+    """
+    return SlimHandle(model, SlimFitConfig.parse(config))

@@ -1,0 +1,1 @@
+"""Predict memory before a run, and search for settings that fit."""

@@ -1,0 +1,1 @@
+"""When it trains: policies, update statistics, the budget of an active set, and the schedule."""

@@ -1,0 +1,1 @@
+"""What trains: the layers of a model, and the columns of a layer that train."""

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import slimfit_ds
+from slimfit_ds.errors import ConfigError
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=8,
+        )
+    )
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 32, (4, 8)), "labels": torch.randint(0, 2, (4,))}
+
+
+@pytest.mark.parametrize("preset", ["exact", "minimal"])
+def test_frozen_layers_stay_and_all_layers_train_in_turn(preset):
+    model = bert()
+    handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.8}, "activations": preset})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    handle.follow(optimizer)
+    trained: set[str] = set()
+    names = set(handle.schedule.names)
+    for _ in range(12):
+        active = handle.active_layers
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trained |= active
+        for name in names:
+            assert torch.equal(model.get_parameter(name), before[name]) == (name not in active), name
+    assert trained == names
+
+
+def test_the_statistic_is_how_far_the_weight_moved():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "none"}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.follow(optimizer)
+    old = model[0].weight.detach().clone().double()
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    moved = (model[0].weight.detach().double() - old).abs()
+    expected = (moved / torch.maximum(moved, old.abs())).mean().item()
+    assert handle.schedule.statistics[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_remove_restores_the_model():
+    model = bert()
+    inputs = batch()
+    keys = list(model.state_dict())
+    model.eval()
+    expected = model(**inputs).logits
+    handle = slimfit_ds.slim(model, {"activations": "minimal", "freeze": {"train_biases": False}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.follow(optimizer)
+    assert list(model.state_dict()) == keys
+    handle.remove()
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(**inputs).logits, expected)
+    model.train()
+    model(**inputs).loss.backward()
+    optimizer.step()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_bad_blocks_are_refused():
+    with pytest.raises(ConfigError, match=r"slimfit\.freeze\.rate must be in"):
+        slimfit_ds.slim(bert(), {"freeze": {"rate": 7}})
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def move(model: nn.Module, handle, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    model(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_learning_rates_of_chosen_layers_and_of_what_always_trains():
+    """Against plain AdamW with a parameter group of its own rate for each."""
+    model, plain = two_layers(), two_layers()
+    scales = {"lr_scale": 3.0, "always_lr_scale": 0.5}
+    handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.0, "always_active": ["2*"], **scales}})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    handle.follow(optimizer)
+    rates = {"0.weight": 3e-2, "0.bias": 5e-3, "2.weight": 5e-3, "2.bias": 5e-3}
+    reference = torch.optim.AdamW(
+        [{"params": [p], "lr": rates[name]} for name, p in plain.named_parameters()], weight_decay=0.1
+    )
+    for step in range(5):
+        move(model, handle, optimizer, step)
+        move(plain, None, reference, step)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistic", ["taylor", "gradient_norm"])
+def test_statistics_of_the_gradient(statistic):
+    model = two_layers()
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "none", "statistic": statistic, "lr_scale": 2.0}})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    handle.follow(optimizer)
+    model(torch.randn(3, 4)).square().sum().backward()
+    w, g = model[2].weight.detach().double(), model[2].weight.grad.double()
+    expected = {"taylor": (w * g).abs().sum(), "gradient_norm": g.norm()}[statistic].item()
+    optimizer.step()
+    assert handle.schedule.statistics[1] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stale", ["keep", "decay", "reset"])
+def test_moments_of_a_layer_that_returns(stale):
+    """Against one AdamW per weight, whose moments age in the steps that the weight misses."""
+    model, plain = two_layers(), two_layers()
+    block = {
+        "freeze": {"policy": "random", "rate": 0.5, "train_biases": False},
+        "optimizer_states": {"stale_moments": stale},
+    }
+    handle = slimfit_ds.slim(model, block)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    handle.follow(optimizer)
+    references = {
+        name: torch.optim.AdamW([plain.get_parameter(name)], lr=1e-2, weight_decay=0.0)
+        for name in ("0.weight", "2.weight")
+    }
+    for step in range(12):
+        active = handle.active_layers
+        move(model, handle, optimizer, step)
+        plain.zero_grad()
+        plain(torch.randn(3, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        for name, reference in references.items():
+            weight = plain.get_parameter(name)
+            if name in active:
+                reference.step()
+            elif stale == "reset":
+                reference.state.clear()
+            elif stale == "decay" and reference.state:
+                kept = weight.detach().clone()
+                weight.grad = torch.zeros_like(weight)
+                reference.step()
+                weight.data.copy_(kept)
+    for name in references:
+        torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)

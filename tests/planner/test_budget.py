@@ -1,0 +1,90 @@
+"""From a live model to settings within a budget."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.planner.budget import settings_for_budget, workload_of
+from slimfit_ds.planner.estimator import Simulator
+from slimfit_ds.planner.strategy import Strategy
+
+CONFIG = BertConfig(
+    num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128, vocab_size=500
+)
+BATCH = {
+    "input_ids": torch.zeros(2, 24, dtype=torch.long),
+    "attention_mask": torch.ones(2, 24, dtype=torch.long),
+}
+
+
+def test_workload_of_a_live_model():
+    CONFIG.num_labels = 5
+    workload = workload_of(BertForSequenceClassification(CONFIG), BATCH, 4, "bf16", 2)
+    assert (workload.batch, workload.seq, workload.task, workload.labels) == (
+        8,
+        24,
+        "sequence_classification",
+        5,
+    )
+    assert workload.config().hidden_size == 64
+    assert workload_of(BertForQuestionAnswering(CONFIG), BATCH, 4, "fp32").task == "question_answering"
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100))
+    assert workload_of(gpt2, BATCH, 1, "fp32").task == "causal_lm"
+    masked = {**BATCH, "attention_mask": torch.tensor([[1, 0], [1, 1]])}
+    assert workload_of(gpt2, masked, 1, "fp32").padding
+
+
+def test_a_model_without_configuration_is_refused():
+    with pytest.raises(ConfigError, match=r"memory_budget: Linear cannot be simulated"):
+        workload_of(torch.nn.Linear(2, 2), BATCH, 1, "fp32")
+
+
+@pytest.mark.slow
+def test_budget_decides_and_the_choice_fits():
+    model = BertForSequenceClassification(CONFIG)
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": 64,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 100_000},
+    }
+    workload = workload_of(model, BATCH, 64, "fp32")
+    strategy = Strategy("x", stage=1, bucket=100_000)
+    with Simulator() as simulator:
+
+        def choose(budget):
+            fixed = {"freeze": {"rate": 0.9}}
+            return settings_for_budget(
+                budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"), simulator
+            )
+
+        def peak(block):
+            return simulator.run(workload, strategy.with_(slimfit=block), "worst", "cpu").peak
+
+        rich, _ = choose(10**12)
+        assert rich["activations"]["preset"] == "exact"
+        limit = peak(rich) // 2
+        tight, reason = choose(limit)
+        assert tight["activations"]["preset"] != "exact"
+        assert tight["freeze"]["rate"] == 0.9
+        assert "next faster" in reason
+        SlimFitConfig.parse(tight)
+        assert peak(tight) <= limit
+        with pytest.raises(ConfigError, match="smallest feasible budget") as error:
+            choose(1000)
+        smallest = int(str(error.value).split("fixed is ")[1].split()[0])
+        assert choose(smallest)[0]
+
+
+def test_auto_needs_a_gpu():
+    model = BertForSequenceClassification(CONFIG)
+    with pytest.raises(ConfigError, match="auto needs a CUDA device"):
+        settings_for_budget(
+            "auto", model, BATCH, {"train_micro_batch_size_per_gpu": 1}, {}, 1, torch.device("cpu")
+        )

@@ -1,0 +1,43 @@
+"""The fake world, in a process of its own: it must not leave a fake process group behind in the tests'."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import os, torch, torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from slimfit_ds.planner.fake_world import FakeWorld
+from slimfit_ds.planner.cuda_semantics import CudaSemantics
+import torch.nn.functional as F
+
+before = torch.nn.Module._apply, os.environ.get("RANK"), F.dropout
+with FakeWorld(8), CudaSemantics():
+    assert dist.get_world_size() == 8
+    x = torch.randn(1000, 1000, 1000)
+    assert isinstance(x, FakeTensor)
+    assert x.sum().item() == 1.0 and (x > 0).any().item() is False and torch.tensor(7).item() == 7
+    t = torch.tensor(5); dist.broadcast(t, 0); assert t.item() == 5
+    dist.all_reduce(x)
+    q = torch.randn(2, 4, 16, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.numel()) or s, lambda s: s):
+        out = F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+        y = F.dropout(out, 0.5)
+    assert sorted(kept) == sorted([1024] * 4 + [128] + [1024]), kept
+    y.sum().backward()
+    assert q.grad.shape == q.shape
+assert before == (torch.nn.Module._apply, os.environ.get("RANK"), F.dropout)
+try:
+    FakeWorld(4).__enter__()
+except RuntimeError as error:
+    assert "4 ranks" in str(error)
+else:
+    raise AssertionError("another world size must be refused")
+print("fine")
+os._exit(0)
+"""
+
+
+def test_values_groups_and_restoration():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

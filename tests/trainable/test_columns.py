@@ -1,0 +1,508 @@
+"""Layers of which some input columns train, against plain layers with their gradient cut to those columns."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import slimfit_ds
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.schedule.config import FreezeConfig
+from slimfit_ds.trainable.column_plan import plan_columns
+from slimfit_ds.trainable.columns import (
+    adopt_columns,
+    column_places,
+    fill_columns,
+    split_columns,
+)
+from slimfit_ds.trainable.layers import discover
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 40):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Embedding, two blocks and a head; `[batch, tokens]` ids to `[batch, 3]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 40)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def bert(hidden_size: int = 40, intermediate_size: int = 80):
+    """With 512 positions, two types and two classes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = BertConfig(
+        vocab_size=300,
+        hidden_size=hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=intermediate_size,
+    )
+    return BertForSequenceClassification(shape)
+
+
+LINEAR = [f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down")]
+SPLIT = ["words", *LINEAR]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 50, (6, 7), generator=torch.Generator().manual_seed(1))
+
+
+def config(rate: float = 0.8, **more) -> FreezeConfig:
+    return FreezeConfig(policy="columns", rate=rate, **more)
+
+
+def columns_of(module) -> list[int]:
+    """The trained columns, found by looking which of them the parameter changes."""
+    weight = module.weight.detach().clone()
+    marked = torch.full_like(module.weight_columns, 1e6)
+    return (module.split.fill(weight, marked) == 1e6).any(0).nonzero().flatten().tolist()
+
+
+def moves_of_a_step(model, ids, block) -> dict[str, torch.Tensor]:
+    """How far one step of SGD takes each parameter, by name."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    slimfit_ds.slim(model, block).follow(optimizer)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(ids).square().sum().backward()
+    optimizer.step()
+    return {name: p.detach() - start[name] for name, p in model.named_parameters()}
+
+
+def test_output_and_gradients_are_those_of_the_whole_layer_cut_to_the_columns(model, ids):
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    out, expected = model(ids), plain(ids)
+    assert torch.equal(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for name in SPLIT:
+        mine, whole = model.get_submodule(name), plain.get_submodule(name)
+        cut = whole.weight.grad[: len(mine.weight_columns), columns_of(mine)]
+        torch.testing.assert_close(mine.weight_columns.grad, cut, rtol=1e-5, atol=1e-6)
+        assert mine.weight.grad is None
+        if getattr(whole, "bias", None) is not None:
+            torch.testing.assert_close(mine.bias.grad, whole.bias.grad)
+    torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+    torch.testing.assert_close(model.blocks[0].norm.weight.grad, plain.blocks[0].norm.weight.grad)
+
+
+def test_training_is_that_of_the_whole_model_with_masked_gradients(model, ids):
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    for name in SPLIT:
+        mask = torch.zeros(plain.get_submodule(name).weight.shape)
+        mask[: len(model.get_submodule(name).weight_columns), columns_of(model.get_submodule(name))] = 1
+        plain.get_submodule(name).weight.register_hook(lambda grad, mask=mask: grad * mask)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for each in (model, plain):
+        optimizer = torch.optim.Adam([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            each(ids).square().sum().backward()
+            optimizer.step()
+    trained = model.state_dict()
+    assert trained.keys() == before.keys()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-5)
+    for name in SPLIT:
+        rest = [
+            c
+            for c in range(before[f"{name}.weight"].shape[1])
+            if c not in columns_of(model.get_submodule(name))
+        ]
+        assert torch.equal(trained[f"{name}.weight"][:, rest], before[f"{name}.weight"][:, rest])
+        assert not torch.equal(trained[f"{name}.weight"], before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.9, 0.95])
+def test_weights_and_inputs_keep_to_the_rate(rate):
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(100, 40), "blocks": nn.ModuleList(Block(80) for _ in range(3))}
+    )
+    layers = discover(model).layers
+    weights, inputs = sum(layer.numel for layer in layers), sum(layer.inputs for layer in layers)
+    split_columns(model, config(rate))
+    trained = discover(model).layers
+    assert 0 < sum(layer.numel for layer in trained) <= (1 - rate) * weights + 1e-6
+    assert 0 < sum(layer.inputs for layer in trained) <= (1 - rate) * inputs + 1e-6
+    # Not half of what would be allowed.
+    assert sum(layer.inputs for layer in trained) > 0.6 * (1 - rate) * inputs
+
+
+def test_every_tensor_that_is_read_has_the_same_number_of_columns():
+    plan = plan_columns(bert(hidden_size=64, intermediate_size=256), config(0.9))
+    words, *linear = plan.split
+    assert len(linear) == 12
+    (count,) = {each.count for each in linear}
+    # By hand: a column has 9 * 64 outputs in each of two blocks, 4 sources of them 7 * 64 inputs.
+    numel = 300 * 64 + 512 * 64 + 2 * 64 + 64 * 5 + 2 * 12 * 64**2 + 64**2 + 2 * 64
+    whole = 64 * 5 + 64**2 + 2 * 64
+    by_weights = (0.1 * numel - whole) / (2 * 9 * 64)
+    by_inputs = 0.1 * (2 * 7 * 64 + 64 + 64) / (2 * 4)
+    assert count == int(min(by_weights, by_inputs))
+    assert words.layer.name == "bert.embeddings.word_embeddings.weight"
+    # As many places as a layer has columns, of the words that the weights which the layers leave are enough for.
+    left = 0.1 * numel - whole - count * 2 * 9 * 64
+    assert (words.count, words.rows) == (count, int(left / count) if left < 300 * count else None)
+
+
+def test_the_word_embedding_trains_an_eighth_of_the_words_or_more():
+    words, blocks = nn.Embedding(2_000, 60), nn.ModuleList(Block(200) for _ in range(3))
+    plan = plan_columns(nn.ModuleDict({"words": words, "blocks": blocks}), config(0.9))
+    embedding, *linear = plan.split
+    (count,) = {each.count for each in linear}
+
+    def words_for(count: int) -> int:
+        """What so many columns of each layer leave of the weights."""
+        room = 0.1 * (2_000 * 60 + 3 * (200 + 2 * 200 * 400)) - 3 * 200
+        return int((room - count * 3 * 600) / count)
+
+    assert embedding.count == count
+    assert embedding.rows == words_for(count) >= 2_000 / 8
+    # The inputs would allow more columns of a layer, and the weights too.
+    assert (count + 1) * 6 <= 0.1 * 3 * 600
+    assert 0 < words_for(count + 1) < 2_000 / 8
+
+
+def test_words_behind_the_front_of_the_vocabulary_stay_as_they_are(model):
+    split_columns(model, config())
+    rows, places = len(model.words.weight_columns), columns_of(model.words)
+    assert 0 < rows < 50
+    before, plain = model.words.weight.detach().clone(), copy.deepcopy(model.words.weight.detach())
+    with torch.no_grad():
+        model.words.weight_columns.add_(1)
+    plain[:rows, places] += 1
+    # All ids, in two dimensions; the last trained word and the first that is not among them.
+    ids = torch.arange(50).view(5, 10)
+    assert torch.equal(model.words(ids), plain[ids])
+    weights = torch.randn(5, 10, 40, generator=torch.Generator().manual_seed(0))
+    (model.words(ids) * weights).sum().backward()
+    by_word = weights.view(50, 40)[:rows, places]
+    torch.testing.assert_close(model.words.weight_columns.grad, by_word)
+    assert torch.equal(model.words.weight[rows:], before[rows:])
+    assert torch.equal(model.state_dict()["words.weight"], plain)
+
+
+def test_a_vector_of_one_place_stays_frozen():
+    plan = plan_columns(
+        nn.ModuleDict({"words": nn.Embedding(50, 1), "blocks": nn.ModuleList([Block(), Block()])}), config()
+    )
+    assert not any("words" in each.layer.name for each in plan.split)
+
+
+def test_all_words_train_where_the_weights_are_enough():
+    plan = plan_columns(
+        nn.ModuleDict(
+            {"words": nn.Embedding(30, 100), "blocks": nn.ModuleList(Block(200) for _ in range(3))}
+        ),
+        config(0.9),
+    )
+    embedding, *linear = plan.split
+    assert (embedding.rows, embedding.count) == (None, linear[0].count)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_computes_in_a_way_of_its_own_stays_frozen(model, options):
+    model.words = nn.Embedding(50, 40, **options)
+    assert [each.layer.name for each in plan_columns(model, config()).split] == [
+        f"{n}.weight" for n in LINEAR
+    ]
+    split_columns(model, config())
+    assert not model.words.weight.requires_grad
+
+
+def test_words_are_what_a_model_takes_for_its_inputs():
+    # 512 positions are more than 300 words, and a ViT has none.
+    from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, ViTForImageClassification
+
+    names = {each.layer.name for each in plan_columns(bert(), config()).split}
+    assert {name for name in names if "embedding" in name} == {"bert.embeddings.word_embeddings.weight"}
+    shape = GPT2Config(vocab_size=300, n_embd=40, n_layer=2, n_head=2)
+    names = {each.layer.name for each in plan_columns(GPT2ForSequenceClassification(shape), config()).split}
+    assert {name for name in names if name.startswith("transformer.w")} == {"transformer.wte.weight"}
+    vit = ViTConfig(hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80)
+    names = {each.layer.name for each in plan_columns(ViTForImageClassification(vit), config()).split}
+    assert not any("embedding" in name for name in names)
+
+
+def test_the_vector_of_the_padding_token_stays(model, ids):
+    model.words = nn.Embedding(50, 40, padding_idx=3)
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    ids[:, 0] = 3
+    for each in (model, plain):
+        each(ids).square().sum().backward()
+    gradient = model.words.weight_columns.grad
+    assert not gradient[3].any()
+    torch.testing.assert_close(gradient, plain.words.weight.grad[: len(gradient), columns_of(model.words)])
+
+
+def test_the_embedding_keeps_no_more_than_the_ids(model, ids):
+    split_columns(model, config())
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model.words(ids)
+    assert [t.data_ptr() for t in saved] == [ids.data_ptr()]
+
+
+@pytest.mark.parametrize("scale", [10.0, "auto"])
+def test_the_rate_of_the_embedding_has_a_factor_of_its_own(model, ids, scale):
+    plain = copy.deepcopy(model)
+    for each, factor in ((model, scale), (plain, 1.0)):
+        block = {"freeze": {"policy": "columns", "rate": 0.8, "embedding_lr_scale": factor}}
+        each.moved = moves_of_a_step(each, ids, block)
+    # As many places move so much further that a whole vector moves as far, in the norm.
+    expected = 10.0 if scale == 10.0 else (40 / model.words.split.count) ** 0.5
+    for name, moved in model.moved.items():
+        factor = expected if name == "words.weight_columns" else 1.0
+        torch.testing.assert_close(moved, factor * plain.moved[name], rtol=1e-3, atol=1e-6)
+
+
+def test_layers_that_read_the_same_tensor_share_one_copy():
+    model = bert()
+    split_columns(model, config())
+    attention = model.bert.encoder.layer[0].attention
+    layers = [attention.self.query, attention.self.key, attention.self.value]
+    assert columns_of(layers[0]) == columns_of(layers[1]) == columns_of(layers[2])
+    x = torch.randn(2, 5, 40, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in attention.parameters()}
+    saved: set[int] = set()
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = sum(layer(x) for layer in layers)
+        # Nothing is shared with a tensor that was changed since.
+        with torch.no_grad():
+            x.mul_(2)
+        other = layers[0](x)
+    assert len(saved) == 2
+    (out + other).sum().backward()
+    inputs = (0.5 * x.detach())[..., columns_of(layers[0])].sum((0, 1))
+    torch.testing.assert_close(layers[1].weight_columns.grad, inputs.expand(40, -1))
+    torch.testing.assert_close(layers[0].weight_columns.grad, 3 * inputs.expand(40, -1))
+
+
+def test_queries_of_cross_attention_read_a_tensor_of_their_own():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = T5Config(vocab_size=300, d_model=40, d_kv=20, d_ff=80, num_layers=1, num_heads=2)
+    source = {e.layer.name: e.source for e in plan_columns(T5ForConditionalGeneration(shape), config()).split}
+    own = "decoder.block.0.layer.0.SelfAttention"
+    assert source[f"{own}.q.weight"] == source[f"{own}.v.weight"]
+    cross = "decoder.block.0.layer.1.EncDecAttention"
+    assert source[f"{cross}.q.weight"] != source[f"{cross}.k.weight"]
+
+
+def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
+    other, again = copy.deepcopy(model), copy.deepcopy(model)
+    split_columns(model, config())
+    split_columns(other, config(seed=1))
+    split_columns(again, config())
+    places = [columns_of(model.get_submodule(name)) for name in SPLIT]
+    assert all(len({b - a for a, b in itertools.pairwise(p)}) == 1 for p in places)
+    assert places == [columns_of(again.get_submodule(name)) for name in SPLIT]
+    assert places != [columns_of(other.get_submodule(name)) for name in SPLIT]
+
+
+def test_only_the_columns_of_the_input_are_kept(model, ids):
+    split_columns(model, config())
+    saved: list[int] = []
+    layer = model.blocks[0].down
+    x = torch.randn(6, 7, 80, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert saved == [6 * 7 * layer.split.count * 4]
+    saved.clear()
+    layer.weight_columns.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert saved == []
+
+
+def test_under_autocast_it_computes_as_a_linear_layer_does(model, ids):
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = model(ids), plain(ids)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    out.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    mine, whole = model.blocks[1].up, plain.blocks[1].up
+    assert mine.weight_columns.grad.dtype == torch.float32
+    torch.testing.assert_close(
+        mine.weight_columns.grad, whole.weight.grad[:, columns_of(mine)], rtol=0.05, atol=0.05
+    )
+
+
+def test_conv1d_of_gpt2_is_split_along_its_inputs():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"fc": Conv1D(24, 40)})])})
+    plain = copy.deepcopy(model)
+    split_columns(model, config())
+    layer, whole = model["h"][0]["fc"], plain["h"][0]["fc"]
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(layer(x), whole(x))
+    layer(x).square().sum().backward()
+    whole(x).square().sum().backward()
+    places = (layer.split.fill(torch.zeros(40, 24), torch.ones_like(layer.weight_columns)).mT == 1).all(1)
+    torch.testing.assert_close(layer.weight_columns.grad, whole.weight.grad[places])
+    assert type(layer).__name__ == "Conv1D"
+
+
+def test_a_state_dict_knows_whole_weights_only_and_loads_them(model, ids):
+    keys = set(model.state_dict())
+    split_columns(model, config())
+    with torch.no_grad():
+        model.blocks[0].up.weight_columns.add_(1.0)
+    expected = model(ids)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    assert set(state) == keys
+    plain = Model()
+    plain.load_state_dict(state)
+    assert torch.equal(plain(ids), expected)
+    again = Model()
+    split_columns(again, config())
+    again.load_state_dict(state)
+    assert torch.equal(again(ids), expected)
+    assert torch.equal(again.blocks[0].up.weight_columns, model.blocks[0].up.weight_columns)
+
+
+def test_merging_a_dict_of_all_parameters(model):
+    split_columns(model, config())
+    everything = {name: p.detach().clone() for name, p in model.named_parameters()}
+    everything["blocks.0.up.weight_columns"] += 1
+    merged = fill_columns(everything, column_places(model))
+    assert not any(name.endswith("columns") for name in merged)
+    moved = merged["blocks.0.up.weight"] - everything["blocks.0.up.weight"]
+    assert moved.count_nonzero(0).nonzero().flatten().tolist() == columns_of(model.blocks[0].up)
+
+
+def test_an_optimizer_that_is_older_than_the_split_trains_the_columns(model, ids):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(model.get_submodule(name).weight_columns) for name in SPLIT} <= held
+    before = model.blocks[0].up.weight_columns.detach().clone()
+    model(ids).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.blocks[0].up.weight_columns, before)
+    # Twice changes nothing.
+    adopt_columns(model, optimizer.param_groups)
+    assert len({id(p) for g in optimizer.param_groups for p in g["params"]}) == len(held)
+
+
+def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids):
+    plain = copy.deepcopy(model)
+    for each, scale in ((model, 3.0), (plain, 1.0)):
+        block = {
+            "freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": scale, "embedding_lr_scale": 1.0}
+        }
+        each.moved = moves_of_a_step(each, ids, block)
+    for name, moved in model.moved.items():
+        factor = 1.0 if name.endswith("weight_columns") else 3.0
+        torch.testing.assert_close(moved, factor * plain.moved[name], rtol=1e-3, atol=1e-6)
+
+
+def test_removing_leaves_a_plain_model_with_what_was_learned(model, ids):
+    # Frozen by the user before: not ours to wake.
+    model.blocks[0].norm.bias.requires_grad_(False)
+    model.blocks[1].up.weight.requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.follow(optimizer)
+    model(ids).square().sum().backward()
+    optimizer.step()
+    expected = model(ids)
+    handle.remove()
+    assert torch.equal(model(ids), expected)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    start = Model()
+    model.load_state_dict(start.state_dict())
+    assert torch.equal(model(ids), start(ids))
+    assert not any(name.endswith("columns") for name, _ in model.named_parameters())
+    assert type(model.blocks[0].up) is nn.Linear
+
+
+def test_moments_of_a_whole_weight_are_not_taken_for_those_of_its_columns(model, ids):
+    optimizer = torch.optim.Adam(model.parameters())
+    model(ids).square().sum().backward()
+    optimizer.step()
+    slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
+    optimizer.zero_grad()
+    model(ids).square().sum().backward()
+    optimizer.step()
+    columns = model.blocks[0].up.weight_columns
+    assert optimizer.state[columns]["exp_avg"].shape == columns.shape
+    assert optimizer.state[columns]["step"] == 1
+
+
+def test_globs_choose_what_trains_whole_and_what_never_trains(model):
+    plan = plan_columns(model, config(0.5, always_active=("blocks.1.up",), never_active=("blocks.0.*",)))
+    assert [each.layer.name for each in plan.split] == ["words.weight", "blocks.1.down.weight"]
+    assert plan.whole == {"blocks.1.up.weight", "blocks.1.norm.weight", "head.weight"}
+
+
+def test_pooler_and_classifier_train_whole_and_a_language_models_output_does_not():
+    from transformers import BertForMaskedLM
+
+    model = bert()
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= plan_columns(model, config()).whole
+    plan = plan_columns(BertForMaskedLM(model.config), config())
+    embedding = "bert.embeddings.word_embeddings.weight"
+    assert embedding not in plan.whole | {each.layer.name for each in plan.split}
+
+
+def test_what_cannot_be_is_said_before_anything_is_changed(model):
+    with pytest.raises(ConfigError, match="needs one number"):
+        split_columns(model, config({"start": 0.5, "end": 0.9, "steps": 10}))
+    with pytest.raises(ConfigError, match=r"rate 0.999; lower the rate"):
+        split_columns(model, config(0.999))
+    with pytest.raises(ConfigError, match="matches no layer"):
+        split_columns(model, config(always_active=("nothing.*",)))
+    assert all(p.requires_grad for p in model.parameters())
