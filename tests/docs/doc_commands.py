@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
-PAGES += sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 _INLINE = re.compile(r"(?<!`)`([^`\n]*(?:\n[^`\n]+)?)`")
 _WHOLE = re.compile(
