@@ -47,7 +47,7 @@ def measure(model, config: dict, steps: int, warm_up: int, counter) -> dict:
     import torch
 
     import slimfit_ds
-    from slimfit_ds.memory.engine_roots import engine_roots
+    from slimfit_ds.engine.memory_roots import engine_roots
 
     engine, *_ = slimfit_ds.initialize(model=model, config=config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimfit_ds.memory.engine_roots import engine_roots, is_offloaded
+from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded
 from slimfit_ds.memory.tracker import Roots, optimizer_tensors
 
 __all__ = ["EngineTrainer", "PlainTrainer", "Trainer"]

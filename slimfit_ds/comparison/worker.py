@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from slimfit_ds.memory.engine_roots import engine_roots
-from slimfit_ds.memory.report import MemoryReport
-from slimfit_ds.memory.tracker import MemoryTracker
+from slimfit_ds.engine.memory_roots import engine_roots
+from slimfit_ds.memory.tracker import MemoryReport, MemoryTracker
 from slimfit_ds.memory.traffic import TrafficCounter
 from slimfit_ds.training.run import Run
 

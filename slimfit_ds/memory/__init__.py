@@ -1,1 +1,1 @@
-"""What memory is used (tracker, saved), what would be used (estimator), and what fits (planner)."""
+"""Measure the memory, traffic and time of training steps. Knows nothing of engines or plans."""

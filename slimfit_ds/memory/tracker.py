@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,64 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from slimfit_ds.memory.modules import ModulePath
-from slimfit_ds.memory.report import KINDS, MemoryReport
-from slimfit_ds.memory.saved import DYNAMIC, STATIC, SavedActivations
-from slimfit_ds.memory.storages import StorageLedger, plain_tensors
+from slimfit_ds.memory.saved import DYNAMIC, STATIC, SavedActivations, StorageLedger, plain_tensors
 
-__all__ = ["HOST", "MemoryTracker", "Roots", "optimizer_tensors"]
+__all__ = ["HOST", "KINDS", "MemoryReport", "MemoryTracker", "Roots", "optimizer_tensors"]
 
 HOST = "optimizer_host"
+KINDS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "saved_activations_dynamic",
+    "saved_activations_static",
+    "communication",
+    "working",
+)
+"""Kinds of bytes on the training device; `optimizer_host` is counted beside them."""
 _WORKING = frozenset({"working"})
 
 Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
 """Kind -> a function that returns the tensors that are of this kind now."""
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of one training step on one rank.
+
+    `parameters` to `optimizer_host` are what was held at most at any time, each by itself; `at_peak` is what was
+    held, by kind, at the moment when the sum over the device was largest.
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    optimizer_host: int = 0
+    saved_activations_dynamic: int = 0
+    saved_activations_static: int = 0
+    communication: int = 0
+    working: int = 0
+    peak: int = 0
+    peak_phase: str = ""
+    peak_module: str = ""
+    at_peak: dict[str, int] = field(default_factory=dict)
+    host_rss: int = 0
+    cuda_peak_allocated: int | None = None
+    cuda_peak_reserved: int | None = None
+
+    @property
+    def saved_activations(self) -> int:
+        """Bytes kept for backward, dynamic and static."""
+        return self.saved_activations_dynamic + self.saved_activations_static
+
+    @property
+    def model_states(self) -> int:
+        """Bytes of weights, gradients and optimizer states on the device."""
+        return self.parameters + self.gradients + self.optimizer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -93,7 +139,7 @@ class MemoryTracker(TorchDispatchMode):
             )
         self._snapshot = snapshot
         self._ledger = StorageLedger(self._note)
-        self._path = ModulePath(model)
+        self._path = _ModulePath(model)
         self._saved = SavedActivations(model, on_save=self._on_save)
         self._phase: str | None = None
         self._highest: dict[str, int] = {}
@@ -226,3 +272,58 @@ class MemoryTracker(TorchDispatchMode):
             self._peaks[phase] = _Peak(device_total, held, phase, module)
         if self.timeline is not None:
             self.timeline.append((phase, module, dict(live)))
+
+
+class _ModulePath:
+    """Follows the modules of a model while the context is open.
+
+    In the backward pass the current module is the one whose output gradient arrived last.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._handles: list[Any] = []
+        self._stack: list[str] = []
+        self._backward = ""
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a module's forward is running (also one that is recomputed in backward)."""
+        return bool(self._stack)
+
+    @property
+    def current(self) -> str:
+        """The dotted path of the innermost running module; empty outside and for the model itself."""
+        return self._stack[-1] if self._stack else self._backward
+
+    def __enter__(self) -> _ModulePath:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave(name), always_call=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._stack, self._backward = [], [], ""
+
+    def _enter(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            if not self._stack and torch._C._current_graph_task_id() == -1:
+                self._backward = ""
+            self._stack.append(name)
+
+        return hook
+
+    def _leave(self, name: str) -> Any:
+        def arrived(gradient: torch.Tensor) -> None:
+            self._backward = name
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            while self._stack and self._stack.pop() != name:
+                pass
+            for leaf in tree_iter(output):
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                    leaf.register_hook(arrived)
+
+        return hook

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_iter
 
-__all__ = ["SWITCH", "TrafficCounter", "count_if_asked"]
-
-SWITCH = "SLIMFIT_COUNT_TRAFFIC"
-"""Environment variable: `1` lets `count_if_asked` count."""
+__all__ = ["TrafficCounter"]
 
 
 def _output(args: tuple, kwargs: dict) -> Any:
@@ -116,8 +112,3 @@ class TrafficCounter:
                 self._inside = False
 
         return counted
-
-
-def count_if_asked() -> TrafficCounter | None:
-    """An installed counter if the environment asks for one (`SLIMFIT_COUNT_TRAFFIC=1`), else None."""
-    return TrafficCounter().install() if os.environ.get(SWITCH) == "1" else None

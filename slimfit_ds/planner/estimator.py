@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimfit_ds.memory.report import MemoryReport
+from slimfit_ds.memory.tracker import MemoryReport
 from slimfit_ds.planner.strategy import Strategy, get_strategy
 from slimfit_ds.planner.workload import Workload
 

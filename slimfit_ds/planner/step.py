@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from slimfit_ds.activations.codecs.base import fakes_stand_for_a_cpu
-from slimfit_ds.memory.engine_roots import engine_roots, is_offloaded, shard_updater
-from slimfit_ds.memory.report import MemoryReport
-from slimfit_ds.memory.tracker import MemoryTracker, optimizer_tensors
+from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded, shard_updater
+from slimfit_ds.memory.tracker import MemoryReport, MemoryTracker, optimizer_tensors
 from slimfit_ds.planner.active_sets import choose_active
 from slimfit_ds.planner.cuda_semantics import CudaSemantics
 from slimfit_ds.planner.strategy import Strategy

@@ -84,7 +84,7 @@ class RunMonitor:
         """
         if step + 1 != self._run.recipe.track_memory:
             return work()
-        from slimfit_ds.memory.engine_roots import engine_roots
+        from slimfit_ds.engine.memory_roots import engine_roots
         from slimfit_ds.memory.tracker import MemoryTracker
 
         engine = self._run.engine

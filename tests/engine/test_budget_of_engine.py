@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 import slimfit_ds
+from slimfit_ds.engine.memory_roots import engine_roots
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.memory.engine_roots import engine_roots
 from slimfit_ds.memory.tracker import MemoryTracker
 
 pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.slow]

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import slimfit_ds
+from slimfit_ds.engine.memory_roots import engine_roots
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.memory.engine_roots import engine_roots
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -1,12 +1,14 @@
 """The saved-activation counter against byte counts worked out by hand."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slimfit_ds.memory.saved import SavedActivations
+from slimfit_ds.memory.saved import SavedActivations, StorageLedger, plain_tensors
 
 B, S, H = 2, 8, 16
 FLOATS = B * S * H * 4  # bytes of one fp32 tensor [batch, seq, hidden]
@@ -135,3 +137,31 @@ def test_an_exception_inside_a_module_leaves_the_counter_usable():
             model["bad"](torch.randn(1, H))
         model["good"](torch.randn(B, H, requires_grad=True))
     assert saved.dynamic == B * H * 4
+
+
+def test_wrapper_subclasses_hold_their_inner_tensors():
+    torchao = pytest.importorskip("torchao.optim.subclass_8bit")
+    state = torchao.OptimState8bit.zeros((4096,), signed=True, block_size=256)
+    held = sum(plain.untyped_storage().nbytes() for plain in plain_tensors(state))
+    assert held == 4096 + 256 * 4 + 4096 // 256 * 4  # codes, code book, block scales
+
+
+def test_ledger_follows_lives_and_moves():
+    ledger = StorageLedger()
+    a, b = torch.zeros(10), torch.zeros(20)
+    ledger.put(a, "x")
+    ledger.put(b, "x")
+    ledger.put(a[2:], "x")
+    assert (ledger.live["x"], ledger.total) == (120, 120)
+    ledger.put(b, "y", only_from=frozenset({"z"}))
+    assert (ledger.live["x"], ledger.live.get("y", 0)) == (120, 0)
+    ledger.put(b, "y", only_from=frozenset({"x"}))
+    assert (ledger.live["x"], ledger.live["y"], ledger.total) == (40, 80, 120)
+    ledger.move_all("x", "z")
+    assert (ledger.live["z"], ledger.total) == (40, 120)
+    a.untyped_storage().resize_(400)
+    ledger.put(a, "z")
+    assert (ledger.live["z"], ledger.total) == (400, 480)
+    del a
+    gc.collect()
+    assert (ledger.live["z"], ledger.total) == (0, 80)

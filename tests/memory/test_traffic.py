@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from slimfit_ds.memory.traffic import SWITCH, TrafficCounter, count_if_asked
+from slimfit_ds.memory.traffic import TrafficCounter
 
 
 def test_payload_of_each_collective(one_rank):
@@ -40,12 +40,3 @@ def test_functions_are_restored():
     with TrafficCounter():
         assert dist.all_reduce is not before
     assert dist.all_reduce is before
-
-
-def test_switch(monkeypatch):
-    monkeypatch.delenv(SWITCH, raising=False)
-    assert count_if_asked() is None
-    monkeypatch.setenv(SWITCH, "1")
-    counter = count_if_asked()
-    assert counter is not None
-    counter.remove()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.memory.report import MemoryReport
+from slimfit_ds.memory.tracker import MemoryReport
 from slimfit_ds.planner.estimator import Estimate
 from slimfit_ds.planner.ladder import ladder
 from slimfit_ds.planner.planner import find_setting
