@@ -12,8 +12,7 @@ from peers_methods.building import Request, Unavailable
 from peers_methods.methods import get_method
 from peers_methods.trainers import Trainer
 from peers_methods.workloads import CASES, make_batches
-from slimfit_ds.memory.tracker import MemoryReport
-from slimfit_ds.memory.tracker import HOST, MemoryTracker
+from slimfit_ds.memory.tracker import HOST, MemoryReport, MemoryTracker
 from slimfit_ds.planner.cuda_semantics import CudaSemantics
 from slimfit_ds.planner.fake_world import FakeWorld
 
