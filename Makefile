@@ -2,14 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Where docker-check takes torch from; CI has the CPU build beside PyPI, others want
-# https://download.pytorch.org/whl/cpu.
-TORCH_INDEX ?= https://pypi.org/simple
 # Everything that one run needs lives under the checkout, so that runs never share a build lock.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint format docker-check clean
+.PHONY: setup demo test lint format clean
 
 setup: $(STAMP)
 
@@ -34,10 +31,6 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-# The steps of the CPU image in a temporary folder, without a Docker engine, and a run of two steps in it.
-docker-check: setup
-	$(BIN)/python docker/replay.py docker/Dockerfile.cpu --build-arg TORCH_INDEX=$(TORCH_INDEX) --limit 300
 
 clean:
 	rm -rf $(VENV) .cache outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,9 +23,8 @@ from pathlib import Path
 import pytest
 from doc_commands import ROOT, Command, commands
 
-from slimfit_ds.doctor.devices import LAUNCHED
-
 BIN = Path(sys.executable).parent
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = {"python", "deepspeed", "torchrun", "accelerate", "mpirun", "srun"}
 
 
@@ -150,6 +149,11 @@ def python_module(words: Sequence[str]) -> None:
         assert import_module(words[2].partition(".")[0])
 
 
+def python_module_of_launcher(words: Sequence[str]) -> None:
+    """`torchrun OPTIONS -m NAME`."""
+    assert import_module(words[words.index("-m") + 1])
+
+
 def run_by(place: str) -> Callable[[Sequence[str]], None]:
     """Run in a short form by this test, and its arguments checked here as well."""
 
@@ -194,7 +198,6 @@ TABLE: dict[str, Callable[[Sequence[str]], None]] = {
         "tests/launch/test_two_hosts.py::test_deepspeed_by_pdsh"
     ),
     "mpirun --host host-a* launch/train.py *": run_by("tests/launch/test_two_hosts.py::test_mpirun"),
-    "torchrun * launch/doctor.py": run_by("tests/doctor/test_doctor.py::test_torchrun_gives_one_report"),
     "torchrun * launch/train.py *": run_by("tests/launch/test_train.py::test_torchrun_with_accumulation"),
     "deepspeed * launch/train.py *": run_by("tests/launch/test_train.py::test_deepspeed"),
     "mpirun * launch/train.py *": run_by("tests/launch/test_train.py::test_mpirun"),
@@ -220,6 +223,8 @@ TABLE: dict[str, Callable[[Sequence[str]], None]] = {
     "slimfit-ds plan *": run_by("tests/launch/test_plan.py::test_plan_writes_a_recipe_that_reads"),
     "slimfit-ds *": subcommand,
     "python -m *": python_module,
+    "torchrun * -m slimfit_ds.doctor": python_module_of_launcher,
+    "srun slimfit-ds *": lambda words: subcommand(words[1:]),
     "python *.py*": launched,
     "torchrun *.py*": launched,
     "deepspeed *.py*": launched,
@@ -306,4 +311,4 @@ def test_the_quick_start(tmp_path):
     run([sys.executable, "launch/train.py", "--config", "recipes/digits_vit.yaml", "max_steps=3", folder])
     run(["slimfit-ds", "report", str(tmp_path / "run")])
     assert (tmp_path / "run" / "metrics.json").is_file()
-    assert list((tmp_path / "run").glob("*.html"))
+    assert (tmp_path / "run" / "schedule.png").is_file()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 from PIL import Image
 
+from slimfit_ds.report.cli import main
 from slimfit_ds.report.schedule_plot import MOST_COLUMNS, plot_schedule, schedule_matrix
 
 LAYERS = ("a", "b", "c")
@@ -42,3 +45,16 @@ def test_long_runs_and_runs_without_statistics_can_be_drawn(tmp_path):
     ):
         plot_schedule(lines, LAYERS, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+def test_the_command_draws_a_run_that_goes_on(tmp_path, capsys):
+    lines = [{"active_layers": ["block.10.w", "embed.w"], "statistics": {}}, {"active_layers": ["block.2.w"]}]
+    (tmp_path / "history.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"active_la')
+    assert main([str(tmp_path)]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    assert Image.open(tmp_path / "schedule.png").size[0] > 500
+
+
+def test_a_folder_without_a_run_is_named(tmp_path, capsys):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "nothing/history.jsonl" in capsys.readouterr().err

@@ -89,13 +89,6 @@ def test_everything_tells_the_same_story(tmp_path):
     ]
     assert logged == expected
 
-    from slimfit_ds.report.cli import main
-
-    assert main([str(folder)]) == 0
-    page = (folder / "report.html").read_text()
-    assert "finished" in page
-    assert "At the peak of a tracked step" in page
-
 
 @pytest.mark.slow
 @pytest.mark.distributed

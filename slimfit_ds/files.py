@@ -1,0 +1,32 @@
+"""Write files that are there whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["flush", "write_atomically"]
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file in one go, on disk before this returns; an older one is replaced."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        part.write_bytes(data)
+        flush(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Wait until a file, or the list of a folder's entries, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
