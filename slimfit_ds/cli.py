@@ -17,7 +17,7 @@ COMMANDS = {
     "report": ("slimfit_ds.report.cli:main", "draw which layers of a run trained at which step"),
     "plan": ("slimfit_ds.planner.cli:main", "what a setting would need, without running it"),
     "doctor": ("slimfit_ds.doctor:main", "check this machine, or all ranks together, before a run"),
-    "export": ("slimfit_ds.engine.export_cli:main", "the weights of a checkpoint as one safetensors file"),
+    "export": ("slimfit_ds.engine.export:main", "the weights of a checkpoint as one safetensors file"),
 }
 """Where each sub-command stands and what it does; imported when it is called."""
 

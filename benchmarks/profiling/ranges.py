@@ -21,7 +21,7 @@ PREFIX = "part: "
 _PLACES = (
     ("slimfit_ds.activations.storing", "", "encode_shared", "codec pack"),
     ("slimfit_ds.activations.storing", "Payload", "decode", "codec unpack"),
-    ("slimfit_ds.engine.freeze_zero", "FreezeZeroOptimizer", "step", "optimizer"),
+    ("slimfit_ds.engine.optimizer", "FreezeOptimizer", "step", "optimizer"),
     ("slimfit_ds.engine.shard_update", "ShardUpdater", "move_states", "states to and from the host"),
     ("slimfit_ds.engine.sharding", "Sharding", "reduce", "communication"),
     ("slimfit_ds.engine.sharding", "Sharding", "gather", "communication"),

@@ -10,64 +10,80 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
 
-from slimfit_ds.engine import random_state, weights
+from slimfit_ds.engine import weights
 from slimfit_ds.engine.checkpoint_files import (
     FORMAT,
     METADATA,
     MODEL,
     CheckpointError,
+    ShardReader,
     flush,
     latest_tag,
     part_of,
     publish,
+    random_states,
     read_metadata,
     recover,
+    restore_random_states,
+    write_shards,
 )
-from slimfit_ds.engine.shard_files import ShardReader, write_shards
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.columns import column_places, fill_columns
+from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.trainable.columns import column_places
 from slimfit_ds.trainable.split_modules import Split
 
-if TYPE_CHECKING:
-    from slimfit_ds.engine.engine import SlimFitEngine
+__all__ = ["CheckpointError", "TrainingState", "latest_tag", "load", "save"]
 
-__all__ = ["CheckpointError", "latest_tag", "load", "save"]
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+@dataclass(frozen=True)
+class TrainingState:
+    """The parts of an engine that a checkpoint holds."""
+
+    module: nn.Module
+    optimizer: Any
+    """A `FreezeOptimizer`."""
+    schedule: FreezeSchedule
+    lr_scheduler: Any
+    zero_stage: int
+    counters: dict[str, int]
+    """Steps, samples and the like; `load` changes them."""
 
 
 def save(
-    engine: SlimFitEngine,
+    state: TrainingState,
     directory: str | os.PathLike,
     tag: str | None,
     client_state: Mapping[str, Any],
     save_latest: bool = True,
+    exclude: Iterable[str] = (),
 ) -> Path:
     """Write a checkpoint; called by every rank.
 
     Args:
         client_state: anything JSON can hold, given back by `load` (data position, best metric).
+        exclude: names of weights that are left out.
 
     Raises:
         ConfigError: the client state is not JSON.
         CheckpointError: a rank could not write; the temporary folder is removed, `latest` is as before.
     """
-    tag = tag or f"global_step{engine.global_steps}"
+    tag = tag or f"global_step{state.counters['global_steps']}"
     final = Path(directory) / tag
     part = part_of(directory, tag)
     rank, world = dist.get_rank(), dist.get_world_size()
-    metadata = _metadata(engine, client_state)
-    model = weights.gather(engine.module)
+    excluded = sorted(exclude)
+    metadata = {**_metadata(state, client_state), "excluded": excluded}
+    model = weights.gather(state.module, excluded)
 
     def prepare() -> None:
         if rank == 0:
@@ -76,8 +92,8 @@ def save(
 
     def write() -> None:
         suffix = f"{rank:05d}-of-{world:05d}.safetensors"
-        write_shards(engine.optimizer.shards(), part / f"optimizer-{suffix}")
-        save_file(random_state.capture(), part / f"random-{suffix}")
+        write_shards(state.optimizer.shards(), part / f"optimizer-{suffix}")
+        save_file(random_states(), part / f"random-{suffix}")
         if rank == 0:
             save_file(model, part / MODEL, metadata={"format": "pt"})
             (part / METADATA).write_text(json.dumps(metadata, indent=1))
@@ -101,21 +117,21 @@ def save(
     return final
 
 
-def _metadata(engine: SlimFitEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(state: TrainingState, client_state: Mapping[str, Any]) -> dict[str, Any]:
     groups = [
         {key: value for key, value in group.items() if key != "params"}
-        for group in engine.optimizer.param_groups
+        for group in state.optimizer.param_groups
     ]
-    scheduler = engine.lr_scheduler
+    scheduler = state.lr_scheduler
     parts: dict[str, Any] = {
         "format": FORMAT,
         "world_size": dist.get_world_size(),
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
-        "schedule": engine.schedule.state_dict(),
-        "optimizer": engine.optimizer.state_dict(),
-        "steps": engine.optimizer.shard_steps(),
-        "columns": column_places(engine.module),
+        "zero_stage": state.zero_stage,
+        "counters": state.counters,
+        "schedule": state.schedule.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "steps": state.optimizer.shard_steps(),
+        "columns": column_places(state.module),
         "parameter_groups": groups,
         "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
         "client_state": dict(client_state),
@@ -147,14 +163,20 @@ def _together(action: Callable[[], None], what: str) -> None:
 
 
 def load(
-    engine: SlimFitEngine,
+    state: TrainingState,
     directory: str | os.PathLike,
     tag: str | None,
     optimizer_states: bool = True,
     lr_scheduler: bool = True,
     schedule: bool = True,
+    strict: bool = True,
 ) -> tuple[str | None, dict[str, Any]]:
     """Go on from a checkpoint; called by every rank.
+
+    Args:
+        optimizer_states, lr_scheduler, schedule: what is read beside the weights; with the schedule come counters and
+            random states.
+        strict: the names of the weights must be the model's.
 
     Returns:
         The checkpoint's path and its client state; `(None, {})` where the folder names no checkpoint.
@@ -172,27 +194,28 @@ def load(
     dist.barrier()
     metadata = read_metadata(path)
     with safe_open(path / MODEL, framework="pt") as file:
-        weights.check_names(engine.module, set(file.keys()))
-        _check_columns(metadata.get("columns", {}), column_places(engine.module))
+        saved = set(file.keys())
+        if strict:
+            weights.check_names(state.module, saved | set(metadata.get("excluded", ())))
+        _check_columns(metadata.get("columns", {}), column_places(state.module))
         if schedule:
-            engine.schedule.load_state_dict(metadata["schedule"])
-        weights.scatter(engine.module, file.get_tensor)
+            state.schedule.load_state_dict(metadata["schedule"])
+        weights.scatter(state.module, file.get_tensor, saved)
     if optimizer_states:
-        engine.optimizer.load_state_dict(metadata["optimizer"])
+        state.optimizer.load_state_dict(metadata["optimizer"])
         with ShardReader(sorted(path.glob("optimizer-*.safetensors"))) as reader:
-            engine.optimizer.load_shards(reader, metadata["steps"])
-        saved = metadata["parameter_groups"]
-        if len(saved) == len(engine.optimizer.param_groups):
-            for group, options in zip(engine.optimizer.param_groups, saved, strict=True):
+            state.optimizer.load_shards(reader, metadata["steps"])
+        groups = metadata["parameter_groups"]
+        if len(groups) == len(state.optimizer.param_groups):
+            for group, options in zip(state.optimizer.param_groups, groups, strict=True):
                 group.update(options)
-    if lr_scheduler and engine.lr_scheduler is not None and metadata["lr_scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(metadata["lr_scheduler"])
+    if lr_scheduler and state.lr_scheduler is not None and metadata["lr_scheduler"] is not None:
+        state.lr_scheduler.load_state_dict(metadata["lr_scheduler"])
     if schedule:
-        for name, value in metadata["counters"].items():
-            setattr(engine, name, value)
+        state.counters.update(metadata["counters"])
         own = path / f"random-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
         if own.is_file():
-            random_state.restore(own)
+            restore_random_states(own)
     return str(path), metadata["client_state"]
 
 
@@ -208,30 +231,3 @@ def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequenc
                 f"the rate and the seed of that run, or export the checkpoint and start from its whole weights"
             ]
         )
-
-
-def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The most exact weights of a checkpoint: float32 masters where there are any, else the weights.
-
-    The counterpart of DeepSpeed's `zero_to_fp32`, without a model or a process group.
-
-    Returns:
-        Name -> tensor in the shape of the weight; float32 for floating-point tensors.
-    """
-    folder = Path(path)
-    if (tag := latest_tag(folder)) is not None:
-        folder = folder / tag
-    metadata = read_metadata(folder)
-    result: dict[str, Tensor] = {}
-    with (
-        safe_open(folder / MODEL, framework="pt") as model,
-        ShardReader(sorted(folder.glob("optimizer-*.safetensors"))) as reader,
-    ):
-        for name in model.keys():  # noqa: SIM118 - safe_open is no mapping
-            weight = model.get_tensor(name)
-            if weight.is_floating_point():
-                weight = weight.to(torch.float32)
-            flat = weight.view(-1)
-            reader.read_into(flat, name, "master", 0)
-            result[name] = weight
-    return fill_columns(result, metadata.get("columns", {}))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: which of its checkpoints are whole, and which is the newest. Runs no code of them.
+"""The files of a checkpoint folder: which checkpoints are whole, shards in any cut, random states. Reading runs no code.
 
 DIR/latest                                  the tag of the newest whole checkpoint
 DIR/TAG/slimfit.json                        counters, schedule, scheduler, hyperparameters, client state
@@ -12,24 +12,37 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 __all__ = [
     "FORMAT",
     "METADATA",
     "MODEL",
     "CheckpointError",
+    "Shard",
+    "ShardReader",
     "damage",
     "flush",
     "latest_tag",
     "part_of",
     "publish",
+    "random_states",
     "read_metadata",
     "recover",
+    "restore_random_states",
+    "write_shards",
 ]
 
 FORMAT = 1
@@ -129,3 +142,96 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's stretch of the states of one parameter."""
+
+    name: str
+    """Name of the parameter."""
+    start: int
+    """Position of the stretch in the flat parameter."""
+    tensors: dict[str, Tensor]
+    """State name -> flat float32 values of the stretch."""
+
+
+def write_shards(shards: Iterable[Shard], path: Path) -> None:
+    """Write a rank's shards: tensors as `<parameter>::<state>`, positions in the file's metadata."""
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for shard in shards:
+        starts[shard.name] = shard.start
+        for state, values in shard.tensors.items():
+            # A view into a larger storage would be refused, and the host copy is needed anyway.
+            tensors[f"{shard.name}::{state}"] = values.detach().cpu().clone()
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+
+
+class ShardReader:
+    """Reads any stretch of any state from the files of all ranks of the run that wrote them.
+
+    Args:
+        paths: the files of one checkpoint.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+        self._stack = ExitStack()
+        self._index: dict[str, list[tuple[int, Any]]] = {}
+
+    def __enter__(self) -> ShardReader:
+        for path in self._paths:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            starts = json.loads(file.metadata()["starts"])
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                self._index.setdefault(key, []).append((starts[key.rpartition("::")[0]], file))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def has(self, name: str, state: str) -> bool:
+        return f"{name}::{state}" in self._index
+
+    def read_into(self, target: Tensor, name: str, state: str, start: int) -> None:
+        """Fill a flat tensor with positions `start ...` of a state; what was not saved stays as it is."""
+        key = f"{name}::{state}"
+        stop = start + target.numel()
+        for first, file in self._index.get(key, []):
+            saved = file.get_slice(key)
+            last = first + saved.get_shape()[0]
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                target[low - start : high - start] = saved[low - first : high - first].to(target.device)
+
+
+def random_states() -> dict[str, Tensor]:
+    """Return the states of Python's, NumPy's and torch's generators, as tensors: reading them back runs no code."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_states(path: Path) -> None:
+    """Set the generators to a captured state."""
+    state = load_file(path)
+    torch.set_rng_state(state["torch"])
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -16,22 +16,23 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine import checkpoint, weights
-from slimfit_ds.engine.active_set_check import check_active_set
-from slimfit_ds.engine.freeze_zero import FreezeZeroOptimizer
-from slimfit_ds.engine.sharding import Sharding
-from slimfit_ds.engine.units import build_units
+from slimfit_ds.engine.optimizer import FreezeOptimizer
+from slimfit_ds.engine.sharding import Sharding, build_units
+from slimfit_ds.engine.zero3 import configure_zero3
+from slimfit_ds.engine.zero3_linear import ScopedLinear
+from slimfit_ds.engine.zero12 import FreezeZeroOptimizer
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.schedule.statistics import STATISTICS
 from slimfit_ds.trainable.columns import column_places, fill_columns
 from slimfit_ds.trainable.layers import discover
 
-__all__ = ["SlimFitEngine"]
+__all__ = ["ActiveSetMismatchError", "SlimFitEngine", "check_active_set"]
 
 # Private methods of DeepSpeedEngine that are overridden here: if one of them is gone, freezing would
 # silently not happen.
 _OVERRIDDEN = (
+    "_backward_epilogue",
+    "_backward_prologue",
     "_configure_basic_optimizer",
     "_configure_optimizer",
     "_configure_zero_optimizer",
@@ -48,6 +49,9 @@ _OVERRIDDEN = (
 )
 
 
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
 class SlimFitEngine(DeepSpeedEngine):
     """DeepSpeed's engine with a freeze schedule; made by `slimfit_ds.initialize`.
 
@@ -60,18 +64,14 @@ class SlimFitEngine(DeepSpeedEngine):
         if missing:
             raise RuntimeError(f"this DeepSpeed lacks {missing}; install deepspeed==0.19.*")
         self.slimfit_config = SlimFitConfig.parse(kwargs["config"]["slimfit"])
-        super().__init__(*args, **kwargs)
-        if self.optimizer is None:
-            raise ConfigError(["optimizer: freezing needs one; add it to the DeepSpeed config or pass it"])
-        self.compression = compress(self.module, self.slimfit_config.activations)
-        self._apply_active_set()
-
-    def _configure_optimizer(self, client_optimizer, model_parameters):
-        self.roles = discover(self.module)
+        self.roles = discover(kwargs["model"])
         self.schedule = FreezeSchedule(self.roles.layers, self.slimfit_config.freeze)
+        self._linear: ScopedLinear | None = None
+        super().__init__(*args, **kwargs)
         if self.global_rank == 0:
             self.schedule.warn_of_oversized()
-        super()._configure_optimizer(client_optimizer, model_parameters)
+        self.compression = compress(self.module, self.slimfit_config.activations)
+        self._apply_active_set()
 
     def _configure_basic_optimizer(self, model_parameters):
         """A torch optimizer that only carries hyperparameters: no kernels to build, no states."""
@@ -101,36 +101,68 @@ class SlimFitEngine(DeepSpeedEngine):
         return ZERO_OPTIMIZATION
 
     def _configure_zero_optimizer(self, optimizer):
+        if optimizer is None:
+            # ZeRO 3 for inference: weights are cut, nothing trains.
+            return super()._configure_zero_optimizer(optimizer)
         slim = self.slimfit_config
         if self.zero_optimization_stage() == ZeroStageEnum.weights:
-            from slimfit_ds.engine.zero3_setup import configure_zero3
-
-            return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
+            self._linear = ScopedLinear()
+            with self._linear.kept():
+                return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
         stage = int(self.zero_optimization_stage())
         sharding = Sharding(
+            build_units(self.module, self.roles, optimizer.param_groups, slim.freeze.train_biases),
             self.seq_data_parallel_group,
             sharded=stage > 0,
             reduce_bucket=int(self.zero_reduce_bucket_size()),
             gather_bucket=int(self.zero_allgather_bucket_size()),
             average=self.gradient_average,
         )
-        units = build_units(self.module, self.roles, optimizer.param_groups, slim.freeze.train_biases)
-        dtype = self.get_data_types()[0]
+        scaler = CreateLossScaler(
+            self.get_data_types()[0],
+            self.loss_scale(),
+            self.dynamic_loss_scale(),
+            self.dynamic_loss_scale_args(),
+        )
         return FreezeZeroOptimizer(
             optimizer,
-            rule_of(optimizer),
-            units,
             sharding,
             stage,
-            slim.optimizer_states,
-            STATISTICS[slim.freeze.statistic],
-            CreateLossScaler(
-                dtype, self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
-            ),
+            slim,
+            self.schedule.is_static,
+            scaler,
             clip=self.gradient_clipping(),
             communication_dtype=self._config.communication_data_type or torch.float32,
-            seed=slim.freeze.seed,
         )
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self._linear is None:
+            return super().forward(*inputs, **kwargs)
+        with self._linear:
+            return super().forward(*inputs, **kwargs)
+
+    def backward(self, loss, *args: Any, **kwargs: Any):
+        try:
+            return super().backward(loss, *args, **kwargs)
+        finally:
+            if self._linear is not None:
+                self._linear.leave()
+
+    def _backward_prologue(self):
+        """Recomputed blocks call the linear function again, whoever has started the backward pass."""
+        super()._backward_prologue()
+        if self._linear is not None:
+            self._linear.enter()
+
+    def _backward_epilogue(self):
+        if self._linear is not None:
+            self._linear.leave()
+        super()._backward_epilogue()
+
+    def destroy(self):
+        if self._linear is not None:
+            self._linear.leave()
+        super().destroy()
 
     def _scheduler_from_config(self, optimizer):
         """Schedulers of torch want a torch optimizer; it holds the same parameter groups."""
@@ -147,7 +179,8 @@ class SlimFitEngine(DeepSpeedEngine):
         """The optimizer clips by the norm of the reduced gradients; these are still local."""
 
     def zero_grad(self):
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Whole weights on rank 0: accelerate and DeepSpeed save these at stage 3."""
@@ -170,7 +203,8 @@ class SlimFitEngine(DeepSpeedEngine):
             # A skipped step is tried again with the same layers and the next batch.
             with self.phase_timer("schedule"):
                 self.schedule.advance(self.optimizer.layer_statistics)
-                self._apply_active_set()
+                if not self.schedule.is_static:
+                    self._apply_active_set()
         if self.monitor.enabled and self.global_rank == 0:
             # Beside DeepSpeed's own learning rate, for loops that leave the logging to the engine.
             share = 1 - len(self.schedule.active) / len(self.layer_names)
@@ -180,6 +214,8 @@ class SlimFitEngine(DeepSpeedEngine):
     """Told the name of each part of a step that takes time of its own; see `monitoring.stopwatch`."""
 
     def _apply_active_set(self) -> None:
+        if not isinstance(self.optimizer, FreezeOptimizer):
+            return
         every = self.slimfit_config.freeze.check_interval
         if every and self.schedule.step % every == 0:
             check_active_set(self.schedule, self.seq_data_parallel_group, self.device)
@@ -223,9 +259,37 @@ class SlimFitEngine(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Write weights, optimizer states, schedule and random states; see `engine.checkpoint`."""
-        checkpoint.save(self, save_dir, tag, client_state or {}, save_latest)
+        """Write weights, optimizer states, schedule and random states; see `engine.checkpoint`.
+
+        Args:
+            exclude_frozen_parameters: leave out weights that the user has frozen before the engine was made.
+        """
+        if not os.fspath(save_dir):
+            raise ValueError("save_dir must name a folder, got ''")
+        excluded = set(self.roles.user_frozen) - set(column_places(self.module))
+        checkpoint.save(
+            self._training_state(),
+            save_dir,
+            tag,
+            client_state or {},
+            save_latest,
+            exclude=excluded if exclude_frozen_parameters else (),
+        )
         return True
+
+    def _training_state(self) -> checkpoint.TrainingState:
+        if not isinstance(self.optimizer, FreezeOptimizer):
+            raise ConfigError(
+                ["optimizer: this engine has none, so there is no training to save or to go on with"]
+            )
+        return checkpoint.TrainingState(
+            self.module,
+            self.optimizer,
+            self.schedule,
+            self.lr_scheduler,
+            int(self.zero_optimization_stage()),
+            {name: getattr(self, name) for name in _COUNTERS},
+        )
 
     def load_checkpoint(
         self,
@@ -238,14 +302,24 @@ class SlimFitEngine(DeepSpeedEngine):
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any]]:
         """Go on from a checkpoint, of any world size and stage; see `engine.checkpoint`."""
+        if custom_load_fn is not None:
+            raise ConfigError(
+                [
+                    "load_checkpoint: custom_load_fn is not supported, weights are read by their names; leave it out"
+                ]
+            )
+        state = self._training_state()
         path, client_state = checkpoint.load(
-            self,
+            state,
             load_dir,
             tag,
             optimizer_states=load_optimizer_states and not load_module_only,
             lr_scheduler=load_lr_scheduler_states and not load_module_only,
             schedule=not load_module_only,
+            strict=load_module_strict,
         )
+        for name, value in state.counters.items():
+            setattr(self, name, value)
         self._apply_active_set()
         return path, client_state
 
@@ -255,3 +329,37 @@ class SlimFitEngine(DeepSpeedEngine):
         if dist.get_rank() == 0:
             weights.save_pretrained(self.module, state, save_dir)
         dist.barrier()
+
+
+class ActiveSetMismatchError(RuntimeError):
+    """Ranks are about to train different layers."""
+
+
+def check_active_set(schedule: FreezeSchedule, group, device: torch.device) -> None:
+    """Compare the coming active set across ranks, one int64 each, before anything of it is sent.
+
+    On a stock engine ranks that freeze different layers of one size train on silently, and hang otherwise.
+
+    Raises:
+        ActiveSetMismatchError: on every rank, naming the ranks and the layers that differ.
+    """
+    world = dist.get_world_size(group=group)
+    if world == 1:
+        return
+    mine = torch.tensor([schedule.fingerprint()], dtype=torch.int64, device=device)
+    everyone = torch.empty(world, dtype=torch.int64, device=device)
+    dist.allgather_fn(everyone, mine, group=group)
+    if len(set(everyone.tolist())) == 1:
+        return
+    sets: list = [None] * world
+    dist.all_gather_object(sets, (schedule.step, sorted(schedule.active_names)), group=group)
+    step0, names0 = sets[0]
+    lines = []
+    for rank, (step, names) in enumerate(sets):
+        extra, missing = sorted(set(names) - set(names0)), sorted(set(names0) - set(names))
+        if step != step0 or extra or missing:
+            lines.append(f"rank {rank} (step {step}) trains {extra} and not {missing}")
+    raise ActiveSetMismatchError(
+        f"ranks would train different layers; against rank 0 (step {step0}): {'; '.join(lines)}. "
+        "Resume all ranks from one checkpoint and give them the same slimfit block."
+    )

@@ -1,27 +1,233 @@
-"""Reduce gradients to shards and gather weights from shards, for the active units only.
+"""Units, the weights that train or are frozen as a whole, and how they are cut over the data-parallel ranks.
 
-A unit of `numel` elements is cut into `rows` equal chunks (the last may be short): `rows` is the number
-of data-parallel ranks, or 1 where every rank keeps the whole (stage 0, or a single rank). Units travel
-in buckets whose layout is `[rows, row]`, a row being the chunks of one rank one after the other.
+Stages 0 to 2: a unit of `numel` elements is cut into `rows` equal chunks (the last may be short): `rows` is the number
+of ranks, or 1 where every rank keeps the whole (stage 0, or a single rank). `Sharding` reduces gradients to shards and
+gathers weights from shards, in buckets whose layout is `[rows, row]`, a row being the chunks of one rank one after the
+other. Stage 3: DeepSpeed has cut each parameter, and reduces and gathers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from slimfit_ds.engine.units import Piece, Unit, pieces
+from slimfit_ds.trainable.layers import ParameterRoles
 
-__all__ = ["Sharding", "squared_norm"]
+__all__ = [
+    "FlatUnit",
+    "PartitionedUnit",
+    "Piece",
+    "Sharding",
+    "Unit",
+    "build_units",
+    "pieces",
+    "squared_norm",
+]
+
+
+class Unit:
+    """Weights that train or are frozen as a whole, and this rank's shard of them.
+
+    Args:
+        index: position among the units.
+        names: parameter names, in order.
+        parameters: the parameters, one after the other in the flat unit.
+        group: index of the optimizer's parameter group (learning rate, weight decay).
+        layer: position of the layer in the schedule; None: trains at every step.
+
+    Attributes:
+        start, stop: first and last (exclusive) element of this rank's shard in the flat unit.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        group: int,
+        layer: int | None,
+    ):
+        self.index = index
+        self.names = tuple(names)
+        self.parameters = tuple(parameters)
+        self.group = group
+        self.layer = layer
+        self.dtype = parameters[0].dtype
+        self.device = parameters[0].device
+        self.numel: int = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        self.start, self.stop = 0, self.numel
+
+    @property
+    def length(self) -> int:
+        """Elements of this rank's shard."""
+        return self.stop - self.start
+
+    @property
+    def own_weights(self) -> Tensor:
+        """This rank's shard of the weights, a view; it may stand on another device than its states."""
+        raise NotImplementedError
+
+    def spans(self) -> Iterator[tuple[nn.Parameter, int, int]]:
+        """Yield each parameter with its first and last (exclusive) position in the flat unit."""
+        start = 0
+        for parameter in self.parameters:
+            stop = start + getattr(parameter, "ds_numel", parameter.numel())
+            yield parameter, start, stop
+            start = stop
+
+    def drop_gradient(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def set_trainable(self, trainable: bool) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(trainable)
+
+
+class FlatUnit(Unit):
+    """A unit of stages 0 to 2; several parameters are moved into one flat tensor that they view."""
+
+    def __init__(
+        self,
+        index: int,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        group: int,
+        layer: int | None,
+    ):
+        super().__init__(index, names, parameters, group, layer)
+        self._flat: Tensor | None = None
+        if len(parameters) == 1:
+            parameters[0].data = parameters[0].data.contiguous()
+        else:
+            self._flat = torch.cat([p.data.reshape(-1) for p in parameters])
+            for parameter, start, stop in self.spans():
+                parameter.data = self._flat[start:stop].view(parameter.shape)
+
+    @property
+    def flat(self) -> Tensor:
+        """The weights as one flat tensor `[numel]` that shares their memory."""
+        return self.parameters[0].data.view(-1) if self._flat is None else self._flat
+
+    @property
+    def own_weights(self) -> Tensor:
+        return self.flat[self.start : self.stop]
+
+    def has_gradient(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
+
+    def flat_gradient(self) -> Tensor:
+        """The gradients as one flat tensor `[numel]`; of a single parameter without a copy."""
+        if len(self.parameters) == 1 and (gradient := self.parameters[0].grad) is not None:
+            return gradient.reshape(-1)
+        flat = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+        for parameter, start, stop in self.spans():
+            if parameter.grad is not None:
+                flat[start:stop] = parameter.grad.reshape(-1)
+        return flat
+
+
+class PartitionedUnit(Unit):
+    """A unit of stage 3: one parameter, of which `ds_tensor` is this rank's shard, padded at the end."""
+
+    def __init__(
+        self, index: int, names: Sequence[str], parameters: Sequence[Any], group: int, layer: int | None
+    ):
+        super().__init__(index, names, parameters, group, layer)
+        (self.parameter,) = parameters
+        chunk = self.parameter.partition_numel()
+        self.start = min(dist.get_rank(group=self.parameter.ds_process_group) * chunk, self.numel)
+        self.stop = min(self.start + chunk, self.numel)
+
+    @property
+    def own_weights(self) -> Tensor:
+        """The shard without its padding; on the host with `offload_param`."""
+        return self.parameter.ds_tensor.data[: self.length]
+
+
+def build_units(
+    model: nn.Module,
+    roles: ParameterRoles,
+    groups: Sequence[dict],
+    train_small: bool,
+    partitioned: bool = False,
+) -> list[Any]:
+    """Make a unit of each layer, then of the small parameters: one for each (group, dtype), or each by itself.
+
+    Args:
+        groups: the optimizer's parameter groups; a parameter in none of them is not stepped.
+        train_small: small parameters train at every step; otherwise they are frozen for good.
+        partitioned: ZeRO 3 has cut the parameters.
+    """
+    kind = PartitionedUnit if partitioned else FlatUnit
+    group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    members: list[tuple[list[str], int, int | None]] = []
+    for position, layer in enumerate(roles.layers):
+        group = group_of.get(id(parameters[layer.name]))
+        if group is not None:
+            members.append(([layer.name], group, position))
+    bundles: dict[tuple, list[str]] = {}
+    for name in roles.small:
+        parameter = parameters[name]
+        group = group_of.get(id(parameter))
+        if not train_small or group is None:
+            parameter.requires_grad_(False)
+            continue
+        bundles.setdefault((group, parameter.dtype, name if partitioned else ""), []).append(name)
+    members += [(names, group, None) for (group, *_), names in bundles.items()]
+    return [
+        kind(index, names, [parameters[name] for name in names], group, layer)
+        for index, (names, group, layer) in enumerate(members)
+    ]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions `start` to `stop` of a unit's shard: the granule of communication and update."""
+
+    unit: Any
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def pieces(lengths: Sequence[tuple[Unit, int]], limit: int) -> Iterator[list[Piece]]:
+    """Cut the shards of several units into buckets of at most `limit` elements, in order.
+
+    Args:
+        lengths: each unit with the length of its shard.
+        limit: elements of a bucket; a large unit is spread over several.
+    """
+    bucket: list[Piece] = []
+    room = limit
+    for unit, length in lengths:
+        start = 0
+        while start < length:
+            stop = min(start + room, length)
+            bucket.append(Piece(unit, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield bucket
+                bucket, room = [], limit
+    if bucket:
+        yield bucket
 
 
 class Sharding:
-    """The cut of all units over the data-parallel ranks.
+    """The cut of all units of stages 0 to 2 over the data-parallel ranks.
 
     Args:
+        units: get their `start` and `stop`.
         group: the data-parallel process group.
         sharded: optimizer work is split over the ranks (stages 1, 2) or repeated on each (stage 0).
         reduce_bucket: elements of one reduction over all ranks.
@@ -29,7 +235,16 @@ class Sharding:
         average: divide summed gradients by the number of ranks.
     """
 
-    def __init__(self, group, sharded: bool, reduce_bucket: int, gather_bucket: int, average: bool):
+    def __init__(
+        self,
+        units: Sequence[FlatUnit],
+        group: Any,
+        sharded: bool,
+        reduce_bucket: int,
+        gather_bucket: int,
+        average: bool,
+    ):
+        self.units = list(units)
         self.group = group
         self.world = dist.get_world_size(group=group)
         self.rank = dist.get_rank(group=group)
@@ -38,23 +253,20 @@ class Sharding:
         self._average = average
         self._reduce_limit = max(reduce_bucket // self.rows, 1)
         self._gather_limit = max(gather_bucket // self.rows, 1)
+        for unit in self.units:
+            unit.start = min(self.row * self.chunk(unit), unit.numel)
+            unit.stop = min(unit.start + self.chunk(unit), unit.numel)
 
     def chunk(self, unit: Unit) -> int:
         """Elements of a chunk of this unit."""
         return -(-unit.numel // self.rows)
 
-    def own(self, unit: Unit) -> tuple[int, int]:
-        """First and last (exclusive) element of this rank's shard in the flat unit."""
-        start = min(self.row * self.chunk(unit), unit.numel)
-        return start, min(start + self.chunk(unit), unit.numel)
-
-    def own_weights(self, unit: Unit) -> Tensor:
-        """This rank's shard of the weights, a view."""
-        start, stop = self.own(unit)
-        return unit.flat[start:stop]
-
     def reduce(
-        self, units: Sequence[Unit], gradients: dict[int, Tensor], send: torch.dtype, keep: torch.dtype | None
+        self,
+        units: Sequence[FlatUnit],
+        gradients: dict[int, Tensor],
+        send: torch.dtype,
+        keep: torch.dtype | None,
     ) -> tuple[dict[int, Tensor], Tensor]:
         """Average gradients over the ranks; each rank gets its own shards.
 
@@ -127,9 +339,8 @@ class Sharding:
             work.wait()
         offset = 0
         for piece in bucket:
-            start, stop = self.own(piece.unit)
             # The last rank's chunk may be shorter than the piece says: the rest is padding.
-            length = max(min(piece.stop, stop - start) - piece.start, 0)
+            length = max(min(piece.stop, piece.unit.length) - piece.start, 0)
             if length:
                 part = result[offset : offset + length]
                 parts[piece.unit.index].append(part.to(keep or piece.unit.dtype))
@@ -137,7 +348,7 @@ class Sharding:
         # Padding is zero, so the whole message counts.
         return squared_norm([result])
 
-    def gather(self, units: Sequence[Unit], sidecar: Tensor) -> Tensor:
+    def gather(self, units: Sequence[FlatUnit], sidecar: Tensor) -> Tensor:
         """Give every rank the whole weights of these units, from each rank's own shard.
 
         Args:
@@ -149,7 +360,7 @@ class Sharding:
         if self.rows == 1:
             return sidecar[None]
         sidecars = sidecar[None]
-        extra: Tensor | None = sidecar.contiguous().view(torch.uint8)
+        extra = sidecar.contiguous().view(torch.uint8) if sidecar.numel() else None
         for bucket in pieces([(unit, self.chunk(unit)) for unit in units], self._gather_limit):
             received = self._gather_bucket(bucket, extra)
             if extra is not None:
@@ -168,7 +379,7 @@ class Sharding:
             row[:head] = extra
         offset = head
         for piece, size in zip(bucket, sizes, strict=True):
-            part = self.own_weights(piece.unit)[piece.start : piece.stop]
+            part = piece.unit.own_weights[piece.start : piece.stop]
             packed = part.view(torch.uint8)
             row[offset : offset + packed.numel()] = packed
             offset += size

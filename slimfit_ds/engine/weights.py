@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -37,27 +37,35 @@ def whole(tensor: Tensor, writes: bool = False):
     return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if writes else None)
 
 
-def gather(module: nn.Module) -> dict[str, Tensor]:
-    """Every weight and buffer, whole, on the host of rank 0; an empty dict on the other ranks.
+def gather(module: nn.Module, exclude: Container[str] = ()) -> dict[str, Tensor]:
+    """Return every weight and buffer, whole, on the host of rank 0; an empty dict on the other ranks.
 
     Called by every rank.
+
+    Args:
+        exclude: names that are left out.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in _entries(module):
+        if name in exclude:
+            continue
         with whole(tensor):
             if dist.get_rank() == 0:
                 result[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return result
 
 
-def scatter(module: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Set every weight and buffer, in place; called by every rank.
+def scatter(module: nn.Module, read: Callable[[str], Tensor], names: Container[str]) -> None:
+    """Set weights and buffers, in place; called by every rank.
 
     Args:
         read: name -> whole tensor.
+        names: those to set; what the model does not have is not read.
     """
     with torch.no_grad():
         for name, tensor in _entries(module):
+            if name not in names:
+                continue
             with whole(tensor, writes=True):
                 if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
                     tensor.data.copy_(read(name))

@@ -3,11 +3,13 @@
 torch's own `linear` saves a transposed view of the weight, which keeps the gathered weight alive until
 backward. DeepSpeed replaces it, for every model of the process and for ever, by one that saves the
 parameter instead, but the input as well whether the weight trains or not: freezing then saves no
-activation memory. This one saves what the backward pass will use.
+activation memory. This one saves what the backward pass will use, and is in force only while its engine runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["install", "linear"]
+__all__ = ["ScopedLinear", "linear"]
 
 _plain_linear = torch._C._nn.linear
 
@@ -84,7 +86,39 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _plain_linear(input, weight, bias)
 
 
-def install() -> None:
-    """Put it in the place of DeepSpeed's replacement, if there is one (`memory_efficient_linear`)."""
-    if functional.linear is zero3_linear_wrap:
-        functional.linear = linear
+class ScopedLinear:
+    """Puts `linear` into the place of torch's function for the forward and backward passes of one engine.
+
+    Outside of them `torch.nn.functional.linear` is what it was before the engine was made. Engines may be nested.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = True
+        self._before: Any = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Undo DeepSpeed's own replacement, which it makes while the engine is built and never undoes itself.
+
+        Where it makes none (`memory_efficient_linear: false`), nothing will be replaced later either.
+        """
+        before = functional.linear
+        try:
+            yield
+        finally:
+            self._wanted = functional.linear is zero3_linear_wrap
+            functional.linear = before
+
+    def enter(self) -> None:
+        if self._wanted and functional.linear is not linear:
+            self._before, functional.linear = functional.linear, linear
+
+    def leave(self) -> None:
+        if self._before is not None:
+            functional.linear, self._before = self._before, None
+
+    def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()

@@ -70,6 +70,11 @@ class FreezeSchedule:
         return room_at(self.layers, self.config.budget, rate)
 
     @property
+    def is_static(self) -> bool:
+        """True if the active set never changes: there is nothing to measure, to compare or to apply again."""
+        return not self._policy.keeps_budget
+
+    @property
     def active_names(self) -> frozenset[str]:
         return frozenset(self.names[layer] for layer in self.active)
 
@@ -86,7 +91,7 @@ class FreezeSchedule:
             self._visits[layer] += 1
             self._last[layer] = self.step
         self.step += 1
-        if self.step % self.config.interval == 0:
+        if self.step % self.config.interval == 0 and not self.is_static:
             self.active = self._select()
         return self.active
 

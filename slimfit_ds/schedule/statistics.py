@@ -8,7 +8,7 @@ process group), and `finish` turns the totals into one number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimfit_ds.schedule.change_sums import change_sums, runs_in_c
 
-__all__ = ["STATISTICS", "Statistic"]
+__all__ = ["STATISTICS", "Statistic", "of_layers"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,24 @@ class Statistic:
             weight = old.float()
             sums.append(self.partial(new.float() - weight, weight))
         return torch.stack(sums).sum(0)
+
+
+def of_layers(
+    statistic: Statistic, totals: Mapping[int, Sequence[float]], sizes: Mapping[int, int]
+) -> dict[int, float]:
+    """Return the statistic of each active layer after a step.
+
+    Args:
+        statistic: the measure.
+        totals: layer -> sums over all of its elements. A layer without them took no part in the forward pass of any
+            rank: it did not move, its statistic is 0.
+        sizes: layer -> elements, of every active layer whose learning rate is not 0. A rate of 0 (the first step of a
+            warm-up) says nothing about how much a layer has to learn.
+    """
+    return {
+        layer: statistic.finish(totals[layer], numel) if layer in totals else 0.0
+        for layer, numel in sizes.items()
+    }
 
 
 # Elements at a time: on a CPU what the second-level cache holds, elsewhere a bound of the temporary memory.

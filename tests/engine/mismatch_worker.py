@@ -10,7 +10,7 @@ import torch
 from stage_matrix_worker import batch_of, tiny_bert
 
 import slimfit_ds
-from slimfit_ds.engine.active_set_check import ActiveSetMismatchError
+from slimfit_ds.engine.engine import ActiveSetMismatchError
 
 
 def main() -> None:

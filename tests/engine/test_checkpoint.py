@@ -17,7 +17,8 @@ from transformers import BertConfig, BertForMaskedLM
 import slimfit_ds
 from slimfit_ds.cli import main
 from slimfit_ds.engine import checkpoint
-from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag, load_states_of
+from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag
+from slimfit_ds.engine.export import load_states_of
 from slimfit_ds.errors import ConfigError
 
 WORKER = Path(__file__).with_name("resume_worker.py")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from stage_matrix_worker import batch_of, tiny_bert
 
 import slimfit_ds
-from slimfit_ds.engine.checkpoint import _check_columns, load_states_of
+from slimfit_ds.engine.checkpoint import _check_columns
+from slimfit_ds.engine.export import load_states_of
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.columns import column_places
 

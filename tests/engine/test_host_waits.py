@@ -78,8 +78,8 @@ class Reads(TorchDispatchMode):
 SLIM = {"freeze": {"rate": 0.5}, "optimizer_states": {"inactive": "host"}}
 
 
-def slim_step(model: Model, preset: str):
-    handle = slimfit_ds.slim(model, {**SLIM, "activations": preset})
+def slim_step(model: Model, preset: str, slim: dict = SLIM):
+    handle = slimfit_ds.slim(model, {**slim, "activations": preset})
     # As on a GPU: torch's unfused loop over parameters reads their step counts.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     handle.follow(optimizer)
@@ -92,14 +92,14 @@ def slim_step(model: Model, preset: str):
     return step
 
 
-def engine_step(model: Model, preset: str):
+def engine_step(model: Model, preset: str, slim: dict = SLIM):
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 1},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "steps_per_print": None,
-        "slimfit": {**SLIM, "activations": preset},
+        "slimfit": {**slim, "activations": preset},
     }
     engine, *_ = slimfit_ds.initialize(model=model, config=config)
 
@@ -110,9 +110,9 @@ def engine_step(model: Model, preset: str):
     return step
 
 
-def reads_of_a_step(make, blocks: int, preset: str) -> Counter[str]:
+def reads_of_a_step(make, blocks: int, preset: str, slim: dict = SLIM) -> Counter[str]:
     torch.manual_seed(0)
-    step = make(Model(blocks), preset)
+    step = make(Model(blocks), preset, slim)
     for _ in range(3):
         step()
     with Reads() as reads:
@@ -153,6 +153,12 @@ def test_engine(one_rank, preset):
     assert many == few
     # The norm of the gradients, and the statistics.
     assert sum(many.values()) == 2
+
+
+@pytest.mark.parametrize("freeze", [{"policy": "auto", "rate": 0.5}, {"policy": "none"}])
+def test_what_is_static_is_not_measured(one_rank, freeze):
+    """The engine reads the norm of the gradients."""
+    assert sum(reads_of_a_step(engine_step, 2, "exact", {"freeze": freeze}).values()) == 1
 
 
 @pytest.mark.parametrize("make", [slim_step, engine_step])

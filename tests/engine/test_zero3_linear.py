@@ -10,7 +10,9 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+import slimfit_ds
 from slimfit_ds.engine import zero3_linear
 
 PLAIN = torch._C._nn.linear
@@ -119,10 +121,70 @@ def test_a_weight_that_was_released_is_gathered_for_its_backward():
     torch.testing.assert_close(x.grad, whole.sum(0).expand(3, 5))
 
 
-def test_install_replaces_deepspeeds_function_and_nothing_else(monkeypatch):
+def test_what_deepspeed_replaced_is_put_back_and_ours_is_there_in_between(monkeypatch):
     monkeypatch.setattr(functional, "linear", PLAIN)
-    zero3_linear.install()
+    scope = zero3_linear.ScopedLinear()
+    with scope.kept():
+        # As DeepSpeed does while an engine is built.
+        functional.linear = zero3_linear_wrap
     assert functional.linear is PLAIN
-    monkeypatch.setattr(functional, "linear", zero3_linear_wrap)
-    zero3_linear.install()
-    assert functional.linear is zero3_linear.linear
+    other = zero3_linear.ScopedLinear()
+    with scope:
+        assert functional.linear is zero3_linear.linear
+        with other:
+            assert functional.linear is zero3_linear.linear
+        assert functional.linear is zero3_linear.linear
+    assert functional.linear is PLAIN
+    with scope.kept():
+        pass
+    # DeepSpeed replaced nothing: `memory_efficient_linear` is false.
+    with scope:
+        assert functional.linear is PLAIN
+
+
+def engine_at_stage_3():
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.7}},
+    }
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    return slimfit_ds.initialize(model=Recomputing(*blocks), config=config)[0]
+
+
+class Recomputing(nn.Sequential):
+    """Notes which linear function is in force whenever a block runs, the second time in the backward pass."""
+
+    def forward(self, x):
+        self.seen = []
+        for block in self:
+            x = checkpoint(self.block, block, x, use_reentrant=False)
+        return x.square().mean()
+
+    def block(self, block, x):
+        self.seen.append(functional.linear)
+        return block(x)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_engine_leaves_torchs_function_as_it_was(one_rank, direct):
+    before = functional.linear
+    engine = engine_at_stage_3()
+    assert functional.linear is before
+    for _ in range(2):
+        loss = engine(torch.randn(2, 6))
+        assert functional.linear is before
+        # DeepSpeed allows both ways from stage 1 on.
+        loss.backward() if direct else engine.backward(loss)
+        assert functional.linear is before
+        assert engine.module.seen == [zero3_linear.linear] * 6
+        engine.step()
+    loss = engine(torch.randn(2, 6))
+    loss.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.backward(loss)
+    assert functional.linear is before
+    engine.destroy()
+    assert functional.linear is before

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from slimfit_ds.engine import shard_update
-from slimfit_ds.engine.units import Unit
+from slimfit_ds.engine.sharding import FlatUnit
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import RULES
 from slimfit_ds.schedule.statistics import STATISTICS
@@ -73,27 +73,17 @@ def test_sums_are_the_statistics_of_the_update_and_scales_apply_to_it():
             torch.testing.assert_close(row[list(statistic.sums)].double(), expected, rtol=1e-3, atol=1e-9)
 
 
-class OneRank:
-    """The cut of units that are not cut."""
-
-    def own(self, unit: Unit) -> tuple[int, int]:
-        return 0, unit.numel
-
-    def own_weights(self, unit: Unit) -> torch.Tensor:
-        return unit.flat
-
-
 def run_updater(statistic: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[int, float]]:
     """Weights and statistics after two steps of two layers and a bundle."""
     parameters = [torch.nn.Parameter(t.to(dtype)) for t in tensors(0)]
     optimizer = torch.optim.AdamW(parameters, **OPTIONS)
     units = [
-        Unit(0, ["a"], parameters[:1], 0, 0),
-        Unit(1, ["b"], parameters[1:2], 0, 1),
-        Unit(2, ["c", "d"], parameters[2:], 0, None),
+        FlatUnit(0, ["a"], parameters[:1], 0, 0),
+        FlatUnit(1, ["b"], parameters[1:2], 0, 1),
+        FlatUnit(2, ["c", "d"], parameters[2:], 0, None),
     ]
     updater = shard_update.ShardUpdater(
-        units, OneRank(), optimizer, RULES["AdamW"], STATISTICS[statistic], OptimizerStatesConfig(), torch.device(DEVICE)
+        units, optimizer, RULES["AdamW"], STATISTICS[statistic], OptimizerStatesConfig(), torch.device(DEVICE)
     )  # fmt: skip
     updater.lr_factors = {1: 0.5}
     for step in (1, 2):
@@ -101,7 +91,7 @@ def run_updater(statistic: str, dtype: torch.dtype) -> tuple[list[torch.Tensor],
         gradients = {0: given[0].to(dtype), 1: given[1].to(dtype), 2: torch.cat(given[2:]).to(dtype)}
         sums = updater.update(units, gradients, 0.5)
         message = updater.statistic_sums(units, sums)
-    return [p.detach() for p in parameters], updater.statistics(units, message[None])
+    return [p.detach() for p in parameters], updater.statistics(units, units, message[None])
 
 
 @kernel

@@ -21,7 +21,7 @@ WATCHED = {
     "update": "slimfit_ds.engine.engine:SlimFitEngine.step",
     "all_reduce": "torch.distributed:all_reduce",
     "evaluate": "slimfit_ds.training.run:evaluate",
-    "write_shards": "slimfit_ds.engine.shard_files:save_file",
+    "write_shards": "slimfit_ds.engine.checkpoint_files:save_file",
     "write_weights": "slimfit_ds.engine.checkpoint:save_file",
     "fsync": "os:fsync",
     "replace": "os:replace",

@@ -1,0 +1,71 @@
+"""`slimfit-ds export`: the most exact weights of a checkpoint as one safetensors file, without a model or an engine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimfit_ds.engine.checkpoint_files import MODEL, CheckpointError, ShardReader, latest_tag, read_metadata
+from slimfit_ds.trainable.columns import fill_columns
+
+__all__ = ["load_states_of", "main"]
+
+
+def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Return the most exact weights of a checkpoint: float32 masters where there are any, else the weights.
+
+    The counterpart of DeepSpeed's `zero_to_fp32`.
+
+    Returns:
+        Name -> tensor in the shape of the weight; float32 for floating-point tensors.
+    """
+    folder = Path(path)
+    if (tag := latest_tag(folder)) is not None:
+        folder = folder / tag
+    metadata = read_metadata(folder)
+    result: dict[str, Tensor] = {}
+    with (
+        safe_open(folder / MODEL, framework="pt") as model,
+        ShardReader(sorted(folder.glob("optimizer-*.safetensors"))) as reader,
+    ):
+        for name in model.keys():  # noqa: SIM118 - safe_open is no mapping
+            weight = model.get_tensor(name)
+            if weight.is_floating_point():
+                weight = weight.to(torch.float32)
+            reader.read_into(weight.view(-1), name, "master", 0)
+            result[name] = weight
+    return fill_columns(result, metadata.get("columns", {}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write float32 weights (masters where there are any) of a checkpoint; like DeepSpeed's `zero_to_fp32`.
+
+    Returns:
+        0; 2 if there is no such checkpoint or the target exists.
+    """
+    parser = argparse.ArgumentParser(prog="slimfit-ds export", description=main.__doc__)
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint folder, or the folder that holds `latest`"
+    )
+    parser.add_argument("output", type=Path, help="the .safetensors file to write; must not exist")
+    arguments = parser.parse_args(argv)
+    if arguments.output.exists():
+        print(f"slimfit-ds export: {arguments.output} exists; choose another name", file=sys.stderr)
+        return 2
+    try:
+        weights = load_states_of(arguments.checkpoint)
+    except (CheckpointError, SafetensorError) as error:
+        print(f"slimfit-ds export: {error}", file=sys.stderr)
+        return 2
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, arguments.output, metadata={"format": "pt"})
+    print(f"{len(weights)} tensors, {arguments.output.stat().st_size:,} bytes: {arguments.output}")
+    return 0
