@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,24 +44,39 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., list]:
-    """Runs a worker script on several ranks under torchrun; returns what it printed after `RESULT `."""
+def run_ranks(tmp_path_factory) -> Iterator[Callable[..., list]]:
+    """Runs a worker script on several ranks; returns what rank 0 printed after `RESULT `."""
+    server: subprocess.Popen[str] | None = None
+    log = tmp_path_factory.mktemp("ranks") / "log"
 
     def run(script: Path, *arguments: str, ranks: int = 2, timeout: float = 240) -> list:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)),
-            *("--master_port", str(free_port()), str(script), *arguments),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=timeout
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        assert lines, f"{command} printed no RESULT:\n{done.stdout[-4000:]}"
+        nonlocal server
+        if server is None:
+            server = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "rank_server.py")],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n", "tests/rank_server.py does not start"
+        assert server.stdin is not None
+        assert server.stdout is not None
+        request = {"script": str(script), "arguments": arguments, "ranks": ranks, "timeout": timeout}
+        print(json.dumps({**request, "log": str(log)}), file=server.stdin, flush=True)
+        codes = json.loads(server.stdout.readline())["codes"]
+        printed = [log.with_name(f"log.{rank}").read_text(errors="replace") for rank in range(ranks)]
+        tails = "\n".join(f"rank {rank}:\n{text[-4000:]}" for rank, text in enumerate(printed))
+        assert codes == [0] * ranks, f"{script.name} {arguments} ended with {codes}:\n{tails}"
+        lines = [line for line in printed[0].splitlines() if line.startswith("RESULT ")]
+        assert lines, f"{script.name} {arguments} printed no RESULT:\n{tails}"
         return json.loads(lines[-1].removeprefix("RESULT "))
 
-    return run
+    yield run
+    if server is not None:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture(scope="session")
