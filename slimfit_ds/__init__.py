@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimfit_ds.comparison.runner import compare
     from slimfit_ds.config import SlimFitConfig
-    from slimfit_ds.engine.initialize import initialize
+    from slimfit_ds.facade import initialize
     from slimfit_ds.integrations.plain_loop import slim
     from slimfit_ds.integrations.trainer_callback import SlimFitCallback
     from slimfit_ds.planner.estimator import estimate
@@ -21,7 +21,7 @@ _HOMES = {
     "SlimFitConfig": "slimfit_ds.config",
     "compare": "slimfit_ds.comparison.runner",
     "estimate": "slimfit_ds.planner.estimator",
-    "initialize": "slimfit_ds.engine.initialize",
+    "initialize": "slimfit_ds.facade",
     "slim": "slimfit_ds.integrations.plain_loop",
 }
 

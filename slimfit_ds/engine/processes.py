@@ -7,11 +7,12 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-__all__ = ["accelerator_and_backend", "end_after_gloo", "start_processes"]
+__all__ = ["accelerator_and_backend", "end_after_gloo", "skip_shm_build", "start_processes"]
 
 _GLOO_THREADS = "(pt_gloo_runloop)"
 _QUIET_LOOKS = 5
@@ -39,16 +40,34 @@ def start_processes() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # This op serves inference only, takes half a minute to build, and a killed build blocks the next run for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     device = accelerator.device_name(int(os.environ["LOCAL_RANK"]))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    undo = skip_shm_build()
+    try:
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    finally:
+        undo()
     end_after_gloo()
     torch.distributed.barrier()
     return torch.device("cpu" if accelerator.device_name() == "cpu" else device)
+
+
+def skip_shm_build() -> Callable[[], None]:
+    """Keep `init_distributed` from building DeepSpeed's shared-memory collectives.
+
+    They serve inference only, take half a minute to build, and a killed build blocks the next run for ever.
+
+    Returns:
+        what undoes it.
+    """
+    import deepspeed
+
+    operators, name = deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm"
+    before = operators.get(name, False)
+    operators[name] = False
+    return lambda: operators.__setitem__(name, before)
 
 
 @functools.cache

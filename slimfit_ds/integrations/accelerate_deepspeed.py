@@ -9,8 +9,12 @@ stock DeepSpeed.
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from slimfit_ds.errors import ConfigError
 
@@ -35,9 +39,13 @@ def enable_deepspeed() -> None:
     """
     if _restore:
         return
-    from slimfit_ds.engine.stand_in import stand_in_for_deepspeed
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from slimfit_ds.engine.processes import skip_shm_build
 
-    _restore.append(stand_in_for_deepspeed())
+    # accelerate or transformers start the process group, later.
+    _restore.append(skip_shm_build())
+    _restore.append(_replace_initialize())
     _restore.append(_replace_finalize())
 
 
@@ -45,6 +53,31 @@ def disable_deepspeed() -> None:
     """Undo `enable_deepspeed`; engines that were made keep working."""
     while _restore:
         _restore.pop()()
+
+
+def _replace_initialize() -> Callable[[], None]:
+    """Put the engine's `initialize` into the place of `deepspeed.initialize`; without a block it calls the stock one.
+
+    Returns:
+        what puts the stock function back.
+    """
+    import deepspeed
+
+    from slimfit_ds.engine.initialize import initialize
+
+    stock = deepspeed.initialize
+
+    @functools.wraps(stock)
+    def with_slimfit(*args: Any, **kwargs: Any) -> Any:
+        # Ours ends in a call of the stock one, under the same name.
+        deepspeed.initialize = stock
+        try:
+            return initialize(**inspect.signature(stock).bind(*args, **kwargs).arguments)
+        finally:
+            deepspeed.initialize = with_slimfit
+
+    deepspeed.initialize = with_slimfit
+    return lambda: setattr(deepspeed, "initialize", stock)
 
 
 def _replace_finalize() -> Callable[[], None]:

@@ -56,14 +56,14 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare() -> None:
     """Import what jobs need, outside the fake world, and take the checks out that compare ranks' values."""
     warnings.filterwarnings("ignore")
-    import deepspeed
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
     from slimfit_ds.activations.codecs import registry
+    from slimfit_ds.engine.processes import skip_shm_build
 
     logging.disable(logging.ERROR)
-    # Shared-memory collectives take a minute to build and have nothing to do here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # For the life of this process.
+    skip_shm_build()
     # Compares lists of integers across ranks, and fake tensors carry none.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *_: None
     registry._FACTORIES.update({name: _outside(made) for name, made in registry._FACTORIES.items()})

@@ -131,13 +131,13 @@ def _engine(
     active: str | Sequence[str] | None,
     facts: dict[str, Any],
 ) -> MemoryReport:
-    # The engine stands above this room; only the programs that simulate or measure a step come through here.
-    import slimfit_ds
+    # Only the programs that simulate or measure a step import DeepSpeed.
+    from slimfit_ds.engine.initialize import initialize
 
     config = strategy.deepspeed_config(micro, dtype, world_size)
     if active is not None and "slimfit" in config:
         config["slimfit"] = _with_active(config["slimfit"], active, model)
-    engine = slimfit_ds.initialize(model=model, optimizer=_optimizer(model, strategy), config=config)[0]
+    engine = initialize(model=model, optimizer=_optimizer(model, strategy), config=config)[0]
     if hasattr(engine, "layer_names"):
         facts |= {"layers": len(engine.layer_names), "active": sorted(engine.active_layers)}
     tracker = None

@@ -214,3 +214,38 @@ class TestOneRank:
         engine.save_checkpoint(tmp_path / "a")
         shutil.move(tmp_path / "a", tmp_path / "b")
         assert engine_of().load_checkpoint(tmp_path / "b")[0] is not None
+
+    def test_weights_that_the_user_froze_may_be_left_out(self, tmp_path):
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+        model[0].requires_grad_(False)
+        engine = engine_of(model)
+        train(engine, 3)
+        engine.save_checkpoint(tmp_path, tag="x", exclude_frozen_parameters=True)
+        saved = load_file(tmp_path / "x" / "model.safetensors")
+        assert sorted(saved) == ["1.bias", "1.weight", "2.bias", "2.weight"]
+        other = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+        other[0].requires_grad_(False)
+        own = other[0].weight.detach().clone()
+        other = engine_of(other)
+        other.load_checkpoint(tmp_path, tag="x")
+        assert torch.equal(other.module[0].weight, own)
+        assert torch.equal(other.module[1].weight, engine.module[1].weight)
+
+    def test_weights_of_a_smaller_model_where_that_is_asked_for(self, tmp_path):
+        engine = engine_of()
+        train(engine, 2)
+        engine.save_checkpoint(tmp_path)
+        larger = engine_of(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(4, 4)))
+        added = larger.module[3].weight.detach().clone()
+        with pytest.raises(ConfigError, match=r"only in the model: 3\.weight"):
+            larger.load_checkpoint(tmp_path, load_module_only=True)
+        larger.load_checkpoint(tmp_path, load_module_only=True, load_module_strict=False)
+        assert torch.equal(larger.module[0].weight, engine.module[0].weight)
+        assert torch.equal(larger.module[3].weight, added)
+
+    def test_arguments_that_cannot_be_honoured_are_refused(self, tmp_path):
+        engine = engine_of()
+        with pytest.raises(ConfigError, match="custom_load_fn is not supported"):
+            engine.load_checkpoint(tmp_path, custom_load_fn=lambda source, target: None)
+        with pytest.raises(ValueError, match="save_dir must name a folder"):
+            engine.save_checkpoint("")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -208,24 +210,53 @@ def test_without_a_block_it_is_plain_deepspeed():
     assert deepspeed.DeepSpeedEngine.__name__ == "DeepSpeedEngine"
 
 
-def test_config_by_path_and_by_args(tmp_path):
-    path = tmp_path / "ds.json"
-    path.write_text(
-        json.dumps(
-            {
-                "train_micro_batch_size_per_gpu": 2,
-                "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
-                "slimfit": {"freeze": {"rate": 0.5}},
-            }
-        )
+def test_config_in_the_forms_that_deepspeed_takes(tmp_path):
+    text = json.dumps(
+        {
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+            "slimfit": {"freeze": {"policy": "ils", "rate": 0.5}},
+        }
     )
-
-    class Args:
-        deepspeed_config = str(path)
-
-    for arguments in ({"config": str(path)}, {"args": Args()}):
+    path, commented = tmp_path / "ds.json", tmp_path / "ds.hjson"
+    path.write_text(text)
+    commented.write_text("{\n  # hjson\n" + text[1:-1] + ",\n}")
+    encoded = base64.urlsafe_b64encode(text.encode()).decode()
+    for arguments in (
+        *({"config": value} for value in (str(path), path, str(commented), encoded)),
+        {"config_params": json.loads(text)},
+        {"args": SimpleNamespace(deepspeed_config=str(path))},
+        {"args": SimpleNamespace(deepscale_config=str(path))},
+    ):
         engine, *_ = slimfit_ds.initialize(model=Net(), **arguments)
         assert len(engine.active_layers) == 5
+
+
+def test_configs_that_are_refused(tmp_path):
+    twice = SimpleNamespace(deepspeed_config="ds.json")
+    with pytest.raises(ConfigError, match="given more than once, as config and deepspeed_config"):
+        slimfit_ds.initialize(args=twice, model=Net(), config={})
+    double = tmp_path / "double.json"
+    double.write_text('{"train_batch_size": 2, "train_batch_size": 4}')
+    with pytest.raises(ConfigError, match="Duplicate keys"):
+        slimfit_ds.initialize(model=Net(), config=double)
+    with pytest.raises(ConfigError, match=r"no such file: .*nowhere\.json"):
+        slimfit_ds.initialize(model=Net(), config="nowhere.json")
+    with pytest.raises(ConfigError, match="pass a DeepSpeed configuration"):
+        slimfit_ds.initialize(model=Net())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_an_optimizer_evaluates(stage):
+    torch.manual_seed(0)
+    model = Net()
+    x = torch.randn(2, 4)
+    expected = model(x).item()
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "slimfit": {}}
+    engine, *_ = slimfit_ds.initialize(model=model, config=config)
+    assert engine(x).item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ConfigError, match="this engine has none"):
+        engine.load_checkpoint("anywhere")
 
 
 def test_client_optimizer_groups_and_scheduler():
@@ -365,11 +396,6 @@ def test_the_loss_of_a_language_model_in_chunks_by_configuration():
 def test_a_compiled_model_is_refused():
     with pytest.raises(ConfigError, match=r"compiled by torch\.compile"):
         make(model=torch.compile(Net()))
-
-
-def test_missing_config_file():
-    with pytest.raises(ConfigError, match=r"no such file: .*nowhere\.json"):
-        slimfit_ds.initialize(model=Net(), config="nowhere.json")
 
 
 @pytest.mark.parametrize("option", [{"bf16_weights": "stochastic_rounding"}, {"precision": "8bit"}])

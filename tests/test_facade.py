@@ -1,4 +1,4 @@
-"""`memory_budget` at `initialize`: what is chosen, what is refused."""
+"""`memory_budget` at `slimfit_ds.initialize`: what is chosen, what is refused."""
 
 from __future__ import annotations
 

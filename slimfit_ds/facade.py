@@ -1,0 +1,143 @@
+"""`slimfit_ds.initialize`: a drop-in for `deepspeed.initialize`; the planner resolves `memory_budget`, then the engine is made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.engine import initialize as engine
+from slimfit_ds.errors import ConfigError
+
+__all__ = ["initialize", "resolve_budget"]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Make a DeepSpeed engine that freezes layers as the `"slimfit"` block of its config says.
+
+    Arguments and return value are those of `deepspeed.initialize`; without a `"slimfit"` block it does
+    exactly what `deepspeed.initialize` does.
+
+    Returns:
+        engine, optimizer, training dataloader, learning-rate scheduler.
+
+    Raises:
+        ConfigError: all problems of the configuration at once, before any process group is made.
+
+    Example:
+        engine, _, loader, _ = slimfit_ds.initialize(
+            model=model, config="ds_configs/slimfit_zero1.json", training_data=dataset
+        )
+    """
+    config, args = engine.read_config(config if config is not None else config_params, args)
+    if _has_budget(config):
+        if problems := engine.setting_problems(config, model):
+            raise ConfigError(problems)
+        batch = _first_batch(config, training_data, collate_fn, distributed_port, dist_init_required)
+        assert model is not None
+        config = resolve_budget(config, model, batch)
+    return engine.initialize(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=config,
+        mesh_param=mesh_param,
+    )
+
+
+def _has_budget(config: Mapping[str, Any]) -> bool:
+    block = config.get("slimfit")
+    return isinstance(block, Mapping) and block.get("memory_budget") is not None
+
+
+def _first_batch(
+    config: Mapping[str, Any], data: Any, collate: Callable[..., Any] | None, port: int, init: bool | None
+) -> Mapping[str, Any]:
+    """Return the first samples of the training data, for their shapes; starts the process group."""
+    import deepspeed
+    from torch.utils.data import default_collate
+
+    problems = []
+    if data is None:
+        problems.append(
+            "slimfit.memory_budget needs training_data, to see the shape of a batch; pass it, or take the "
+            "settings that `slimfit-ds plan` writes"
+        )
+    size = config.get("train_micro_batch_size_per_gpu")
+    if not isinstance(size, int):
+        problems.append(
+            f"slimfit.memory_budget needs train_micro_batch_size_per_gpu as a number, got {size!r}"
+        )
+    if problems or not isinstance(size, int):
+        raise ConfigError(problems)
+    deepspeed.init_distributed(distributed_port=port, dist_init_required=init)
+    return (collate or default_collate)([data[index] for index in range(size)])
+
+
+def resolve_budget(config: Mapping[str, Any], model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration with settings that keep each rank within `slimfit.memory_budget`.
+
+    Called by every rank, after the process group is made; rank 0 asks the planner. A configuration without a budget
+    comes back as it is. What the block fixes stays; freezing rate, preset, chunk size and residency are chosen
+    otherwise, and the reason is printed.
+
+    Args:
+        config: the DeepSpeed configuration, batch sizes resolved, the block as the user wrote it.
+        model: the model that will be trained.
+        batch: an example batch, for its shapes.
+
+    Raises:
+        ConfigError: on every rank: nothing fits (names the smallest feasible budget), or the model
+            cannot be simulated.
+    """
+    if not _has_budget(config):
+        return dict(config)
+    import torch
+    from deepspeed import comm as dist
+    from deepspeed.accelerator import get_accelerator
+
+    from slimfit_ds.planner.budget import settings_for_budget
+
+    block = config["slimfit"]
+    budget = SlimFitConfig.parse(block).memory_budget
+    assert budget is not None
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        device = torch.device(get_accelerator().current_device_name())
+        try:
+            chosen, reason = settings_for_budget(
+                budget, model, batch, config, block, dist.get_world_size(), device
+            )
+            answer = [({**chosen, "memory_budget": None}, [])]
+            print(f"memory_budget of {budget} bytes: {reason}", file=sys.stderr)
+        except ConfigError as error:
+            answer = [(None, error.problems)]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    chosen, problems = answer[0]
+    if problems:
+        raise ConfigError(problems)
+    return {**config, "slimfit": chosen}
