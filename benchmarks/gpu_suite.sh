@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command and one results folder: tests marked gpu, codec and kernel speed, all peers.
+# Everything that wants a GPU, in one command and one results folder: tests marked gpu, codec speed, block times, peers.
 #
 #   benchmarks/gpu_suite.sh                          # results in $OUT (default outputs/gpu), 9 minutes
 #   BUDGET_MINUTES=25 benchmarks/gpu_suite.sh        # more cells of the comparison
@@ -39,22 +39,24 @@ nvidia-smi > "$OUT/nvidia-smi.log" 2>&1 || true
 # Most of these tests is compiling kernels, which several processes do sooner.
 workers=()
 "$python" -c "import xdist" 2> /dev/null && workers=(-n "${TEST_WORKERS:-8}")
-part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider "${workers[@]}" ${TESTS:-tests/activations tests/memory tests/optim tests/freezing}
+part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider "${workers[@]}" ${TESTS:-tests/activations tests/memory tests/optim tests/schedule}
 part codec_speed "${CODEC_SECONDS:-90}" "$python" benchmarks/activations/codec_speed.py --device "$device" \
-  --tokens "${CODEC_TOKENS:-49152}" --repeats 5 --output "$OUT"
-part kernel_speed "${KERNEL_SECONDS:-60}" "$python" benchmarks/activations/kernel_speed.py --device "$device" \
-  --tokens "${CODEC_TOKENS:-49152}" --dtypes bfloat16 --repeats 5 --output "$OUT"
-# What is left of the budget belongs to the comparison.
+  --tokens "${TOKENS:-49152}" --repeats 5 --csv "$OUT/codec_speed.csv"
+part step_time "${STEP_SECONDS:-60}" "$python" benchmarks/activations/step_time.py --device "$device" --dtype bf16 \
+  --rows "${ROWS:-128}" --csv "$OUT/step_time.csv"
+# What is left of the budget belongs to the comparison, a third of it to the largest batches.
 left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))")
 chosen=()
 [ -n "${MODELS:-}" ] && chosen+=(--models "$MODELS")
 [ -n "${METHODS:-}" ] && chosen+=(--methods "$METHODS")
-[ "$device" = cpu ] && chosen+=(--no-fit)
 LINES_SHOWN=40 part peers "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/peers.py --device "$device" \
-  --budget-minutes "$left" --output "$OUT/peers" "${chosen[@]}"
+  --budget-minutes "$("$python" -c "print($left * 2 / 3)")" --seconds 90 --csv "$OUT/peers.csv" "${chosen[@]}"
+if [ "$device" = cuda ]; then
+  part largest_batch "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/largest_batch.py --device cuda \
+    --budget-minutes "$("$python" -c "print($left / 3)")" --csv "$OUT/largest_batch.csv" "${chosen[@]}"
+fi
 # Some places bring only a handful of files back. Packed elsewhere: tar must not meet its own output.
 packed=$(mktemp)
 tar -C "$OUT" -czf "$packed" . && mv "$packed" "$OUT/results.tar.gz"
-cp "$OUT/peers/table.md" "$OUT/peers.md"
 echo "results: $OUT/results.tar.gz, worst exit code $worst, $((SECONDS - started)) s"
 exit "$worst"

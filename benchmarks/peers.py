@@ -1,225 +1,412 @@
-"""Every way to train the same model with less memory, side by side: memory, time, throughput, largest batch.
+"""Every way to train the same model with less memory, side by side: peak memory, time, FLOPs of a step.
 
+    python benchmarks/peers.py --device cpu --threads 1             # small shapes of five families, BERT-base
     python benchmarks/peers.py --device cuda --budget-minutes 9     # on a GPU: published shapes
-    python benchmarks/peers.py --device cpu --threads 1             # small shapes of the same families
-    python benchmarks/peers.py --device cpu --models bert-small --methods full,minimal
-    python benchmarks/peers.py --device cuda --plan                 # what would run, and about how long; runs nothing
+    python benchmarks/peers.py --device cpu --models bert-small --methods full,minimal --csv /tmp/peers.csv
 
-Each method trains the same model (random weights, the same seed) on the same random batches in a fresh process with a
-time limit of its own. bf16 arithmetic everywhere: under autocast with fp32 weights, or with bf16 weights where the
-method is made for that; the label or `weights` in the JSON says which. Time: a second process trains the same model in
-full, and both take turns, a few steps each; the ratio is that of the medians of these steps, so that neither a busy
-machine nor a warm card moves it. `full` itself takes turns with its twin: what its ratio differs from 1 is noise.
-Peak: CUDA's own counter over all steps, on a CPU the storages of a step (slimfit_ds.memory.tracker). FLOPs: torch's
-FlopCounterMode over a step, recomputation included. Writes one folder (`--output`): a JSON per cell, `table.md`,
-`environment.json`. Run again with the same folder to add what is missing, after an interruption too; cells that the
-budget cuts off are the least telling ones, and the table says so. `--publish FILE,...` writes the tables into documents,
-between the marks `<!-- peers-...: begin -->` and `end`.
+Each method trains the same model (random weights) on the same random batches in a fresh process. bf16 arithmetic: under
+autocast with fp32 weights, or with bf16 weights where the method is made for that. Time: a second process trains the same
+model in full, and both take turns, a few steps each; the ratio is that of the medians of these steps, so that neither a
+busy machine nor a warm card moves it. `full` itself takes turns with such a twin: what its ratio differs from 1 is noise.
+Peak: CUDA's own counter over all steps, on a CPU the storages of a step (slimfit_ds.memory.tracker). FLOPs of matrix
+products and attention, recomputation included. Adds what `benchmarks/results/peers.csv` (`--csv`) lacks.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
-import json
+import math
 import os
-import sys
+import statistics
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
-from peers_methods.batch_fit import measured_batches
-from peers_methods.budget import planned
-from peers_methods.cell import Bench
-from peers_methods.methods import METHODS, get_method
-from peers_methods.publish import publish
-from peers_methods.running import Plan, plan_cells, read_cell, run_cells
-from peers_methods.simulated import simulate
-from peers_methods.simulations import Simulations
-from peers_methods.tables import environment, estimated_table, heading, table
-from peers_methods.turns import Turns
-from peers_methods.worker import serve
-from peers_methods.workloads import CASES, cases_for
+from common import Failed, Process, Study, machine, markdown, quartiles
+from methods import METHODS, Request
+from shapes import SHAPES, Shape, make_batches, shapes_for
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-RESULTS = Path(__file__).resolve().parent / "results"
-FORMAT = 3
-"""Of a cell's JSON: older ones are measured again."""
-ESTIMATE_FORMAT = 2
-"""Of an entry of `estimated.json`: older ones are simulated again."""
+from slimfit_ds.memory.tracker import MemoryTracker
+
+CLOCKS = ("seconds", "cpu_seconds")
+# Of a card's memory: full fine-tuning whose states alone take more is not kept beside the methods.
+REFERENCE_SHARE = 0.4
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    made.add_argument("--models", help=f"comma-separated, of: {', '.join(CASES)}")
-    made.add_argument("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
-    made.add_argument(
-        "--budget-minutes", type=float, help="of all cells (cuda 9, cpu 240; 0: tables of what is there)"
-    )
-    made.add_argument("--cell-seconds", type=float, help="limit of one cell (cuda 90, cpu 900)")
-    made.add_argument("--rounds", type=int, help="turns of a method and of full fine-tuning (cuda 3, cpu 5)")
-    made.add_argument("--steps", type=int, default=2, help="timed steps of a turn (2)")
-    made.add_argument("--warm-up", type=int, default=3)
-    made.add_argument("--turn-seconds", type=float, default=20.0, help="no further round after this (20)")
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument(
-        "--no-fit", action="store_true", help="look for no largest batches (cpu: show known ones)"
-    )
-    made.add_argument(
-        "--estimate",
-        help="cpu: models whose largest batches are simulated (those measured, bert-base, vit-384, llama-8b)",
-    )
-    made.add_argument("--output", type=Path, help="default: benchmarks/results/peers-DEVICE")
-    made.add_argument("--publish", help="comma-separated documents that the tables are written into")
-    made.add_argument("--plan", action="store_true", help="print the cells and their estimated seconds only")
-    made.add_argument("--cell", help=argparse.SUPPRESS)
-    made.add_argument("--simulate", action="store_true", help=argparse.SUPPRESS)
-    made.add_argument("--answers", type=int, help=argparse.SUPPRESS)
-    return made
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, convolutions and attention while open.
 
-
-def choose(text: str | None, default: list[str], known: dict[str, Any], what: str) -> list[str]:
-    """The names of a comma-separated list.
-
-    Raises:
-        SystemExit: names all that are unknown.
+    torch's own counter brings module hooks, which break where a function differentiates inside of its backward pass.
     """
-    names = [part.strip() for part in text.split(",") if part.strip()] if text else default
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"--{what}: {', '.join(unknown)} unknown; known: {', '.join(known)}")
-    return list(dict.fromkeys(names))
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        # torch has no formula for the attention of CPUs. Backward: five products instead of two.
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.flops += sdpa_flop_count(*(t.shape for t in args[:3]))
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.flops += 5 * sdpa_flop_count(*(t.shape for t in args[1:4])) // 2
+        elif packet in flop_registry:
+            self.flops += int(flop_registry[packet](*args, **(kwargs or {}), out_val=result))
+        return result
 
 
-def work(arguments: argparse.Namespace) -> int:
-    """The worker: import, wait for orders about one cell, carry them out."""
-    cell = read_cell(arguments.cell)
-    method, case = get_method(cell.method), CASES[cell.case]
-    torch.set_num_threads(arguments.threads)
-    if arguments.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    device = torch.device(arguments.device)
-    method.import_ahead()
-    bench = Bench(method, case, device, arguments.warm_up, arguments.seed, progress=print)
-    serve(
-        arguments.answers,
-        {
-            "build": bench.build,
-            "turn": bench.turn,
-            "finish": bench.finish,
-            "fit": lambda: measured_batches(method, case, device, arguments.seed),
-        },
-    )
-    # Engines and compiled kernels leave threads behind; everything has been answered.
-    sys.stdout.flush()
-    os._exit(0)
+class Bench:
+    """One method on one shape, alone in its process: built, timed turn by turn, and looked into.
 
+    Between turns nothing but model states stays in the caching allocator (CUDA), so that a reference and a method fit
+    one card side by side; the first step after that is not timed.
+    """
 
-def simulate_for(answers: int) -> int:
-    """The worker that simulates: import, wait for orders, carry them out."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    calls = itertools.count()
+    def __init__(self, shape: Shape, method: str, device: str, warm_up: int, seed: int, threads: int):
+        torch.set_num_threads(threads)
+        if device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        self._shape, self._method, self._device = shape, METHODS[method], torch.device(device)
+        self._warm_up, self._seed, self._cuda = warm_up, seed, device == "cuda"
+        self._losses: list[torch.Tensor] = []
+        self._peaks: dict[str, int] = {}
 
-    def one(**options: Any) -> dict[str, Any]:
-        if next(calls) == 1:
-            # Each step collects garbage first, which need not go through all that the first one imported.
+    def build(self, reference: bool = False) -> None:
+        """Build the trainer, warm it up and look into a few steps.
+
+        The steps that are looked into come at fixed places, so that methods which draw what trains draw the same. A
+        reference does all of it too: what its heap went through moves a step on a CPU by several per cent.
+        """
+        if reference and self._cuda:
+            meta = Request(self._shape, torch.device("meta"), self._seed).model("fp32")
+            # fp32 weights and two moments.
+            states = 12 * sum(p.numel() for p in meta.parameters())
+            if states > REFERENCE_SHARE * torch.cuda.get_device_properties(self._device).total_memory:
+                raise Failed("unavailable", f"states of {states / 2**30:.0f} GiB would crowd the card")
+        self._trainer = self._method.build(Request(self._shape, self._device, self._seed))
+        self._batches = make_batches(self._shape, self._device, seed=self._seed)
+        for _ in range(max(1, self._warm_up)):
+            self._step()
+        self._result = {"resident_bytes": psutil.Process().memory_info().rss}
+        self._note_cuda_peaks()
+        self._result |= self._looked_into()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+
+    def turn(self, steps: int) -> dict[str, list[float]]:
+        """Time a few steps: seconds of the wall and CPU seconds of all threads, for each."""
+        if self._cuda:
+            self._step()
+        timed = [self._step() for _ in range(steps)]
+        if self._cuda:
+            torch.cuda.empty_cache()
+        return {clock: [pair[place] for pair in timed] for place, clock in enumerate(CLOCKS)}
+
+    def finish(self) -> dict[str, Any]:
+        """Return everything but times: bytes, FLOPs, losses."""
+        self._note_cuda_peaks()
+        losses = [float(loss) for loss in self._losses]
+        if not all(map(math.isfinite, losses)):
+            raise Failed("failed", "a loss is not finite")
+        parameters = list(self._trainer.model.parameters())
+        peak = self._peaks.get("allocated") or self._result["peak_bytes"]
+        return self._result | {
+            "peak_bytes": peak,
+            "resident_bytes": self._peaks.get("reserved") or self._result["resident_bytes"],
+            "per_step": self._shape.per_step,
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+            "parameters": sum(p.numel() for p in parameters),
+            "weights": str(parameters[0].dtype).removeprefix("torch."),
+            "steps": len(losses),
+        }
+
+    def _step(self) -> tuple[float, float]:
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        self._losses.append(self._trainer.step(self._batches[len(self._losses) % len(self._batches)]))
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin, time.process_time() - cpu_begin
+
+    def _note_cuda_peaks(self) -> None:
+        """Note CUDA's own counters over all steps but those that are looked into."""
+        for name in ("allocated", "reserved") if self._cuda else ():
+            self._peaks[name] = max(self._peaks.get(name, 0), getattr(torch.cuda, f"max_memory_{name}")())
+
+    def _looked_into(self) -> dict[str, Any]:
+        """Return FLOPs (mean) and bytes of a few steps: the largest peak, and where it was held."""
+        reports, flops, trainer = [], [], self._trainer
+        for _ in range(self._method.tracked):
             gc.collect()
-            gc.freeze()
-        return simulate(**options)
-
-    serve(answers, {"simulate": one})
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def estimate_fits(
-    cases: list[str], methods: list[str], folder: Path, commit: str, program: list[str]
-) -> dict[str, Any]:
-    """Peaks and largest batches by simulated steps, for machines without a GPU; kept in `estimated.json`."""
-    path = folder / "estimated.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    with Simulations([*program, "--simulate"], folder / "simulations.log") as simulations:
-        for case in cases:
-            for method in methods:
-                name = f"{case}__{method}"
-                if known.get(name, {}).get("format") == ESTIMATE_FORMAT or not METHODS[method].simulated:
-                    continue
-                started = time.monotonic()
-                found = simulations.largest(CASES[case], METHODS[method])
-                known[name] = found | {"commit": commit, "format": ESTIMATE_FORMAT}
-                text = found.get("largest", found.get("error"))
-                print(f"{name}: {text} ({time.monotonic() - started:.0f} s)", flush=True)
-                path.write_text(json.dumps(known, indent=1) + "\n")
-    return known
+            tracker, counter = MemoryTracker(trainer.model, trainer.roots(), self._device), FlopCounter()
+            # Compiled optimizers refuse to run under a dispatch mode.
+            with torch.compiler.set_stance("force_eager"), tracker, counter:
+                batch = self._batches[len(self._losses) % len(self._batches)]
+                self._losses.append(trainer.step(batch, tracker.phase))
+            reports.append(tracker.report(without_phases=trainer.uncounted_phases))
+            flops.append(counter.flops)
+        largest = max(reports, key=lambda report: report.peak)
+        return {
+            "peak_bytes": largest.peak,
+            "peak_phase": largest.peak_phase,
+            "peak_module": largest.peak_module,
+            "state_bytes": max(report.model_states for report in reports),
+            "host_bytes": max(report.optimizer_host for report in reports),
+            "saved_bytes": max(report.saved_activations for report in reports),
+            "flops": sum(flops) / len(flops),
+        }
 
 
-def main() -> int:
-    arguments = parser().parse_args()
-    if arguments.cell:
-        return work(arguments)
-    if arguments.simulate:
-        return simulate_for(arguments.answers)
-    cuda = arguments.device == "cuda"
-    cases = choose(arguments.models, cases_for(arguments.device), CASES, "models")
-    methods = choose(arguments.methods, list(METHODS), METHODS, "methods")
-    output = arguments.output or RESULTS / f"peers-{arguments.device}"
-    arguments.cell_seconds = arguments.cell_seconds or (90.0 if cuda else 900.0)
-    minutes = arguments.budget_minutes
-    if minutes is None:
-        minutes = 9.0 if cuda else 240.0
-    cells = plan_cells(cases, methods, fit=cuda and not arguments.no_fit, by_case=not cuda)
-    turns = Turns(arguments.rounds or (3 if cuda else 5), arguments.steps, arguments.turn_seconds)
-    if arguments.plan:
-        print(planned(cells, turns, arguments.warm_up, minutes))
-        return 0
-    if cuda and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device")
-    settings = {key: getattr(arguments, key) for key in ("device", "seed", "threads")}
-    settings["format"] = FORMAT
-    passed = ("device", "warm_up", "threads", "seed")
-    program = [sys.executable, str(Path(__file__).resolve())]
-    program += [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in passed]
-    output.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    facts = environment(arguments.device, arguments.threads)
-    facts |= {"command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]])}
-    results = run_cells(
-        Plan(
-            cells,
-            output,
-            program,
-            settings,
-            arguments.device,
-            turns,
-            arguments.cell_seconds,
-            60 * minutes,
-            prepare=cuda,
-            folder=Path(__file__).resolve().parent.parent,
-            circumstances={"commit": facts["commit"], "command": facts["command"]},
-        ),
-        progress=lambda text: print(text, flush=True),
+def take_turns(own: Any, full: Any, rounds: int, steps: int, seconds: float) -> list[dict[str, Any]]:
+    """Time both in turns; who begins changes from round to round, so that a steady drift cancels out.
+
+    Args:
+        own, full: whatever has `call("turn", steps)`; `full` may be None: timed alone.
+        rounds: at most; each has one turn of either.
+        steps: of a turn.
+        seconds: no further round starts after this long, but three are done.
+    """
+    begun, done = time.monotonic(), []
+    while len(done) < rounds and (len(done) < 3 or time.monotonic() - begun < seconds):
+        pair = {"own": own} if full is None else {"own": own, "full": full}
+        order = list(pair) if len(done) % 2 == 0 else list(pair)[::-1]
+        done.append({name: pair[name].call("turn", steps) for name in order})
+    return done
+
+
+def compare(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return medians, quartiles, ratios of the medians, and quartiles of the ratios of the rounds."""
+    result: dict[str, Any] = {"rounds": len(rounds)}
+    for clock in CLOCKS:
+        own = [value for one in rounds for value in one["own"][clock]]
+        low, high = quartiles(own)
+        result |= {clock: statistics.median(own), f"{clock}_q1": low, f"{clock}_q3": high}
+        if "full" in rounds[0]:
+            full = statistics.median(value for one in rounds for value in one["full"][clock])
+            medians = [[statistics.median(one[side][clock]) for side in ("own", "full")] for one in rounds]
+            low, high = quartiles([a / b for a, b in medians])
+            name = f"{clock}_of_full"
+            result |= {f"full_{clock}": full, name: result[clock] / full}
+            result |= {f"{name}_q1": low, f"{name}_q3": high}
+    return result
+
+
+def measure(arguments: argparse.Namespace, shape: str, method: str, full: Process | None) -> dict[str, Any]:
+    """Measure one method in a fresh process, in turns with full fine-tuning."""
+    with Process(Bench, *bench_arguments(arguments, shape, method), seconds=arguments.seconds) as own:
+        own.call("build")
+        turns = (arguments.rounds, arguments.steps, arguments.turn_seconds)
+        return compare(take_turns(own, full, *turns)) | own.call("finish")
+
+
+def bench_arguments(arguments: argparse.Namespace, shape: str, method: str) -> tuple[Any, ...]:
+    return (SHAPES[shape], method, arguments.device, arguments.warm_up, arguments.seed, arguments.threads)
+
+
+def run(arguments: argparse.Namespace, shapes: Sequence[str], methods: Sequence[str]) -> None:
+    """Measure what the study lacks within the time budget; on a GPU the most telling methods of all shapes first."""
+    study, started = Study(arguments.csv, ("model", "method")), time.monotonic()
+    cells = [(shape, method) for shape in shapes for method in methods]
+    cells = [cell for cell in cells if not study.has(dict(zip(study.keys, cell, strict=True)))]
+    if arguments.device == "cuda":
+        cells.sort(key=lambda cell: METHODS[cell[1]].tier)
+    full, of = None, None
+    for number, (shape, method) in enumerate(cells):
+        if time.monotonic() - started > 60 * arguments.budget_minutes:
+            print(f"the time budget is spent: {len(cells) - number} left; run again to add them")
+            break
+        row: dict[str, Any] = {"model": shape, "method": method, "status": "ok"}
+        if of != shape:
+            if full is not None:
+                full.end()
+            full, of = Process(Bench, *bench_arguments(arguments, shape, "full")), shape
+            try:
+                full.call("build", reference=True)
+            except Failed as error:
+                print(f"{shape}: no turns with full fine-tuning ({error})")
+                full = None
+        try:
+            try:
+                row |= measure(arguments, shape, method, full)
+            except Failed as error:
+                if error.status != "out of memory" or full is None or arguments.device != "cuda":
+                    raise
+                # Perhaps there was no room beside full fine-tuning: alone, without a ratio of times.
+                full.end()
+                full = None
+                row |= measure(arguments, shape, method, None)
+        except Failed as error:
+            row |= {"status": error.status, "error": error.reason.replace("\n", " ")}
+        print(
+            f"[{number + 1}/{len(cells)}] {shape} {method}: {row['status']} {row.get('error', '')}"
+            f"{row.get('seconds', 0):.4f} s, {row.get('peak_bytes', 0) / 2**20:.0f} MiB",
+            flush=True,
+        )
+        if row["status"] in ("ok", "unavailable", "out of memory"):
+            settings = {key: getattr(arguments, key) for key in ("device", "threads", "seed")}
+            study.add(row | settings | machine(arguments.device))
+    if full is not None:
+        full.end()
+
+
+def mib(value: float | None) -> str:
+    return "" if not value else f"{value / 2**20:,.1f}" if value < 2**30 else f"{value / 2**20:,.0f}"
+
+
+def largest_of(found: Mapping[str, Any]) -> list[str]:
+    """Return the largest batches of a row of `largest_batch.csv` as texts, one per card."""
+    micro = f", micro-batch {found['micro_batch']}" if found["micro_batch"] else ""
+    sizes = [found["largest_24gb"], found["largest_32gb"]]
+    return [
+        f"{size:,}" if size not in ("any", 0) else ("none", "any")[size == "any"] + micro for size in sizes
+    ]
+
+
+def table(shape: str, rows: Sequence[Mapping[str, Any]], largest: Sequence[Mapping[str, Any]]) -> str:
+    """Return the Markdown table of one shape."""
+    of_shape = {row["method"]: row for row in rows if row["model"] == shape}
+    batches = {row["method"]: largest_of(row) for row in largest if row["model"] == shape}
+    full = of_shape.get("full") or {}
+    cuda = any(row["device"] == "cuda" for row in of_shape.values())
+    clock, unit = ("seconds", "s") if cuda else ("cpu_seconds", "CPU s")
+    titles = ["method", "peak, MiB", "of full", "model states on the device, MiB", "on the host, MiB"]
+    titles += [f"{unit} per step (quartiles)", f"{unit} of full (rounds)", "wall clock of full (rounds)"]
+    titles += [f"{SHAPES[shape].unit} per {unit}", "FLOPs of full", "largest batch 24 / 32 GB, simulated"]
+
+    def spread(row: Mapping[str, Any], name: str, digits: int) -> str:
+        if row.get(name) is None:
+            return ""
+        low, high = row[f"{name}_q1"], row[f"{name}_q3"]
+        return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    lines = []
+    for name, method in METHODS.items():
+        if name not in of_shape:
+            continue
+        row = of_shape[name]
+        if row["status"] != "ok":
+            lines.append([method.label, f"{row['status']}: {row['error']}", *[""] * (len(titles) - 2)])
+            continue
+        rate = row["per_step"] / row[clock]
+        ratios = [f"{row[key] / full[key]:.3f}" if full.get(key) else "" for key in ("peak_bytes", "flops")]
+        lines.append([
+            method.label,
+            mib(row["peak_bytes"]),
+            ratios[0],
+            mib(row["state_bytes"]),
+            mib(row["host_bytes"]),
+            spread(row, clock, 4),
+            spread(row, f"{clock}_of_full", 3),
+            spread(row, "seconds_of_full", 3),
+            f"{rate:,.0f}" if rate > 100 else f"{rate:.1f}",
+            ratios[1],
+            " / ".join(dict.fromkeys(batches.get(name, []))),
+        ])  # fmt: skip
+    again = [row for row in map(of_shape.get, ("full", "full_again")) if row and row.get("seconds_of_full")]
+    noise = [
+        math.exp(max(abs(math.log(row[f"{key}_of_full"])) for row in again)) - 1 if again else 0
+        for key in CLOCKS
+    ]
+    said = f"{noise[0]:.1%} (wall clock), {noise[1]:.1%} (CPU time)"
+    return (
+        f"### {SHAPES[shape].label}\n\n{markdown(titles, lines)}\n\n"
+        f"Noise: full fine-tuning in turns with itself differs by up to {said}."
     )
-    estimated = {}
-    if not cuda:
-        shapes = choose(arguments.estimate, [*cases, *cases_for("cuda")[:3]], CASES, "estimate")
-        shapes = [] if arguments.no_fit else shapes
-        estimated = estimate_fits(shapes, methods, output, facts["commit"], program)
-    facts |= {"minutes": round((time.monotonic() - started) / 60, 1)}
-    (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    text = heading(facts, results) + table(cases, methods, results, estimated) + "\n"
-    text += estimated_table(methods, estimated)
-    (output / "table.md").write_text(text)
-    print(text)
-    for document in filter(None, (arguments.publish or "").split(",")):
-        publish(Path(document.strip()), cases, methods, results, estimated, facts)
-    return 0 if any(result["status"] == "ok" for result in results.values()) else 1
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return peak and time as shares of full fine-tuning's, a column per shape; the least is bold."""
+    shapes = list(dict.fromkeys(row["model"] for row in rows))
+    shares: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        full = next((r for r in rows if (r["model"], r["method"]) == (row["model"], "full")), None)
+        clock = "seconds_of_full" if row["device"] == "cuda" else "cpu_seconds_of_full"
+        if full and row["status"] == "ok" and row.get(clock):
+            ratios = (row["peak_bytes"] / full["peak_bytes"], row[clock])
+            shares[row["model"], row["method"]] = [f"{ratio:.2f}" for ratio in ratios]
+    least = {
+        (shape, place): min((cell[place] for (s, _), cell in shares.items() if s == shape), default="")
+        for shape in shapes
+        for place in (0, 1)
+    }
+    lines = []
+    for name, method in METHODS.items():
+        cells = []
+        for shape in shapes:
+            cell = shares.get((shape, name), [])
+            # By what is printed: nobody is ahead by less than that.
+            bold = [f"**{text}**" if text == least[shape, i] else text for i, text in enumerate(cell)]
+            cells.append(" / ".join(bold))
+        if any(cells):
+            lines.append([method.label, *cells])
+    return markdown(["peak / time, of full", *(SHAPES[shape].label for shape in shapes)], lines)
+
+
+def ground(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what everything was measured on."""
+
+    def said(key: str) -> str:
+        return ", ".join(sorted({str(row[key]) for row in rows}))
+
+    return (
+        f"{said('hardware')}, {said('threads')} CPU threads, torch {said('torch')}, rows measured at commit "
+        f"{said('commit')}; bf16 arithmetic, seed {said('seed')}."
+    )
+
+
+# Rows of the CSV that the documents leave out: of one shape only.
+NOT_SHOWN = ("full_bf16", "apollo_mini", "lisa")
+
+
+def tables(csv: str = "peers") -> dict[str, str]:
+    """Return the tables of the documents by their marks."""
+    rows = [row for row in Study(csv, ()).rows() if row["method"] not in NOT_SHOWN]
+    largest = Study("largest_batch", ()).rows()
+    shapes = dict.fromkeys(row["model"] for row in rows)
+    parts = [ground(rows), *(table(shape, rows, largest) for shape in shapes)]
+    return {"peers-summary": f"{ground(rows)}\n\n{summary(rows)}", "peers-tables": "\n\n".join(parts)}
+
+
+def choose(text: str | None, default: Sequence[str], known: Mapping[str, Any], what: str) -> list[str]:
+    """Return the names of a comma-separated list."""
+    names = [part.strip() for part in text.split(",") if part.strip()] if text else list(default)
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--{what}: {', '.join(unknown)} unknown; known: {', '.join(known)}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--models", help=f"comma-separated, of: {', '.join(SHAPES)}")
+    parser.add_argument("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--budget-minutes", type=float, default=math.inf, help="start no measurement after that"
+    )
+    parser.add_argument("--seconds", type=float, default=900.0, help="limit of one measurement (900)")
+    parser.add_argument(
+        "--rounds", type=int, help="turns of a method and of full fine-tuning (cuda 3, cpu 5)"
+    )
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn (2)")
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--turn-seconds", type=float, default=20.0, help="no further round after this (20)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", default="peers", help="name of a study, or a path that ends in .csv")
+    arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (3 if arguments.device == "cuda" else 5)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+    shapes = choose(arguments.models, shapes_for(arguments.device), SHAPES, "models")
+    run(arguments, shapes, choose(arguments.methods, list(METHODS), METHODS, "methods"))
+    print(tables(arguments.csv)["peers-tables"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

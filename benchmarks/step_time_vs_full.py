@@ -1,49 +1,42 @@
 """Time of a whole training step of SlimFit against full fine-tuning, in one process and in turns.
 
-    OMP_NUM_THREADS=2 python benchmarks/step_time_vs_full.py                    # BERT-base, 8 x 128 tokens, fp32
-    OMP_NUM_THREADS=2 python benchmarks/step_time_vs_full.py --dtype bf16 --methods full balanced
-    OMP_NUM_THREADS=2 DS_ACCELERATOR=cpu python benchmarks/step_time_vs_full.py --methods engine-full engine-balanced
+    OMP_NUM_THREADS=2 python benchmarks/step_time_vs_full.py --run mine              # BERT-base, 8 x 128 tokens, fp32
+    OMP_NUM_THREADS=2 python benchmarks/step_time_vs_full.py --run mine --dtype bf16 --methods full balanced
+    DS_ACCELERATOR=cpu python benchmarks/step_time_vs_full.py --run mine --methods engine-full engine-balanced
 
 A step is zero_grad, forward, backward and optimizer. `full` trains everything with PyTorch's fused AdamW and SDPA;
 `frozen` freezes 95 % by the same schedule and stores as autograd does; presets add compressed activations;
 `engine-<preset>` runs the DeepSpeed engine on one rank (ZeRO 1; bf16: its weights with fp32 masters), `engine-full` the
-stock one. The methods take turns within each round, so that a busy machine slows all of them. Reported: the median over
-rounds of the ratio to the first method, the median seconds (wall clock, and CPU seconds of all threads, which other
-jobs disturb less), and the share of a step's CPU time that the schedule takes: choosing layers, setting `requires_grad`, measuring
-updates (and, in `slim`, copying the active weights to measure them).
+stock one. Reported: the ratio to the first method (median over rounds, and of the means), and the share of a step's CPU
+time that the schedule takes: choosing layers, setting `requires_grad`, measuring updates. Rows are added to
+`benchmarks/results/step_time_vs_full.csv` (`--csv`) under the name `--run`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import platform
-import socket
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-import transformers as hf
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-
-import slimfit_ds
-
-METHODS = ("full", "frozen", "balanced", "minimal")
+from common import Study, in_turns, machine, markdown
+from methods import EngineTrainer, PlainTrainer, Trainer
+from torch import nn
 
 
 class Clock:
     """Adds up the CPU seconds spent in some functions."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    seconds = 0.0
 
-    def around(self, function: Callable) -> Callable:
+    def around(self, owner: Any, *names: str) -> None:
+        """Replace methods of an object by ones that are timed."""
+        for name in names:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable) -> Callable:
         def timed(*args, **kwargs):
             start = time.process_time()
             result = function(*args, **kwargs)
@@ -53,163 +46,156 @@ class Clock:
         return timed
 
 
-def bert_base(layers: int, attention_dropout: float, device: str) -> nn.Module:
-    """BERT-base with a classification head, random weights; the same for every method."""
+def bert_base(options: argparse.Namespace) -> nn.Module:
+    """Return BERT-base with a classification head, random weights; the same for every method."""
+    import transformers as hf
+
     torch.manual_seed(0)
     config = hf.BertConfig(
-        num_hidden_layers=layers, attention_probs_dropout_prob=attention_dropout, attn_implementation="sdpa"
+        num_hidden_layers=options.layers,
+        attention_probs_dropout_prob=options.attention_dropout,
+        attn_implementation="sdpa",
     )
-    return hf.BertForSequenceClassification(config).to(device).train()
+    return hf.BertForSequenceClassification(config).to(options.device).train()
 
 
-def loop(model: nn.Module, dtype: torch.dtype, device: str, optimizer: torch.optim.Optimizer) -> Callable:
-    """One training step in plain PyTorch."""
+def build(method: str, options: argparse.Namespace, clock: Clock) -> Trainer:
+    """Return the trainer of a method; the clock runs where statistics are taken and sets are chosen."""
+    import slimfit_ds
 
-    def step(batch: dict[str, Tensor]) -> None:
-        optimizer.zero_grad()
-        autocast = contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device, dtype=dtype)
-        with autocast:
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def slim_step(model: nn.Module, preset: str, rate: float, dtype: torch.dtype, device: str, clock: Clock):
-    """A step with `slimfit_ds.slim`; the clock runs in the hooks around the optimizer."""
-    handle = slimfit_ds.slim(model, {"freeze": {"rate": rate}, "activations": preset})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
-    for name in ("_before_step", "_after_step"):
-        setattr(handle, name, clock.around(getattr(handle, name)))
-    handle.follow(optimizer)
-    return loop(model, dtype, device, optimizer)
-
-
-def engine_step(model: nn.Module, method: str, options: argparse.Namespace, clock: Clock) -> Callable:
-    """A step of a DeepSpeed engine; the clock runs where statistics are taken and sets are chosen."""
-    # Fused, as in `full`: the stock engine steps with it, ours has its own update.
-    optimizer = {"lr": 5e-5, "torch_adam": True, "fused": True}
-    config: dict = {
-        "train_micro_batch_size_per_gpu": options.rows,
-        "zero_optimization": {"stage": 1},
-        "optimizer": {"type": "AdamW", "params": optimizer},
-        "steps_per_print": None,
-    }
-    if options.dtype == "bf16":
-        config["bf16"] = {"enabled": True}
-    if method != "full":
-        config["slimfit"] = {"freeze": {"rate": options.rate}, "activations": method}
-    engine, *_ = slimfit_ds.initialize(model=model, config=config)
-    if method != "full":
-        engine.schedule.advance = clock.around(engine.schedule.advance)
-        engine._apply_active_set = clock.around(engine._apply_active_set)
-        updater = engine.optimizer.updater
-        for name in ("statistic_sums", "statistics", "_measure"):
-            setattr(updater, name, clock.around(getattr(updater, name)))
-
-    def step(batch: dict[str, Tensor]) -> None:
-        engine.backward(engine(**batch).loss)
-        engine.step()
-
-    return step
-
-
-def start_one_rank() -> None:
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("ERROR")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed.init_distributed("gloo")
-
-
-def build(method: str, options: argparse.Namespace, clock: Clock) -> Callable:
-    model = bert_base(options.layers, options.attention_dropout, options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    if method == "full":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
-        return loop(model, dtype, options.device, optimizer)
+    model, bf16 = bert_base(options), options.dtype == "bf16"
+    block = {"freeze": {"policy": "ils", "rate": options.rate}}
     if method.startswith("engine-"):
-        return engine_step(model, method.removeprefix("engine-"), options, clock)
-    preset = "exact" if method == "frozen" else method
-    return slim_step(model, preset, options.rate, dtype, options.device, clock)
+        preset = method.removeprefix("engine-")
+        # Fused, as in `full`: the stock engine steps with it, ours has its own update.
+        optimizer = {"type": "AdamW", "params": {"lr": 5e-5, "torch_adam": True, "fused": True}}
+        config: dict = {"train_micro_batch_size_per_gpu": options.rows, "zero_optimization": {"stage": 1}}
+        config |= {"optimizer": optimizer, "steps_per_print": None, "bf16": {"enabled": bf16}}
+        if preset != "full":
+            config["slimfit"] = block | {"activations": preset}
+        trainer = EngineTrainer(model, config)
+        if preset != "full":
+            clock.around(trainer.engine.schedule, "advance")
+            clock.around(trainer.engine, "_apply_active_set")
+            clock.around(trainer.engine.optimizer.updater, "statistic_sums", "statistics", "_measure")
+        return trainer
+    handle = None
+    if method != "full":
+        preset = "exact" if method == "frozen" else method
+        handle = slimfit_ds.slim(model, block | {"activations": preset})
+        clock.around(handle, "_before_step", "_after_step")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    if handle is not None:
+        handle.follow(optimizer)
+    return PlainTrainer(model, optimizer, autocast=bf16)
 
 
-def batch_of(options: argparse.Namespace) -> dict[str, Tensor]:
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return seconds and ratios to the first method, by method."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 30000, (options.rows, options.tokens), generator=generator)
     labels = torch.randint(0, 2, (options.rows,), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return {key: value.to(options.device) for key, value in batch.items()}
-
-
-def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round's step by the clock and by the processor, and CPU seconds of the schedule in it, by method."""
-    if any(method.startswith("engine-") for method in options.methods):
-        start_one_rank()
+    batch = {key: value.to(options.device) for key, value in batch.items()}
     clocks = {method: Clock() for method in options.methods}
-    steps = {method: build(method, options, clocks[method]) for method in options.methods}
-    batch = batch_of(options)
+    trainers = {method: build(method, options, clocks[method]) for method in options.methods}
+    scheduled: dict[str, list[float]] = {method: [] for method in options.methods}
 
-    def run(method: str) -> dict[str, float]:
+    def step(method: str) -> None:
         clocks[method].seconds = 0.0
-        start, processor = time.perf_counter(), time.process_time()
-        steps[method](batch)
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        step, processor = time.perf_counter() - start, time.process_time() - processor
-        return {"step": step, "processor": processor, "schedule": clocks[method].seconds}
+        trainers[method].step(batch)
+        scheduled[method].append(clocks[method].seconds)
 
-    rows: dict[str, dict[str, list[float]]] = {
-        m: {"step": [], "processor": [], "schedule": []} for m in options.methods
-    }
-    start = time.perf_counter()
-    for number in range(options.warm_up + options.rounds):
-        if time.perf_counter() - start > options.seconds and number > options.warm_up:
-            break
-        for method in options.methods:
-            taken = run(method)
-            if number >= options.warm_up:
-                for kind, seconds in taken.items():
-                    rows[method][kind].append(seconds)
-    return rows
-
-
-def summary(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Medians and ratios to the first method."""
-    first = next(iter(rows.values()))
-    reference = first["step"]
+    steps = {method: lambda method=method: step(method) for method in options.methods}
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    times = in_turns(steps, options.rounds, options.warm_up, options.seconds, synchronize)
+    first = times[options.methods[0]]
     table = {}
-    for method, times in rows.items():
-        ratios = [a / b for a, b in zip(times["step"], reference, strict=True)]
-        shares = [a / b for a, b in zip(times["schedule"], times["processor"], strict=True)]
+    for method, taken in times.items():
+        ratios, cpu_ratios = (
+            [a / b for a, b in zip(taken[clock], first[clock], strict=True)]
+            for clock in ("seconds", "cpu_seconds")
+        )
+        parts = scheduled[method][options.warm_up :]
+        shares = [a / b for a, b in zip(parts, taken["cpu_seconds"], strict=True)]
         table[method] = {
-            "seconds": statistics.median(times["step"]),
+            "rounds": len(ratios),
+            "seconds": statistics.median(taken["seconds"]),
             "ratio": statistics.median(ratios),
-            "lowest": min(ratios),
-            "highest": max(ratios),
-            "ratio_of_means": sum(times["step"]) / sum(reference),
-            "processor_seconds": statistics.median(times["processor"]),
-            "processor_ratio": statistics.median(
-                a / b for a, b in zip(times["processor"], first["processor"], strict=True)
-            ),
-            "processor_ratio_of_means": sum(times["processor"]) / sum(first["processor"]),
+            "ratio_lowest": min(ratios),
+            "ratio_highest": max(ratios),
+            "ratio_of_means": sum(taken["seconds"]) / sum(first["seconds"]),
+            "cpu_seconds": statistics.median(taken["cpu_seconds"]),
+            "cpu_ratio": statistics.median(cpu_ratios),
+            "cpu_ratio_of_means": sum(taken["cpu_seconds"]) / sum(first["cpu_seconds"]),
             "schedule": statistics.median(shares),
-            "schedule_mean": sum(times["schedule"]) / sum(times["processor"]),
+            "schedule_mean": sum(parts) / sum(taken["cpu_seconds"]),
             "schedule_highest": max(shares),
         }
     return table
 
 
+# mark -> run -> label in the table
+SHOWN = {
+    "step-time": {"balanced-fp32-1-thread": "fp32", "balanced-bf16-1-thread": "bf16 autocast"},
+    "step-time-dropout": {
+        "balanced-bf16-dropout": "dropout 0.1 everywhere, bf16 autocast",
+        "balanced-fp32-dropout": "dropout 0.1 everywhere, fp32",
+        "balanced-bf16-no-attention-dropout": "none in attention, bf16 autocast",
+    },
+    "step-time-2-threads": {
+        "balanced-fp32-dropout-2-threads": "fp32",
+        "balanced-bf16-dropout-2-threads": "bf16 autocast",
+    },
+    "step-time-engine": {
+        "engine-bf16-1-thread": "bf16, fp32 masters",
+        "engine-fp32-1-thread": "fp32",
+        "engine-bf16-dropout": "dropout 0.1 everywhere, bf16, fp32 masters",
+    },
+}
+
+
+def table(rows: list[dict[str, Any]], labels: dict[str, str]) -> str:
+    """Return the table of some runs."""
+    lines = []
+    for run, label in labels.items():
+        own = [row for row in rows if row["run"] == run]
+        for row in own:
+            reference = next(r for r in own if r["method"] == row["first"])
+            if row is reference:
+                continue
+            seconds = [
+                f"{r['cpu_seconds']:.2f}" if r["cpu_seconds"] else f"{r['seconds']:.2f} (wall)"
+                for r in (reference, row)
+            ]
+            spread = f"{row['ratio']:.3f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})"
+            shares = [
+                f"{100 * row[key]:.2g} %"
+                for key in ("schedule", "schedule_mean", "schedule_highest")
+                if row[key] is not None
+            ]
+            cpu = [f"{row[key]:.3f}" for key in ("cpu_ratio", "cpu_ratio_of_means") if row[key] is not None]
+            wall = f"{spread}, {row['ratio_of_means']:.3f}"
+            lines.append(
+                [label, row["rounds"], row["method"], *seconds, ", ".join(cpu), wall, ", ".join(shares)]
+            )
+    titles = ["", "rounds", "method", "CPU s of full", "of the method", "CPU time of full: median, of means"]
+    titles += [
+        "wall clock of full: median (range), of means",
+        "schedule, share of a step: median, mean, highest",
+    ]
+    return markdown(titles, lines)
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the documents by their marks."""
+    rows = Study("step_time_vs_full", ()).rows()
+    return {mark: table(rows, labels) for mark, labels in SHOWN.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=["full", "frozen", "balanced", "minimal"])
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--rate", type=float, default=0.95)
     parser.add_argument("--rounds", type=int, default=12)
@@ -220,48 +206,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--attention-dropout", type=float, default=0.0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    rows = measure(options)
-    found = summary(rows)
-    table = Table(
-        title=f"BERT-base shape, {options.layers} layers, {options.rows} x {options.tokens} tokens, "
-        f"{options.dtype}, {options.rate:.0%} frozen, {options.device}, {torch.get_num_threads()} threads"
+    parser.add_argument("--run", help="name of the rows; without one they are printed only")
+    parser.add_argument(
+        "--csv", default="step_time_vs_full", help="name of a study, or a path that ends in .csv"
     )
-    for column in (
-        "method",
-        "s per step",
-        "of the first (median)",
-        "range",
-        "of means",
-        "CPU seconds",
-        "of the first",
-        "of means, CPU",
-        "schedule, mean",
-    ):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method, row in found.items():
-        table.add_row(
-            method,
-            f"{row['seconds']:.3f}",
-            f"{row['ratio']:.3f}",
-            f"{row['lowest']:.2f} - {row['highest']:.2f}",
-            f"{row['ratio_of_means']:.3f}",
-            f"{row['processor_seconds']:.3f}",
-            f"{row['processor_ratio']:.3f}",
-            f"{row['processor_ratio_of_means']:.3f}",
-            f"{row['schedule_mean']:.2%} (median {row['schedule']:.2%}, max {row['schedule_highest']:.2%})",
-        )
-    Console(width=150).print(table)
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        settings |= {
-            "rounds": len(rows[options.methods[0]]["step"]),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.processor() or platform.machine(),
-        }
-        options.json.write_text(json.dumps({"settings": settings, **found}, indent=2) + "\n")
+    options = parser.parse_args()
+    found = measure(options)
+    keys = ("dtype", "rate", "warm_up", "layers", "rows", "tokens", "attention_dropout", "device")
+    settings = {key: getattr(options, key) for key in keys}
+    settings |= {"run": options.run or "this run", "first": options.methods[0], "seed": 0}
+    settings |= {"threads": torch.get_num_threads(), **machine(options.device)}
+    rows = [{"method": method, **row, **settings} for method, row in found.items()]
+    if options.run:
+        Study(options.csv, ("run", "method")).add(*rows)
+    print(table(rows, {settings["run"]: settings["run"]}))
 
 
 if __name__ == "__main__":

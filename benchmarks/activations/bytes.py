@@ -1,18 +1,19 @@
 """Bytes kept for backward per token and block, in units of the hidden size h, for nine architectures and all presets.
 
-    python benchmarks/activations/bytes.py [--models bert llama] [--json out.json]
+    python benchmarks/activations/bytes.py [--models BERT-base Llama-3-8B]
 
 bf16 weights and activations, 95 % of the weight layers frozen at random (biases train), training mode with the
 dropout of each default config (except on attention probabilities, where fused kernels keep no mask), a padding
 mask. The pass runs under FakeTensorMode at the real shapes, so nothing is computed; what passes through autograd's
-saved-tensor hooks while a block runs is counted, each storage once, and divided by the number of blocks.
+saved-tensor hooks while a block runs is counted, each storage once, and divided by the number of blocks. Adds what
+`benchmarks/results/bytes.csv` (`--csv`) lacks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,6 @@ from typing import Any
 
 import torch
 import transformers as hf
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
@@ -30,6 +29,10 @@ from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.blocks import find_blocks
 from slimfit_ds.activations.config import PRESETS, ActivationsConfig
 from slimfit_ds.memory.saved import SavedActivations
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Study, machine, markdown
 
 PRESET_ORDER = ("exact", "paper", "balanced", "lean", "minimal", "ultra")
 
@@ -159,29 +162,37 @@ def per_block(shape: Shape, preset: str, rate: float, seed: int) -> float:
     return total / shape.blocks / (shape.batch * shape.tokens) / shape.hidden
 
 
+def tables(csv: str = "bytes") -> dict[str, str]:
+    """Return the table of the documents by its mark."""
+    lines = []
+    for model, shape in SHAPES.items():
+        found = {
+            row["preset"]: row["bytes_per_token_block_h"] for row in Study(csv, ()).rows(model=model, seed=0)
+        }
+        if found:
+            tokens = f"{shape.batch} x {shape.tokens}"
+            lines.append(
+                [f"{model}, {tokens}", *(f"{found[p]:.2f}" if p in found else "" for p in PRESET_ORDER)]
+            )
+    return {"bytes": markdown(["model, batch x tokens", *PRESET_ORDER], lines)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--presets", nargs="*", default=list(PRESET_ORDER), choices=list(PRESETS))
     parser.add_argument("--rate", type=float, default=0.95, help="share of the weights that is frozen")
     parser.add_argument("--seed", type=int, default=0, help="which weights train")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    parser.add_argument("--csv", default="bytes", help="name of a study, or a path that ends in .csv")
     options = parser.parse_args()
-    table = Table(
-        title=f"bytes kept per token and block, in h (bf16, {options.rate:.0%} frozen, seed {options.seed})"
-    )
-    for column in ("model", *PRESET_ORDER):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    numbers: dict[str, dict[str, float]] = {}
-    for name in options.models:
-        numbers[name] = {
-            p: per_block(SHAPES[name], p, options.rate, options.seed) for p in PRESET_ORDER if p in PRESETS
-        }
-        table.add_row(name, *(f"{numbers[name][p]:.2f}" for p in PRESET_ORDER))
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    study = Study(options.csv, ("model", "preset", "rate", "seed"))
+    for model in options.models:
+        for preset in options.presets:
+            row = {"model": model, "preset": preset, "rate": options.rate, "seed": options.seed}
+            if not study.has(row):
+                row["bytes_per_token_block_h"] = per_block(SHAPES[model], preset, options.rate, options.seed)
+                study.add(row | {"dtype": "bf16"} | machine())
+    print(tables(options.csv)["bytes"])
 
 
 if __name__ == "__main__":

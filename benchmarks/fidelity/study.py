@@ -1,34 +1,41 @@
-"""Run the study, or as much of it as there is time for: one JSON per run, resumable, any number of workers.
+"""What freezing does to accuracy: fine-tuning runs at equal steps, each contender at the learning rate of its own search.
 
+    python benchmarks/fidelity/study.py --stage pretrain                              # the ViT of cifar, once
     python benchmarks/fidelity/study.py --stage tune --problems cifar                 # the learning rates
     python benchmarks/fidelity/study.py --stage refine --problems cifar --names full ours-95
     python benchmarks/fidelity/study.py --stage compare --problems cifar --seeds 0 1 2
-    python benchmarks/fidelity/summary.py                                             # tables and pictures
+    python benchmarks/fidelity/summary.py                                             # the tables
 
-Stages: `tune` looks for the best learning rate of every contender on seed 0: the two rates in the middle of the ladder,
-then outwards for as long as the outermost rate that was tried is the best one, the same way for everybody. `refine` runs
-that rate, the second best and the one halfway between them on seeds 0 to 2, of which the best mean counts from then on: one
-seed of a short run tells rates apart that are far from each other, not these. `compare` runs each contender at its own best rate
-on more seeds. A run is claimed by a lock file, so several workers may share a
-folder; a claim without a result older than `--stale` minutes is taken over. Single-threaded; run it under `nice`.
+`tune` looks for the best learning rate of every contender on seed 0: the two rates in the middle of the ladder, then
+outwards for as long as the outermost rate that was tried is the best one, the same way for everybody. `refine` runs that
+rate, the second best and the one halfway between them on seeds 0 to 2, of which the best mean counts from then on: one
+seed of a short run tells rates apart that are far from each other, not these. `compare` runs each contender at its own
+best rate on more seeds. Adds the runs that `benchmarks/results/fidelity.csv` (`--csv`) lacks; workers on different
+problems may share it. Single-threaded; run it under `nice`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
-import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from contenders import CONTENDERS, LEVERS
-from problems import PROBLEMS
-from training import Run, train
+from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Study, machine
+from problems import PROBLEMS, pretrain_vit
+
+KEYS = ("study", "problem", "contender", "lr", "seed", "steps")
 LADDER = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3, 1e-2)
 # Halfway from one rate of the ladder to the next.
 BETWEEN = (3.5e-5, 7e-5, 1.5e-4, 4e-4, 1e-3, 2.5e-3, 6e-3)
@@ -36,183 +43,269 @@ BETWEEN = (3.5e-5, 7e-5, 1.5e-4, 4e-4, 1e-3, 2.5e-3, 6e-3)
 START = (2.5e-4, 6e-4)
 TUNING_SEED = 0
 REFINING_SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).with_name("results")
+EVALUATION_BATCH = 128
+BATCHES_SORTED = 8
+WARMUP_SHARE = 0.06
+WEIGHT_DECAY = 0.01
 
 
-def key(run: Run) -> str:
-    """The name of a run's file."""
-    name = run.contender.replace(" ", "_").replace("=", "_")
-    return f"{run.problem}.{name}.lr{run.lr:g}.seed{run.seed}.steps{run.steps}"
+def _frozen(policy: str, rate: float, states: dict | None = None, **freeze: Any) -> dict[str, Any]:
+    return {"freeze": {"policy": policy, "rate": rate, **freeze}, "optimizer_states": states or {}}
 
 
-def results(folder: Path) -> list[dict[str, Any]]:
-    """Every finished run."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def _contenders() -> dict[str, dict[str, Any]]:
+    made: dict[str, dict[str, Any]] = {"full": {}}
+    made |= {f"lora{rank}": {"lora": {"r": rank}} for rank in (4, 8, 16)}
+    # All linear layers of one block of six: a sixth of the inputs, where ours keeps a tenth.
+    last = r".*\.layers?\.5\..*(proj|fc1|fc2|query|key|value|dense)"
+    made["lora8-sixth"] = {"lora": {"r": 8, "target_modules": last}}
+    for percent in (90, 95):
+        rate = percent / 100
+        made |= {
+            f"ils-{percent}": {"slimfit": _frozen("ils", rate)},
+            f"ours-{percent}": {"slimfit": _frozen("auto", rate)},
+            # What it gains by the word embedding.
+            f"ours-nowords-{percent}": {"slimfit": _frozen("auto", rate, never_active=["*word_embeddings*"])},
+            f"random-{percent}": {"slimfit": _frozen("random", rate)},
+            f"lisa-{percent}": {"slimfit": _frozen("lisa", rate, interval=20)},
+            f"badam-{percent}": {"slimfit": _frozen("badam", rate, {"stale_moments": "reset"}, interval=20)},
+        }
+    for preset in ("balanced", "lean", "minimal"):
+        made[f"ours-90-{preset}"] = {"slimfit": {**_frozen("auto", 0.9), "activations": preset}}
+    return made
 
 
-def best_rates(found: Sequence[Mapping[str, Any]], steps: int) -> dict[tuple[str, str], float]:
-    """(problem, contender) -> its learning rate.
+CONTENDERS = _contenders()
+"""Name -> `slimfit` block, or options of PEFT's adapters."""
 
-    The one with the best metric on the tuning seed; where all of `contested` have been run on `REFINING_SEEDS`, the best
-    mean of these.
+
+def train(problem: Any, lr: float, seed: int, steps: int, slimfit=None, lora=None) -> dict[str, Any]:
+    """Fine-tune and score; the same arguments give the same numbers.
+
+    Args:
+        problem: of `PROBLEMS`.
+        lr: highest learning rate.
+        seed: of the data order, the new head, dropout and the schedule.
+        steps: optimizer steps.
+        slimfit: the `slimfit` block; None: everything trains.
+        lora: options of PEFT's adapters.
+
+    Returns:
+        Columns of a row. `cpu_seconds`: CPU seconds of this process in training steps.
     """
-    merits: dict[tuple[str, str], dict[float, dict[int, tuple[float, float, float]]]] = {}
-    for result in found:
-        run = result["run"]
-        if run["steps"] == steps:
-            rates = merits.setdefault((run["problem"], run["contender"]), {})
-            rates.setdefault(run["lr"], {})[run["seed"]] = merit(result)
-    best = {}
-    for place, rates in merits.items():
-        close = contested({lr: of[TUNING_SEED] for lr, of in rates.items() if TUNING_SEED in of})
-        if close and all(seed in rates.get(lr, ()) for lr in close for seed in REFINING_SEEDS):
-            best[place] = max(close, key=lambda lr, rates=rates: mean_merit(rates[lr]))
-        elif close:
-            best[place] = close[0]
-    return best
+    import slimfit_ds
+
+    torch.manual_seed(seed)
+    model = problem.model().train()
+    pretrained = fingerprint(model)
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        heads = [name for name, _ in model.named_children() if name == "classifier"]
+        options = {"lora_alpha": 2 * lora["r"], "target_modules": "all-linear", **lora}
+        model = get_peft_model(model, LoraConfig(modules_to_save=heads, **options))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    warm_up = round(WARMUP_SHARE * steps)
+    # Never zero: a step without a rate would tell the schedule of layers that they do not change.
+    factors = [(step + 1) / (warm_up + 1) for step in range(warm_up)]
+    factors += [1 - (step - warm_up) / max(1, steps - warm_up) for step in range(warm_up, steps + 1)]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
+    handle = None
+    if slimfit is not None:
+        block = {**slimfit, "freeze": {"seed": seed, **slimfit["freeze"]}}
+        handle = slimfit_ds.slim(model, block).follow(optimizer)
+    order = batches_of_like_length(problem.lengths(), problem.batch_size, steps, seed)
+    losses, seconds = [], 0.0
+    for step in range(steps):
+        start = time.process_time()
+        batch = problem.batch(order[step], np.random.default_rng([seed, step]))
+        torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=problem.autocast):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+        seconds += time.process_time() - start
+    if handle is not None:
+        handle.remove()
+    metrics = score(model, problem)
+    return {
+        "batch": problem.batch_size,
+        "metric": problem.metric,
+        "value": metrics[problem.metric],
+        **metrics,
+        "train_loss": float(np.mean(losses[-50:])),
+        "cpu_seconds": seconds,
+        "trainable": sum(p.numel() for p in trainable),
+        "weight_decay": WEIGHT_DECAY,
+        "pretrained": pretrained,
+        "slimfit": slimfit and json.dumps(slimfit, separators=(",", ":")),
+        "lora": lora and json.dumps(lora, separators=(",", ":")),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return twelve hexadecimal digits that tell pretrained weights apart: of the model without its new head."""
+    digest = hashlib.sha256()
+    for name, weight in getattr(model, "base_model", model).named_parameters():
+        if "pooler" not in name:
+            digest.update(weight.detach().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@torch.no_grad()
+def score(model: nn.Module, problem: Any) -> dict[str, float]:
+    """Return accuracy, F1, Matthews correlation and cross-entropy over the held-out examples."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    model.eval()
+    outputs, labels = [], []
+    for batch in problem.evaluation(EVALUATION_BATCH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=problem.autocast):
+            outputs.append(model(**batch).logits.double())
+        labels.append(batch["labels"])
+    logits, wanted = torch.cat(outputs), torch.cat(labels)
+    predicted = logits.argmax(-1)
+    average = "binary" if logits.shape[-1] == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(wanted, predicted)),
+        "f1": float(f1_score(wanted, predicted, average=average, zero_division=0.0)),
+        "matthews_correlation": float(matthews_corrcoef(wanted, predicted)),
+        "loss": float(nn.functional.cross_entropy(logits, wanted)),
+    }
+
+
+def batches_of_like_length(lengths: np.ndarray, batch: int, steps: int, seed: int) -> list[np.ndarray]:
+    """Return the examples of each step: a random order, in which each stretch of 8 batches is sorted by length.
+
+    Saves two fifths of the padding; the batches of a stretch come in random order.
+    """
+    chance = np.random.default_rng([seed, 0xBA7C])
+    found: list[np.ndarray] = []
+    while len(found) < steps:
+        order = chance.permutation(len(lengths))
+        for start in range(0, len(order) - batch + 1, batch * BATCHES_SORTED):
+            stretch = order[start : start + batch * BATCHES_SORTED]
+            stretch = stretch[np.argsort(lengths[stretch], kind="stable")]
+            cut = [stretch[at : at + batch] for at in range(0, len(stretch) - batch + 1, batch)]
+            found += [cut[i] for i in chance.permutation(len(cut))]
+    return found[:steps]
+
+
+def merit(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """What a learning rate is chosen by: the metric; of equals, the lower held-out loss; of equals, the lower rate."""
+    return row["value"], -row["loss"], -row["lr"]
+
+
+def merits(rows: Sequence[Mapping[str, Any]]) -> dict[float, dict[int, tuple[float, ...]]]:
+    """Return rate -> seed -> merit of the rows of one contender on one problem."""
+    rates: dict[float, dict[int, tuple[float, ...]]] = {}
+    for row in rows:
+        rates.setdefault(row["lr"], {})[row["seed"]] = merit(row)
+    return rates
+
+
+def best_rate(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the rate with the best metric on the tuning seed; where all of `contested` have been run on the refining
+    seeds, the best mean of these."""
+    rates = merits(rows)
+    close = contested({lr: of[TUNING_SEED] for lr, of in rates.items() if TUNING_SEED in of})
+    if close and all(seed in rates.get(lr, ()) for lr in close for seed in REFINING_SEEDS):
+        means = {lr: np.mean([rates[lr][seed] for seed in REFINING_SEEDS], axis=0).tolist() for lr in close}
+        return max(close, key=means.__getitem__)
+    return close[0] if close else None
 
 
 def contested(tried: Mapping[float, tuple[float, ...]]) -> list[float]:
-    """The best rate, the second best, and those of `BETWEEN` that lie between them.
+    """Return the best rate of the ladder, the second best, and those of `BETWEEN` that lie between them.
 
     Args:
-        tried: rate -> merit on the tuning seed; those of `BETWEEN` are not looked at.
+        tried: rate -> merit on the tuning seed.
     """
     best = sorted((lr for lr in tried if lr not in BETWEEN), key=tried.__getitem__, reverse=True)[:2]
     return best + [lr for lr in BETWEEN if best and min(best) < lr < max(best)]
 
 
-def mean_merit(merits: Mapping[int, tuple[float, float, float]]) -> tuple[float, ...]:
-    """Over the refining seeds."""
-    each = [merits[seed] for seed in REFINING_SEEDS]
-    return tuple(sum(part) / len(each) for part in zip(*each, strict=True))
-
-
-def merit(result: Mapping[str, Any]) -> tuple[float, float, float]:
-    """What a learning rate is chosen by: the metric; of equals, the lower held-out loss; of equals, the lower rate."""
-    return result["value"], -result["metrics"]["loss"], -result["run"]["lr"]
-
-
-def next_rate(tried: Mapping[float, tuple[float, ...]], ladder: Sequence[float] = LADDER) -> float | None:
-    """The rate to try next, or None when the best one lies between two worse ones or at the end of the ladder.
+def next_rate(tried: Mapping[float, tuple[float, ...]]) -> float | None:
+    """Return the rate to try next, or None when the best one lies between two worse ones or at the end of the ladder.
 
     Where all have the same metric, none has learned anything: then rates on both sides are tried.
 
     Args:
-        tried: rate -> merit, what is known.
-        ladder: rates in ascending order; `START` is part of it.
+        tried: rate of the ladder -> merit on the tuning seed.
     """
     for lr in START:
         if lr not in tried:
             return lr
-    at = ladder.index(max(tried, key=tried.__getitem__))
+    at = LADDER.index(max(tried, key=tried.__getitem__))
     places = [at - 1, at + 1]
     if len({tried[lr][0] for lr in tried}) == 1:
-        places += [ladder.index(min(tried)) - 1, ladder.index(max(tried)) + 1]
-    neighbours = [ladder[i] for i in places if 0 <= i < len(ladder)]
-    return next((lr for lr in neighbours if lr not in tried), None)
+        places += [LADDER.index(min(tried)) - 1, LADDER.index(max(tried)) + 1]
+    return next((LADDER[i] for i in places if 0 <= i < len(LADDER) and LADDER[i] not in tried), None)
 
 
-def tried_rates(
-    problem: str, name: str, steps: int | None, folder: Path
-) -> dict[float, tuple[float, float, float]]:
-    """Rate of the ladder -> merit on the tuning seed, what is known."""
-    wanted = (problem, name, steps, TUNING_SEED)
-    return {
-        r["run"]["lr"]: merit(r)
-        for r in results(folder)
-        if tuple(r["run"][key] for key in ("problem", "contender", "steps", "seed")) == wanted
-        and r["run"]["lr"] in LADDER
-    }
+def plan(
+    stage: str, names: Sequence[str], seeds: Sequence[int], rows: Any
+) -> Iterator[tuple[str, float, int]]:
+    """Yield contender, rate and seed of the runs of a stage.
 
+    Args:
+        rows: contender -> its rows so far.
+    """
 
-def tuning(problem: str, names: Sequence[str], steps: int | None, folder: Path) -> Iterator[Run]:
-    """Every contender at the rates that its search asks for, one rate at a time around the contenders."""
-    searching = list(names)
-    while searching:
-        still = []
-        for name in searching:
-            lengths = Run(problem, name, 0.0, steps=steps, **fields(name)).sized()
-            tried = tried_rates(problem, name, lengths.steps, folder)
-            lr = next_rate(tried)
-            if lr is None:
-                continue
-            run = Run(problem, name, lr, TUNING_SEED, steps=steps, **fields(name)).sized()
-            if not (folder / f"{key(run)}.claim").exists():
-                still.append(name)
-                yield run
-        searching = still
+    def on_ladder(name: str) -> dict[float, tuple[float, ...]]:
+        found = merits(rows(name)).items()
+        return {lr: of[TUNING_SEED] for lr, of in found if TUNING_SEED in of and lr in LADDER}
 
-
-def refinement(problem: str, names: Sequence[str], steps: int | None, folder: Path) -> Iterator[Run]:
-    """Every contender at its contested rates; a seed at a time."""
-    length = steps or PROBLEMS[problem].steps
-    for seed in REFINING_SEEDS:
+    if stage == "tune":
         for name in names:
-            for lr in contested(tried_rates(problem, name, length, folder)):
-                yield Run(problem, name, lr, seed, steps=steps, **fields(name)).sized()
-
-
-def comparison(
-    problem: str, names: Sequence[str], steps: int | None, seeds: Sequence[int], folder: Path
-) -> Iterator[Run]:
-    """Every contender at its own best rate; a seed at a time."""
-    rates = best_rates(results(folder), steps or PROBLEMS[problem].steps)
-    for seed in seeds:
+            while (lr := next_rate(on_ladder(name))) is not None:
+                yield name, lr, TUNING_SEED
+        return
+    for seed in REFINING_SEEDS if stage == "refine" else seeds:
         for name in names:
-            if (problem, name) in rates:
-                yield Run(problem, name, rates[problem, name], seed, steps=steps, **fields(name)).sized()
-
-
-def fields(name: str) -> dict[str, Any]:
-    return {**CONTENDERS, **LEVERS}[name]
-
-
-def work(runs: Iterator[Run], folder: Path, stale: float) -> None:
-    """Do every run that nobody has done or is doing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        done, claim = folder / f"{key(run)}.json", folder / f"{key(run)}.claim"
-        if done.exists():
-            continue
-        if claim.exists() and time.time() - claim.stat().st_mtime > 60 * stale:
-            claim.unlink()
-        try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        outcome = train(run)
-        done.write_text(json.dumps(outcome) + "\n")
-        claim.unlink()
-        print(
-            f"{key(run):64s} {100 * outcome['value']:6.2f}  loss {outcome['metrics']['loss']:.4f}"
-            f"  {outcome['seconds']:.0f} s",
-            flush=True,
-        )
+            rates = contested(on_ladder(name)) if stage == "refine" else [best_rate(rows(name))]
+            yield from ((name, lr, seed) for lr in rates if lr is not None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--stage", choices=("tune", "refine", "compare"), required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--stage", choices=("pretrain", "tune", "refine", "compare"), required=True)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--names", nargs="+", default=list(CONTENDERS), help="contenders or levers")
+    parser.add_argument(
+        "--names", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `compare`")
     parser.add_argument("--steps", type=int, help="instead of each problem's own number")
-    parser.add_argument("--stale", type=float, default=60, help="minutes after which a claim is taken over")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--csv", default="fidelity", help="name of a study, or a path that ends in .csv")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    if options.stage == "pretrain":
+        return pretrain_vit(options.steps or 6000)
+    study = Study(options.csv, KEYS)
     for problem in options.problems:
-        if options.stage == "tune":
-            runs = tuning(problem, options.names, options.steps, options.results)
-        elif options.stage == "refine":
-            runs = refinement(problem, options.names, options.steps, options.results)
-        else:
-            runs = comparison(problem, options.names, options.steps, options.seeds, options.results)
-        work(runs, options.results, options.stale)
+        steps = options.steps or PROBLEMS[problem].steps
+        place = {"study": "main", "problem": problem, "steps": steps}
+
+        def rows(name: str, place: Mapping[str, Any] = place) -> list[dict[str, Any]]:
+            return study.rows(**place, contender=name)
+
+        for name, lr, seed in plan(options.stage, options.names, options.seeds, rows):
+            row = {**place, "contender": name, "lr": lr, "seed": seed}
+            if study.has(row):
+                continue
+            row |= train(PROBLEMS[problem], lr, seed, steps, **CONTENDERS[name])
+            study.add(row | machine())
+            said = f"{100 * row['value']:6.2f}  loss {row['loss']:.4f}  {row['cpu_seconds']:.0f} s"
+            print(f"{problem} {name} {lr:g} seed {seed}: {said}", flush=True)
 
 
 if __name__ == "__main__":

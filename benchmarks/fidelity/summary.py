@@ -1,35 +1,57 @@
-"""Tables and pictures of the study's results.
+"""Tables of the fidelity study, from `benchmarks/results/fidelity.csv`.
 
-    python benchmarks/fidelity/summary.py [--results benchmarks/fidelity/results]
+    python benchmarks/fidelity/summary.py [--csv PATH] [--steps N]
 
-`summary.md`: the paired differences to full fine-tuning on all problems in one table; then for each problem and contender
-the learning rate that was best on the tuning seed, and over all seeds at that rate the mean and the standard deviation of
-the held-out metric in points, the paired difference to full fine-tuning (same seed: same order of the data, same new head)
-with its standard error, and the CPU time of a step as a ratio to full fine-tuning's on the same kind of processor.
-`curve_PROBLEM.png`: the metric against the step and against CPU time, in steps of full fine-tuning.
+For each problem and contender: the learning rate that its search chose, and over all seeds at that rate the mean and the
+standard deviation of the held-out metric in points, the paired difference to full fine-tuning (same seed: same order of
+the data, same new head) with its standard error, and the CPU time of a step as a ratio to full fine-tuning's on the same
+kind of processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import CONTENDERS, LEVERS
-from problems import PROBLEMS
-from study import RESULTS, best_rates, results
 
-# Of runs that do not say.
-FIRST_CPU = "Intel(R) Xeon(R) Processor"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Study, markdown
+from problems import PROBLEMS
+from study import best_rate
+
+PRESETS = ("balanced", "lean", "minimal")
+# Rows of the tables; `ils+` is of a lever that is gone.
+ORDER = ("full", "lora4", "lora8", "lora16", "lora8-sixth")
+ORDER += tuple(
+    f"{name}-{rate}"
+    for name in ("ils", "ils+", "ours", "ours-nowords", "random", "lisa", "badam")
+    for rate in (90, 95)
+) + tuple(f"ours-90-{preset}" for preset in PRESETS)
+LABELS = {
+    "ours-90": "**ours**, 90 % frozen",
+    "lora8": "LoRA rank 8 (keeps all inputs)",
+    "ils-90": "the paper's schedule, 90 %",
+    "lisa-90": "LISA, 90 %",
+    "random-90": "random layers, 90 %",
+    "badam-90": "BAdam-like, 90 %",
+    "ours-95": "**ours**, 95 % frozen",
+    "ils-95": "the paper's schedule, 95 %",
+    "lisa-95": "LISA, 95 %",
+    "random-95": "random layers, 95 %",
+    "badam-95": "BAdam-like, 95 %",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one problem, at its own best learning rate; metrics in points."""
+    """One contender on one problem, at its own best learning rate; metrics in points, by seed."""
 
     name: str
     lr: float
@@ -48,7 +70,7 @@ class Row:
         return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else math.nan
 
     def against(self, other: Row, what: str = "values") -> tuple[float, float, int]:
-        """Mean difference on the seeds that both have, its standard error, their number."""
+        """Return the mean difference on the seeds that both have, its standard error, their number."""
         mine, theirs = getattr(self, what), getattr(other, what)
         pairs = [mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()]
         if not pairs:
@@ -57,51 +79,37 @@ class Row:
         return float(np.mean(pairs)), error, len(pairs)
 
 
-def rows(found: Sequence[Mapping[str, Any]], problem: str, steps: int) -> dict[str, Row]:
-    """The rows of one problem."""
-    chosen = best_rates(found, steps)
-    found = [r for r in found if (r["run"]["problem"], r["run"]["steps"]) == (problem, steps)]
-    check_pretrained(found, problem)
-    unit = seconds_of_full(found)
-    table = {}
-    for name in [*CONTENDERS, *LEVERS]:
-        lr = chosen.get((problem, name))
-        mine = [r for r in found if r["run"]["contender"] == name]
-        at_best = [r for r in mine if r["run"]["lr"] == lr]
-        if at_best:
-            table[name] = Row(
-                name,
-                at_best[0]["run"]["lr"],
-                len({r["run"]["lr"] for r in mine}),
-                {r["run"]["seed"]: 100 * r["value"] for r in at_best},
-                {r["run"]["seed"]: r["metrics"]["loss"] for r in at_best},
-                float(np.mean(ratios)) if (ratios := times_of_full(at_best, unit)) else math.nan,
-            )
-    return table
+def rows_of(found: Sequence[Mapping[str, Any]], problem: str, steps: int) -> dict[str, Row]:
+    """Return the rows of one problem by contender.
 
-
-def check_pretrained(found: Sequence[Mapping[str, Any]], problem: str) -> None:
-    """Refuse to compare runs that started from different weights."""
-    starts = {r["pretrained"] for r in found if r.get("pretrained")}
-    if len(starts) > 1:
+    Raises:
+        SystemExit: runs started from different pretrained weights.
+    """
+    found = [r for r in found if (r["problem"], r["steps"]) == (problem, steps)]
+    if len(starts := {r["pretrained"] for r in found if r.get("pretrained")}) > 1:
         raise SystemExit(
             f"{problem}: runs start from different pretrained weights: {', '.join(sorted(starts))}"
         )
-
-
-def seconds_of_full(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Processor -> mean CPU seconds of a step of full fine-tuning."""
-    seconds: dict[str, list[float]] = {}
+    full: dict[str, list[float]] = {}
     for r in found:
-        if r["run"]["contender"] == "full":
-            seconds.setdefault(r.get("cpu", FIRST_CPU), []).append(r["seconds"] / r["run"]["steps"])
-    return {cpu: float(np.mean(each)) for cpu, each in seconds.items()}
-
-
-def times_of_full(found: Sequence[Mapping[str, Any]], unit: Mapping[str, float]) -> list[float]:
-    """Time of a step as a ratio to full fine-tuning's, of each run whose processor ran that too."""
-    pairs = [(r["seconds"] / r["run"]["steps"], unit.get(r.get("cpu", FIRST_CPU))) for r in found]
-    return [seconds / full for seconds, full in pairs if full]
+        if r["contender"] == "full":
+            full.setdefault(r["hardware"], []).append(r["cpu_seconds"])
+    table = {}
+    for name in ORDER:
+        mine = [r for r in found if r["contender"] == name]
+        lr = best_rate(mine)
+        best = [r for r in mine if r["lr"] == lr]
+        ratios = [r["cpu_seconds"] / np.mean(full[r["hardware"]]) for r in best if r["hardware"] in full]
+        if best:
+            table[name] = Row(
+                name,
+                lr,
+                len({r["lr"] for r in mine}),
+                {r["seed"]: 100 * r["value"] for r in best},
+                {r["seed"]: r["loss"] for r in best},
+                float(np.mean(ratios)) if ratios else math.nan,
+            )
+    return table
 
 
 def with_error(value: float, error: float, digits: int = 2) -> str:
@@ -110,97 +118,91 @@ def with_error(value: float, error: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
-def markdown(found: Sequence[Mapping[str, Any]], problem: str, steps: int) -> str:
-    """The table of one problem."""
-    table = rows(found, problem, steps)
+def number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def problem_table(table: Mapping[str, Row], problem: str, steps: int) -> str:
+    """Return the table of one problem."""
+    full = table["full"]
     lines = [
-        f"### {problem}: {PROBLEMS[problem].metric}, {steps} steps",
-        "",
-        "| | best lr | lrs tried | seeds | mean | spread | against full | held-out loss against full | CPU time / full |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        [
+            row.name,
+            f"{row.lr:g}",
+            row.rates_tried,
+            len(row.values),
+            f"{row.mean:.2f}",
+            number(row.spread),
+            with_error(*row.against(full)[:2]),
+            with_error(*row.against(full, "losses")[:2], 3),
+            number(row.time_of_full),
+        ]
+        for row in table.values()
     ]
-    full = table.get("full")
-    for row in table.values():
-        difference, error, _ = row.against(full) if full else (math.nan, math.nan, 0)
-        loss, loss_error, _ = row.against(full, "losses") if full else (math.nan, math.nan, 0)
-        spread = "" if math.isnan(row.spread) else f"{row.spread:.2f}"
-        lines.append(
-            f"| {row.name} | {row.lr:g} | {row.rates_tried} | {len(row.values)} | {row.mean:.2f} | {spread} "
-            f"| {with_error(difference, error)} | {with_error(loss, loss_error, 3)} | {'' if math.isnan(row.time_of_full) else f'{row.time_of_full:.2f}'} |"
-        )
-    return "\n".join(lines)
+    titles = ["", "best lr", "lrs tried", "seeds", "mean", "spread", "against full"]
+    titles += ["held-out loss against full", "CPU time / full"]
+    return f"### {problem}: {PROBLEMS[problem].metric}, {steps} steps\n\n{markdown(titles, lines)}"
 
 
-def overview(found: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
-    """Paired differences to full fine-tuning, in points, of the contenders that were run on every problem."""
-    tables = {problem: rows(found, problem, steps[problem]) for problem in steps}
-    lines = [
-        "| points against full | " + " | ".join(tables) + " | mean |",
-        "|---|" + "---:|" * (len(tables) + 1),
-    ]
-    for name in CONTENDERS:
-        if name == "full" or not all(name in table and "full" in table for table in tables.values()):
-            continue
-        against = [table[name].against(table["full"]) for table in tables.values()]
-        few = {pairs for _, _, pairs in against}
-        note = "" if min(few) >= 3 else f" (seeds: {', '.join(map(str, sorted(few)))})"
-        cells = [with_error(value, error) for value, error, _ in against]
-        mean = float(np.mean([value for value, _, _ in against]))
-        lines.append(f"| {name}{note} | " + " | ".join(cells) + f" | {mean:+.2f} |")
-    return "\n".join(lines)
+def overview(tables: Mapping[str, Mapping[str, Row]]) -> str:
+    """Return paired differences to full fine-tuning, in points, of the contenders that were run on every problem."""
+    lines = []
+    for name, label in LABELS.items():
+        if all(name in table for table in tables.values()):
+            against = [table[name].against(table["full"]) for table in tables.values()]
+            seeds = "/".join(dict.fromkeys(str(pairs) for _, _, pairs in against))
+            mean = np.mean([value for value, _, _ in against])
+            cells = [with_error(value, error) for value, error, _ in against]
+            lines.append([label, seeds, *cells, f"{mean:+.2f}"])
+    names = [f"{name} (Matthews)" if name == "cola" else name for name in tables]
+    return markdown(["points against full fine-tuning", "seeds", *names, "mean"], lines)
 
 
-def draw(found: Sequence[Mapping[str, Any]], problem: str, steps: int, path: Path) -> None:
-    """The metric against the step and against CPU seconds, mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    metric = PROBLEMS[problem].metric
-    table = {name: row for name, row in rows(found, problem, steps).items() if name in CONTENDERS}
-    found = [r for r in found if (r["run"]["problem"], r["run"]["steps"]) == (problem, steps)]
-    colours = plt.get_cmap("tab20").colors
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for number, (name, row) in enumerate(table.items()):
-        runs = [r for r in found if (r["run"]["contender"], r["run"]["lr"]) == (name, row.lr)]
-        value = np.mean([[100 * point[metric] for point in r["curve"]] for r in runs], axis=0)
-        at = np.array([point["step"] for point in runs[0]["curve"]])
-        for axis, scale in zip(axes, (1.0, row.time_of_full), strict=True):
-            axis.plot(
-                scale * at, value, marker=".", color=colours[number % 20], label=f"{name} ({len(runs)})"
+def presets(tables: Mapping[str, Mapping[str, Row]]) -> str:
+    """Return compressed activations against exact ones with the same seed: points, held-out loss."""
+    lines = []
+    for problem, table in tables.items():
+        cells = []
+        for preset in PRESETS:
+            row, exact = table[f"ours-90-{preset}"], table["ours-90"]
+            (*points, pairs), (*loss, _) = row.against(exact), row.against(exact, "losses")
+            cells.append(
+                f"{with_error(*points)}, {with_error(*loss, 3)}" + (f" ({pairs})" if pairs < 3 else "")
             )
-    axes[0].set(xlabel="optimizer step", ylabel=f"{metric}, points (last: all held-out, before: a sixth)")
-    axes[1].set(xlabel="CPU time, in steps of full fine-tuning")
-    axes[1].legend(fontsize="small", title="contender (seeds)", bbox_to_anchor=(1.02, 1), loc="upper left")
-    figure.suptitle(problem)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        lines.append([problem, *cells])
+    return markdown(["", *PRESETS], lines)
+
+
+def adapters(tables: Mapping[str, Mapping[str, Row]]) -> str:
+    """Return LoRA at several ranks against ours on seed 0: metric, held-out loss."""
+    lines = []
+    for name in (*ORDER[1:5], "ours-90"):
+        rows = [table[name] for table in tables.values()]
+        lines.append([name, *(f"{row.values[0]:.2f}, {row.losses[0]:.3f}" for row in rows)])
+    return markdown(["", *tables], lines)
+
+
+def tables(csv: str = "fidelity", steps: int | None = None) -> dict[str, str]:
+    """Return the tables of the documents by their marks."""
+    found = Study(csv, ()).rows(study="main")
+    lengths = {name: steps or problem.steps for name, problem in PROBLEMS.items()}
+    made = {name: rows_of(found, name, lengths[name]) for name in lengths}
+    made = {name: table for name, table in made.items() if "full" in table}
+    by_problem = "\n\n".join(problem_table(table, name, lengths[name]) for name, table in made.items())
+    order = [name for name in ("cifar", "sst2", "mrpc", "cola") if name in made]
+    ordered = {name: made[name] for name in order}
+    shown = {"fidelity-overview": overview(ordered), "fidelity-problems": by_problem}
+    if steps is None and len(made) == len(PROBLEMS):
+        shown |= {"fidelity-presets": presets(ordered), "fidelity-adapters": adapters(ordered)}
+    return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--csv", default="fidelity", help="name of a study, or a path that ends in .csv")
     parser.add_argument("--steps", type=int, help="instead of each problem's own number")
     options = parser.parse_args()
-    found = results(options.results)
-    present = [
-        p
-        for p in PROBLEMS
-        if any(
-            r["run"]["problem"] == p and r["run"]["steps"] == (options.steps or PROBLEMS[p].steps)
-            for r in found
-        )
-    ]
-    steps = {problem: options.steps or PROBLEMS[problem].steps for problem in present}
-    text = overview(found, steps) + "\n\n"
-    text += "\n\n".join(markdown(found, problem, steps[problem]) for problem in present) + "\n"
-    (options.results / "summary.md").write_text(text)
-    for problem in present:
-        draw(found, problem, steps[problem], options.results / f"curve_{problem}.png")
-    print(text)
+    print("\n\n".join(tables(options.csv, options.steps).values()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Benchmarks are programs, not a package: their folder goes on the path."""
+"""Benchmarks are programs, not a package: their folders go on the path."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS / name) for name in ("", "activations", "fidelity")]

@@ -33,7 +33,7 @@ GPT2 |= {"vocab_size": 2000, "bos_token_id": 1, "eos_token_id": 1}
 WIDE = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 
 # All strategies on one architecture, those that differ between architectures on the others; the benchmark
-# benchmarks/memory/estimate_vs_measured.py has every pair at full size.
+# benchmarks/estimate_vs_measured.py has every pair at full size.
 CASES = {
     "bert": (
         {**BERT, **WIDE},

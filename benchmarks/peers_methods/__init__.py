@@ -1,1 +1,0 @@
-"""The ways to train that `benchmarks/peers.py` compares, and how one of them is measured."""
