@@ -74,7 +74,7 @@ def measure(model, config: dict, steps: int, warm_up: int, counter) -> dict:
         row = {"gradients": held("gradients", gradients)}
         if slim:
             row = {"gradients": engine.optimizer.state_bytes()["gradients"]}
-            sizes = {layer.name: layer.numel for layer in engine.roles.layers}
+            sizes = {layer.name: layer.numel for layer in engine.roles.units}
             row["active_share"] = sum(sizes[name] for name in engine.active_layers) / parameters
         started = time.perf_counter()
         engine.step()

@@ -58,8 +58,8 @@ ROWS: dict[str, Strategy] = {
     "95 % frozen, ultra": ours("ultra"),
     "95 % frozen, balanced, loss in chunks": ours("balanced", chunk_loss_tokens=1024),
     "95 % frozen, minimal, loss in chunks": ours("minimal", chunk_loss_tokens=1024),
-    "95 % of each layer frozen (policy columns), no compression, bf16": ours("exact", "auto"),
-    "95 % of each layer frozen (policy columns), minimal": ours("minimal", "auto"),
+    "95 % of each layer frozen (policy static), no compression, bf16": ours("exact", "auto"),
+    "95 % of each layer frozen (policy static), minimal": ours("minimal", "auto"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -45,6 +45,9 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    gone: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions -> what to do instead."""
+
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
     """One line for each problem: `slimfit.freeze.rate must be in [0, 1), got 1.5`."""
@@ -57,9 +60,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel], pr
         key = ".".join([prefix, *path] if prefix else path)
         value = item.get("input")
         if unknown:
-            text = f"{key} is not a known key{_suggestion(model, path)}"
-        elif path and path[-1] == "rate" and not isinstance(value, Mapping):
-            text = f"{key} must be in [0, 1), got {value!r}"
+            text = f"{key} {_unknown(model, path)}"
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             shown = "" if isinstance(value, Mapping) or repr(value) in message else f", got {value!r}"
@@ -71,25 +72,28 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel], pr
 def _is_union_tag(part: Any) -> bool:
     """Pydantic puts the branch of a union into the location; users never wrote it."""
     return isinstance(part, str) and (
-        part in {"float", "int", "str", "RateSchedule", "constrained-float"}
+        part in {"float", "int", "str", "constrained-float"}
         or part.startswith(("function-", "literal[", "constrained-"))
     )
 
 
-def _suggestion(model: type[BaseModel], path: list[str]) -> str:
-    """The keys that would be right at the place where an unknown one stands."""
+def _unknown(model: type[BaseModel], path: list[str]) -> str:
+    """What to say of an unknown key: what has become of it, or the keys that would be right at its place."""
     import difflib
 
     current = model
     for part in path[:-1]:
         field = current.model_fields.get(part)
         if field is None:
-            return ""
+            return "is not a known key"
         candidates = getattr(field.annotation, "__args__", (field.annotation,))
         blocks = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not blocks:
-            return ""
+            return "is not a known key"
         current = blocks[0]
+    if path[-1] in getattr(current, "gone", {}):
+        return f"is gone: {current.gone[path[-1]]}"  # type: ignore[attr-defined]
     names = list(current.model_fields)
     near = difflib.get_close_matches(path[-1], names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+    return f"is not a known key; {hint}"

@@ -45,7 +45,7 @@ def test_preset_may_be_a_plain_name():
 
 
 def test_a_parsed_block_survives_json():
-    config = SlimFitConfig.parse({"freeze": {"rate": {"start": 0.5, "end": 0.9, "steps": 10}}})
+    config = SlimFitConfig.parse({"freeze": {"policy": "lisa", "rate": 0.95, "width": 0.25, "interval": 20}})
     assert SlimFitConfig.parse(config.model_dump(mode="json")) == config
 
 
@@ -79,11 +79,60 @@ def problems_of(block) -> list[str]:
     return []
 
 
-def test_auto_fills_in_what_the_block_does_not_say():
-    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "rate": 0.95}}).freeze
-    assert (freeze.policy, freeze.rate, freeze.always_lr_scale) == ("columns", 0.95, 1.0)
-    freeze = SlimFitConfig.parse({"freeze": {"policy": "auto", "always_lr_scale": 3.0}}).freeze
-    assert (freeze.policy, freeze.always_lr_scale) == ("columns", 3.0)
-    # Without it nothing changes: the paper's schedule.
-    freeze = SlimFitConfig.parse({}).freeze
-    assert (freeze.policy, freeze.head, freeze.lr_scale, freeze.refresh) == ("ils", "scheduled", 1.0, None)
+def test_nothing_said_is_the_recommended_setting():
+    for block in (
+        {},
+        {"freeze": {}},
+        {"freeze": {"policy": "auto"}},
+        {"freeze": {"policy": "static", "rate": 0.9}},
+    ):
+        freeze = SlimFitConfig.parse(block).freeze
+        assert (freeze.policy, freeze.rate, freeze.width, freeze.splits) == ("static", 0.9, None, True)
+        assert SlimFitConfig.parse(block) == SlimFitConfig()
+
+
+def test_width_and_rate():
+    def freeze(**values):
+        return SlimFitConfig.parse({"freeze": values}).freeze
+
+    # Of units that all train at every step the width says what is frozen.
+    assert freeze(width=0.2).rate == pytest.approx(0.8)
+    assert freeze(width=0.1, rate=0.9).splits
+    assert not freeze(rate=0).splits
+    assert not freeze(width=1.0).splits
+    assert (freeze(policy="ils", rate=0.95).width, freeze(policy="ils").splits) == (None, False)
+    assert freeze(policy="ils", rate=0.95, width=0.1).splits
+    assert problems_of({"freeze": {"width": 0.2, "rate": 0.9}}) == [
+        "slimfit.freeze: width 0.2 contradicts rate 0.9: with policy static every unit trains at every step, so leave "
+        "one of them out, or let a policy such as ils choose among narrow units"
+    ]
+    assert "use static" in problems_of({"freeze": {"policy": "none", "width": 0.1}})[0]
+
+
+def test_keys_and_values_that_are_gone_name_the_new_way():
+    block = {
+        "policy": "columns",
+        "rate": {"start": 0.5, "end": 0.9, "steps": 10},
+        "budget": ["layers", "parameters"],
+        "lr_scale": "auto",
+        "refresh": 30,
+        "head": "always",
+        "statistic": "gradient_norm",
+    }
+    assert problems_of({"freeze": block}) == [
+        "slimfit.freeze.policy: 'columns' is gone: use static",
+        "slimfit.freeze.rate: a schedule of rates is gone: give one number in [0, 1)",
+        "slimfit.freeze.budget: ['layers', 'parameters'] is gone: choose one of layers, parameters",
+        "slimfit.freeze.lr_scale: 'auto' is gone: give a number, 1.0 is the optimizer's own rate",
+        "slimfit.freeze.refresh is gone: remove it, or choose policy static, under which every unit trains at every step",
+        "slimfit.freeze.head is gone: name the head in always_active, such as [classifier]",
+        "slimfit.freeze.statistic is gone: remove it: policies measure the relative update",
+    ]
+    for policy in ("progressive", "top_gradient", "ils_per_cost"):
+        (problem,) = problems_of({"freeze": {"policy": policy}})
+        assert problem.startswith(f"slimfit.freeze.policy: {policy!r} is gone: use ")
+    assert problems_of({"freeze": {"budget": "flops"}}) == [
+        "slimfit.freeze.budget: 'flops' is gone: choose one of layers, parameters"
+    ]
+    (problem,) = problems_of({"freeze": {"policy": "isl"}})
+    assert "unknown 'isl'; did you mean 'ils'? known: auto, static, none, ils" in problem

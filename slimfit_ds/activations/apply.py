@@ -17,7 +17,7 @@ from slimfit_ds.activations.modules import MASKS_MADE_AGAIN
 from slimfit_ds.activations.patching import Patches
 from slimfit_ds.activations.report import Row, describe
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.layers import is_part
+from slimfit_ds.trainable.units import is_part
 
 __all__ = ["CompressionHandle", "Row", "activation_problems", "compress"]
 

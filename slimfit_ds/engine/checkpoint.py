@@ -39,8 +39,7 @@ from slimfit_ds.engine.checkpoint_files import (
 )
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.trainable.columns import column_places
-from slimfit_ds.trainable.split_modules import Split
+from slimfit_ds.trainable.split import Split, column_places
 
 __all__ = ["CheckpointError", "TrainingState", "latest_tag", "load", "save"]
 
@@ -226,7 +225,7 @@ def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequenc
         name = differing[0]
         raise ConfigError(
             [
-                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than policy columns chooses "
+                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than this run chooses "
                 f"now ({name}: start, stride, count, transposed, rows {list(saved.get(name, ()))}, now {list(own[name])}); resume with "
                 f"the rate and the seed of that run, or export the checkpoint and start from its whole weights"
             ]

@@ -23,8 +23,8 @@ from slimfit_ds.engine.zero3_linear import ScopedLinear
 from slimfit_ds.engine.zero12 import FreezeZeroOptimizer
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.trainable.columns import column_places, fill_columns
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.split import column_places, fill_columns
+from slimfit_ds.trainable.units import discover
 
 __all__ = ["ActiveSetMismatchError", "SlimFitEngine", "check_active_set"]
 
@@ -65,7 +65,7 @@ class SlimFitEngine(DeepSpeedEngine):
             raise RuntimeError(f"this DeepSpeed lacks {missing}; install deepspeed==0.19.*")
         self.slimfit_config = SlimFitConfig.parse(kwargs["config"]["slimfit"])
         self.roles = discover(kwargs["model"])
-        self.schedule = FreezeSchedule(self.roles.layers, self.slimfit_config.freeze)
+        self.schedule = FreezeSchedule(self.roles, self.slimfit_config.freeze)
         self._linear: ScopedLinear | None = None
         super().__init__(*args, **kwargs)
         if self.global_rank == 0:
@@ -266,7 +266,7 @@ class SlimFitEngine(DeepSpeedEngine):
         """
         if not os.fspath(save_dir):
             raise ValueError("save_dir must name a folder, got ''")
-        excluded = set(self.roles.user_frozen) - set(column_places(self.module))
+        excluded = set(self.roles.frozen) - set(column_places(self.module))
         checkpoint.save(
             self._training_state(),
             save_dir,

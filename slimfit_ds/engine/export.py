@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimfit_ds.engine.checkpoint_files import MODEL, CheckpointError, ShardReader, latest_tag, read_metadata
-from slimfit_ds.trainable.columns import fill_columns
+from slimfit_ds.trainable.split import fill_columns
 
 __all__ = ["load_states_of", "main"]
 

@@ -15,8 +15,8 @@ from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.engine.processes import end_after_gloo
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.schedule.prepare import freeze_problems, prepare_layers
-from slimfit_ds.trainable.columns import adopt_columns
+from slimfit_ds.schedule.schedule import freeze_problems, prepare_units
+from slimfit_ds.trainable.split import adopt_columns
 
 __all__ = ["initialize", "read_config", "setting_problems"]
 
@@ -103,7 +103,7 @@ def initialize(
     from slimfit_ds.engine.engine import SlimFitEngine
     from slimfit_ds.engine.weights import whole
 
-    prepare_layers(model, slim.freeze, whole)
+    prepare_units(model, slim.freeze, whole)
     arguments["model_parameters"] = _with_columns(model, arguments.get("model_parameters"))
     adopt_columns(model, getattr(arguments.get("optimizer"), "param_groups", ()))
     # DeepSpeed has no hook for the class of its engine; it looks the name up when it is called.
@@ -122,7 +122,7 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list
     try:
         slim = SlimFitConfig.parse(config["slimfit"])
     except ConfigError as error:
-        return error.problems
+        return error.problems + config_problems(config, SlimFitConfig(), model)
     problems = config_problems(config, slim, model)
     problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
     return problems + freeze_problems(model, slim.freeze)

@@ -65,7 +65,7 @@ class FreezeOptimizer:
             self.units,
             self.optimizer,
             rule_of(self.optimizer),
-            None if static else STATISTICS[config.freeze.statistic],
+            None if static else STATISTICS["relative_update"],
             states or config.optimizer_states,
             device,
             seed=config.freeze.seed,

@@ -16,7 +16,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from slimfit_ds.trainable.layers import ParameterRoles
+from slimfit_ds.trainable.units import ParameterRoles
 
 __all__ = [
     "FlatUnit",
@@ -168,7 +168,7 @@ def build_units(
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     parameters = dict(model.named_parameters())
     members: list[tuple[list[str], int, int | None]] = []
-    for position, layer in enumerate(roles.layers):
+    for position, layer in enumerate(roles.units):
         group = group_of.get(id(parameters[layer.name]))
         if group is not None:
             members.append(([layer.name], group, position))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.columns import column_places, fill_columns
+from slimfit_ds.trainable.split import column_places, fill_columns
 
 __all__ = ["check_names", "gather", "save_pretrained", "scatter", "stored_bytes", "whole"]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.optimizer import FreezeOptimizer
 from slimfit_ds.engine.sharding import PartitionedUnit, build_units, squared_norm
-from slimfit_ds.trainable.layers import ParameterRoles
+from slimfit_ds.trainable.units import ParameterRoles
 
 __all__ = ["NEEDED", "FreezeZero3Optimizer", "Setting", "configure_zero3"]
 

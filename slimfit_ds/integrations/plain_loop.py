@@ -12,11 +12,10 @@ from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.optim.host_states import HostStates
 from slimfit_ds.optim.rules import rule_of
-from slimfit_ds.schedule.prepare import prepare_layers
-from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
 from slimfit_ds.schedule.statistics import STATISTICS
-from slimfit_ds.trainable.columns import adopt_columns, unsplit_columns
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.split import adopt_columns, unsplit_columns
+from slimfit_ds.trainable.units import discover
 
 __all__ = ["SlimHandle", "slim"]
 
@@ -32,14 +31,14 @@ class SlimHandle:
 
     def __init__(self, model: nn.Module, config: SlimFitConfig):
         self._model = model
-        self._frozen = prepare_layers(model, config.freeze)
+        self._splits = prepare_units(model, config.freeze)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
-        self._statistic = STATISTICS.get(config.freeze.statistic)
+        self._statistic = STATISTICS["relative_update"]
         small = [model.get_parameter(name) for name in roles.small]
         self._biases, self._small = (small, []) if config.freeze.train_biases else ([], small)
-        self.schedule = FreezeSchedule(roles.layers, config.freeze)
+        self.schedule = FreezeSchedule(roles, config.freeze)
         self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
         # Freshly discovered layers all train.
@@ -95,21 +94,12 @@ class SlimHandle:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        assert self._statistic is not None
         factors = self.schedule.lr_factors()
         active = sorted(self.schedule.active)
         present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
         self._age(optimizer, present)
         self._sums = {}
-        if self._statistic.of_gradient:
-            for layer, parameter in present.items():
-                gradient = parameter.grad.float().flatten()  # type: ignore[union-attr]
-                self._sums[layer] = self._statistic.of_update(gradient, parameter.float().flatten())
-        self._before = {
-            layer: parameter.clone()
-            for layer, parameter in present.items()
-            if not self._statistic.of_gradient or factors[layer] != 1.0
-        }
+        self._before = {layer: parameter.clone() for layer, parameter in present.items()}
         self._stretched = [
             (self._parameters[layer], old, factors[layer])
             for layer, old in self._before.items()
@@ -153,11 +143,9 @@ class SlimHandle:
         # An update is proportional to the learning rate, so the step may be stretched after it was made.
         for parameter, old, factor in stretched:
             parameter.copy_(torch.lerp(old, parameter, factor))
-        assert self._statistic is not None
-        if not self._statistic.of_gradient:
-            self._sums = {
-                layer: self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()
-            }
+        self._sums = {
+            layer: self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()
+        }
         # One transfer for all layers.
         totals = self._combine(torch.stack([*self._sums.values()])).tolist() if self._sums else []
         # A layer that took no part in the forward pass did not move.
@@ -205,8 +193,8 @@ class SlimHandle:
         for parameter in [*self._parameters, *self._small]:
             parameter.requires_grad_(True)
         self.compression.remove()
-        if self._frozen:
-            unsplit_columns(self._model, self._frozen)
+        if self._splits:
+            unsplit_columns(self._model)
 
 
 def slim(model: nn.Module, config: SlimFitConfig | Mapping[str, Any] | None = None) -> SlimHandle:

@@ -32,7 +32,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
         self._schedule = schedule
         self._history = History(folder / "history.jsonl", first_step, writes=writes)
-        sizes = {layer.name: layer.numel for layer in schedule.layers}
+        sizes = {layer.name: layer.numel for layer in schedule.units}
         self._card = RunCard(
             folder / "run.json", {"first_step": first_step, "layers": sizes, **facts}, writes=writes
         )

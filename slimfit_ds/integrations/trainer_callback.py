@@ -17,7 +17,7 @@ from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
-from slimfit_ds.schedule.prepare import freeze_problems
+from slimfit_ds.schedule.schedule import freeze_problems
 
 __all__ = ["SlimFitCallback"]
 

@@ -19,7 +19,7 @@ class FrozenShare:
         self.sizes: dict[str, int] = {}
         schedule = getattr(engine, "schedule", None)
         if schedule is not None:
-            self.sizes = {layer.name: layer.numel for layer in schedule.layers}
+            self.sizes = {layer.name: layer.numel for layer in schedule.units}
         self.total = self._always = 0
         for name, parameter in engine.module.named_parameters():
             # Under ZeRO 3 a parameter holds nothing between its uses.

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from slimfit_ds.schedule.budget import Budget
-from slimfit_ds.trainable.layers import Layer
+from slimfit_ds.schedule.policies import Budget
+from slimfit_ds.trainable.units import Unit
 
 __all__ = ["ACTIVE_SETS", "choose_active"]
 
 _GOLDEN = 0.6180339887498949
 
 
-def _by_size(layers: Sequence[Layer], free: Collection[int]) -> list[int]:
+def _by_size(layers: Sequence[Unit], free: Collection[int]) -> list[int]:
     # Of equal weights the later ones: in a feed-forward pair the second keeps the wider input.
     return sorted(free, key=lambda i: (layers[i].numel, i), reverse=True)
 
 
-def expected(layers: Sequence[Layer], free: Collection[int], budget: Budget) -> Collection[int]:
+def expected(layers: Sequence[Unit], free: Collection[int], budget: Budget) -> Collection[int]:
     """Layers at evenly spaced ranks of size: about the bytes of a random draw, the same every time."""
     order = _by_size(layers, free)
     mixed = sorted(range(len(order)), key=lambda rank: (rank * _GOLDEN) % 1)
@@ -27,18 +27,18 @@ def expected(layers: Sequence[Layer], free: Collection[int], budget: Budget) -> 
     return spaced if budget.fits(spaced) else filled
 
 
-def worst(layers: Sequence[Layer], free: Collection[int], budget: Budget) -> Collection[int]:
+def worst(layers: Sequence[Unit], free: Collection[int], budget: Budget) -> Collection[int]:
     """The largest layers that fit."""
     return budget.fill(_by_size(layers, free))
 
 
-ACTIVE_SETS: dict[str, Callable[[Sequence[Layer], Collection[int], Budget], Collection[int]]] = {
+ACTIVE_SETS: dict[str, Callable[[Sequence[Unit], Collection[int], Budget], Collection[int]]] = {
     "expected": expected,
     "worst": worst,
 }
 
 
-def choose_active(layers: Sequence[Layer], free: Collection[int], budget: Budget, kind: str) -> list[str]:
+def choose_active(layers: Sequence[Unit], free: Collection[int], budget: Budget, kind: str) -> list[str]:
     """The names of the layers assumed active, in model order.
 
     Args:

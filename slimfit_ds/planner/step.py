@@ -18,7 +18,7 @@ from slimfit_ds.planner.active_sets import choose_active
 from slimfit_ds.planner.cuda_semantics import CudaSemantics
 from slimfit_ds.planner.strategy import Strategy
 from slimfit_ds.planner.workload import DTYPES, Workload
-from slimfit_ds.schedule.budget import room_at
+from slimfit_ds.schedule.schedule import room_at
 
 __all__ = ["inspect_model", "track_step"]
 
@@ -164,17 +164,21 @@ def _engine(
 def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.Module) -> dict[str, Any]:
     """The block with exactly `active` as active set, through the public configuration."""
     from slimfit_ds.config import SlimFitConfig
-    from slimfit_ds.schedule.policies import POLICIES
-    from slimfit_ds.trainable.layers import discover, match_globs
+    from slimfit_ds.schedule.schedule import FreezeSchedule
+    from slimfit_ds.trainable.units import discover, match_globs
 
-    layers = discover(model).layers
     freeze = SlimFitConfig.parse(block).freeze
-    if not POLICIES[freeze.policy].keeps_budget:
+    if freeze.splits:
+        # Of narrow units the policy's own choice costs what any other does.
         return block
+    roles = discover(model)
+    if FreezeSchedule(roles, freeze).is_static:
+        return block
+    layers = roles.units
     if isinstance(active, str):
-        never = match_globs(freeze.never_active, [layer.name for layer in layers], "never_active", [])
+        never = match_globs(freeze.never_active, roles, "never_active", [])
         free = [position for position in range(len(layers)) if position not in never]
-        names = choose_active(layers, free, room_at(layers, freeze.budget, freeze.rate_at(0)), active)
+        names = choose_active(layers, free, room_at(roles, freeze.budget, freeze.rate), active)
     else:
         names = list(active)
     rate = (len(layers) - len(names)) / len(layers)
@@ -183,7 +187,6 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
         "budget": "layers",
         "policy": "ils",
         "always_active": names,
-        "head": "scheduled",
     }
     return {**block, "freeze": {**block.get("freeze", {}), **exactly}}
 
@@ -191,10 +194,10 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
 def inspect_model(workload: Workload) -> dict[str, Any]:
     """Facts of a model that a plan needs: its size, its embedding layers, and whether its loss may be in chunks."""
     from slimfit_ds.planner.language_loss import takes_loss_in_chunks
-    from slimfit_ds.trainable.layers import discover
+    from slimfit_ds.trainable.units import discover
 
     model = workload.build()
-    layers = discover(model).layers
+    layers = discover(model).units
     head = model.get_output_embeddings()
     names = {layer.name for layer in layers if layer.kind == "embedding"}
     names |= {name for name, p in model.named_parameters() if head is not None and p is head.weight}

@@ -2,109 +2,149 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from slimfit_ds.errors import StrictModel
+from slimfit_ds.schedule.policies import POLICIES
 
-__all__ = ["RECOMMENDED", "FreezeConfig", "RateSchedule"]
+__all__ = ["RECOMMENDED", "FreezeConfig"]
 
+RECOMMENDED = "static"
+"""What `policy: auto` stands for; the evidence is in docs/fidelity.md."""
 
-class RateSchedule(StrictModel):
-    """A freezing rate that moves from `start` to `end` over the first `steps` optimizer steps."""
-
-    start: float = Field(ge=0, lt=1)
-    end: float = Field(ge=0, lt=1)
-    steps: int = Field(gt=0, description="optimizer steps from start to end; constant afterwards")
-    shape: Literal["linear", "cosine"] = "linear"
-
-    def at(self, step: int) -> float:
-        """The rate at optimizer step `step` (the first step is 0)."""
-        progress = min(step / self.steps, 1.0)
-        if self.shape == "cosine":
-            progress = 0.5 * (1 - math.cos(math.pi * progress))
-        return self.start + (self.end - self.start) * progress
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, list | tuple) and not value:
-        raise ValueError("must name at least one of layers, parameters, activations, flops")
-    return (value,) if isinstance(value, str) else value
-
-
-RECOMMENDED: Mapping[str, Any] = {
-    "policy": "columns",
+_GONE_POLICIES = {
+    "columns": "use static",
+    "progressive": "use ils, or static, which measured best",
+    "top_gradient": "use ils, or static, which measured best",
+    "ils_per_cost": "use ils with budget: parameters",
 }
-"""What `policy: auto` stands for; the evidence is in docs/fidelity.md. Fields that the block states itself win."""
+
+
+def _policy(value: Any) -> Any:
+    if value == "auto":
+        return RECOMMENDED
+    if value in _GONE_POLICIES:
+        raise ValueError(f"{value!r} is gone: {_GONE_POLICIES[value]}")
+    if isinstance(value, str) and value not in POLICIES:
+        near = difflib.get_close_matches(value, POLICIES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {value!r}; {hint}known: auto, {', '.join(POLICIES)}")
+    return value
+
+
+def _rate(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        raise ValueError("a schedule of rates is gone: give one number in [0, 1)")
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        raise ValueError(f"must be in [0, 1), got {value!r}")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        raise ValueError(f"must be in [0, 1), got {value!r}")
+    return number
+
+
+def _budget(value: Any) -> Any:
+    if isinstance(value, list | tuple) or value in ("activations", "flops"):
+        raise ValueError(f"{value!r} is gone: choose one of layers, parameters")
+    return value
+
+
+def _lr_scale(value: Any) -> Any:
+    if value == "auto":
+        raise ValueError("'auto' is gone: give a number, 1.0 is the optimizer's own rate")
+    return value
 
 
 class FreezeConfig(StrictModel):
-    """Which layers train at each step."""
+    """Which parts of the model train at each step."""
 
-    policy: str = Field(
-        "ils",
-        description="a registered policy: ils, columns, random, none, ...; auto: the recommended policy and settings",
+    gone: ClassVar[Mapping[str, str]] = {
+        "refresh": "remove it, or choose policy static, under which every unit trains at every step",
+        "statistic": "remove it: policies measure the relative update",
+        "head": "name the head in always_active, such as [classifier]",
+    }
+
+    policy: Annotated[str, BeforeValidator(_policy)] = Field(
+        RECOMMENDED,
+        description="which units train at a step. auto, the default, is static: some input columns of every layer, at "
+        "every step. ils, random, lisa, badam, far, bsr: a new choice of units from step to step. none: no freezing",
     )
-    rate: Annotated[float, Field(ge=0, lt=1)] | RateSchedule = Field(
-        0.9, description="share of the layers that is frozen at each step, in [0, 1), or a schedule"
+    rate: Annotated[float, BeforeValidator(_rate)] = Field(
+        0.9, description="share of the model that is frozen at each step, in [0, 1)"
     )
-    budget: Annotated[
-        tuple[Literal["layers", "parameters", "activations", "flops"], ...], BeforeValidator(_listed)
-    ] = Field(
-        ("layers",),
-        min_length=1,
-        description="what the rate is a share of, for every active set: layers (the paper), parameters, "
-        "activations (inputs kept for active weights), flops (of weight gradients), or a list of which all must hold",
+    width: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of a layer's input columns that can train. null: for static, what the rate leaves; for the "
+        "choosing policies 1, whole layers",
     )
-    interval: int = Field(1, ge=1, description="choose a new set every this many optimizer steps")
-    refresh: int | None = Field(
-        None, ge=1, description="a layer that has not trained for this many steps goes before all others"
+    budget: Annotated[Literal["layers", "parameters"], BeforeValidator(_budget)] = Field(
+        "layers",
+        description="what the rate of a choosing policy is a share of: layers (the paper; a narrow unit counts as its "
+        "width), or parameters",
     )
-    lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    interval: int = Field(1, ge=1, description="choose new units every this many optimizer steps")
+    lr_scale: Annotated[float, BeforeValidator(_lr_scale)] = Field(
         1.0,
-        description="factor of the learning rate of layers that the schedule chooses; auto: the square root of how "
-        "many times more steps there were than this layer has trained",
+        gt=0,
+        description="factor of the learning rate of narrow units and of units that a policy chooses",
     )
     always_lr_scale: float = Field(
-        1.0, gt=0, description="factor of the learning rate of biases and of always-active layers"
+        1.0,
+        gt=0,
+        description="factor of the learning rate of what trains whole at every step: biases, always_active layers, and "
+        "beside narrow units the norms and the head",
     )
     embedding_lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
-        description="factor of the learning rate of the word embedding's trained columns (policy columns); auto: the "
-        "square root of all columns over trained ones, so that a vector moves as far as if all of it trained",
+        description="factor of the learning rate of the word embedding's trained columns; auto: the square root of all "
+        "columns over trained ones, so that a vector moves as far as if all of it trained",
     )
-    statistic: str = Field(
-        "relative_update", description="how much a layer learned in a step, by its update or its gradient"
-    )
-    always_active: tuple[str, ...] = Field((), description="globs of layers that train at every step")
+    always_active: tuple[str, ...] = Field((), description="globs of layers that train whole at every step")
     never_active: tuple[str, ...] = Field((), description="globs of layers that never train")
-    head: Literal["scheduled", "always"] = Field(
-        "scheduled",
-        description="always: the last linear layer behind the blocks trains at every step, where it is no larger "
-        "than the layers of the blocks and takes up at most half of the budget",
-    )
     train_biases: bool = Field(True, description="biases and norm biases train at every step")
-    seed: int = Field(0, ge=0, description="seed of the first, random order and of random policies")
+    seed: int = Field(0, ge=0, description="seed of the trained columns, the first order and random choices")
     check_interval: int = Field(
-        1, ge=0, description="compare the active set across ranks every this many steps; 0: never"
+        1, ge=0, description="compare the choice across ranks every this many steps; 0: never"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _recommended(cls, data: Any) -> Any:
-        """`policy: auto` fills in what the block does not say."""
-        if isinstance(data, Mapping) and data.get("policy") == "auto":
-            return {**RECOMMENDED, **{key: value for key, value in data.items() if key != "policy"}}
+    def _rate_of_width(cls, data: Any) -> Any:
+        """Of units that all train at every step the width alone says what is frozen."""
+        if (
+            isinstance(data, Mapping)
+            and data.get("policy", "auto") in ("auto", "static")
+            and "rate" not in data
+        ):
+            width = data.get("width")
+            if isinstance(width, int | float) and 0 < width <= 1:
+                return {**data, "rate": 1 - width}
         return data
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The extreme rates of a run."""
-        return (self.rate.start, self.rate.end) if isinstance(self.rate, RateSchedule) else (self.rate,)
+    @model_validator(mode="after")
+    def _width_of_rate(self) -> FreezeConfig:
+        if self.width is None:
+            return self
+        if self.policy == "static" and not math.isclose(self.width, 1 - self.rate, abs_tol=1e-6):
+            raise ValueError(
+                f"width {self.width:g} contradicts rate {self.rate:g}: with policy static every unit trains at every "
+                f"step, so leave one of them out, or let a policy such as ils choose among narrow units"
+            )
+        if self.policy == "none" and self.width < 1:
+            raise ValueError(f"width {self.width:g} needs a policy that freezes: use static, or leave it out")
+        return self
 
-    def rate_at(self, step: int) -> float:
-        """The share of frozen layers at optimizer step `step`."""
-        return self.rate.at(step) if isinstance(self.rate, RateSchedule) else self.rate
+    @property
+    def splits(self) -> bool:
+        """Whether layers are split into narrow units."""
+        return self.policy == "static" and self.rate > 0 if self.width is None else self.width < 1

@@ -1,156 +1,170 @@
-"""The schedule of a run: which layers train now, and what has to be saved to go on from here."""
+"""The schedule of a run: which units train now, and what has to be saved to go on from here."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch import Tensor, nn
+
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.schedule.budget import Budget, room_at
 from slimfit_ds.schedule.config import FreezeConfig
-from slimfit_ds.schedule.policies import POLICIES, Selection
-from slimfit_ds.schedule.statistics import STATISTICS
-from slimfit_ds.trainable.blocks import find_head
-from slimfit_ds.trainable.layers import Layer, is_part, match_globs
+from slimfit_ds.schedule.policies import POLICIES, Budget, Selection
+from slimfit_ds.trainable.plan import Plan, plan_units
+from slimfit_ds.trainable.split import split_columns
+from slimfit_ds.trainable.units import ParameterRoles, Unit, discover, is_part, match_globs, split_record
 
-__all__ = ["FreezeSchedule"]
+__all__ = ["FreezeSchedule", "freeze_problems", "prepare_units", "room_at"]
 
-_PRIOR_UPDATES = 2
+
+def prepare_units(
+    model: nn.Module,
+    config: FreezeConfig,
+    whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda weight: nullcontext(),
+) -> bool:
+    """Split the layers of a model where the freezing wants narrow units; a model that is split already stays as it is.
+
+    Args:
+        model: is changed in place.
+        config: of the freezing.
+        whole: a context in which a weight that ZeRO 3 has cut is whole.
+
+    Returns:
+        Whether the model was split.
+
+    Raises:
+        ConfigError: what `plan_units` finds.
+    """
+    if not config.splits or split_record(model) is not None:
+        return False
+    split_columns(model, _plan(model, config), config.seed, whole)
+    return True
+
+
+def _plan(model: nn.Module, config: FreezeConfig) -> Plan:
+    return plan_units(
+        model,
+        rate=config.rate if config.width is None else None,
+        width=config.width,
+        always=config.always_active,
+        never=config.never_active,
+    )
+
+
+def freeze_problems(model: nn.Module, config: FreezeConfig) -> list[str]:
+    """What is wrong with a `freeze` block for this model, a line each; the model is not changed."""
+    try:
+        narrow = config.splits and split_record(model) is None
+        FreezeSchedule(_plan(model, config).roles if narrow else discover(model), config)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 class FreezeSchedule:
     """Holds a policy's state and the active set of the coming step.
 
     Args:
-        layers: the freezable layers, in model order.
+        roles: the parameters of the model, from `discover`.
         config: the `freeze` block.
 
+    Attributes:
+        is_static: whether the active set never changes: there is nothing to choose, so nothing has to be measured.
+        active: positions of the units that train in the coming step.
+        step: optimizer steps done.
+        statistics: unit position -> its latest statistic.
+
     Raises:
-        ConfigError: unknown policy or statistic, globs that match nothing or contradict each other,
-            always-active layers that cost more than the rate leaves, a rate that leaves room for nothing.
+        ConfigError: globs that match nothing or contradict each other, units that always train and cost more than the
+            rate leaves, a rate that leaves room for nothing.
     """
 
-    def __init__(self, layers: Sequence[Layer], config: FreezeConfig):
-        self.layers = tuple(layers)
-        self.names = tuple(layer.name for layer in layers)
+    def __init__(self, roles: ParameterRoles, config: FreezeConfig):
+        self.units = roles.units
+        self.names = roles.names
         self.config = config
-        self._always, self._never = _resolve(self.layers, config)
         self._policy = POLICIES[config.policy]
-        self._state = self._policy.init(len(self.layers), config.seed)
+        self._always, self._never, self._budget = _resolve(roles, config)
+        fixed = self._always | self._never
+        self._candidates = tuple(i for i in range(len(self.units)) if i not in fixed)
+        self.is_static = self._policy.trains_all or self._budget.fits(self._always | {*self._candidates})
+        self._state = self._policy.init(len(self.units), config.seed)
         self.step = 0
         self.statistics: dict[int, float] = {}
-        self._visits = [0] * len(self.layers)
-        self._last = [-1] * len(self.layers)
+        self._last = [-1] * len(self.units)
         self.active = self._select()
 
     @property
     def oversized(self) -> tuple[str, ...]:
-        """Layers that never train because each costs more than a set may, at the least strict rate."""
-        if not self._policy.keeps_budget:
+        """Units that never train because each costs more than a set may."""
+        if self._policy.trains_all:
             return ()
-        budget = self._budget(min(self.config.rates))
-        free = (layer for layer in range(len(self.layers)) if layer not in self._always | self._never)
-        return tuple(self.names[layer] for layer in free if not budget.fits(self._always | {layer}))
+        return tuple(self.names[i] for i in self._candidates if not self._budget.fits(self._always | {i}))
 
     def warn_of_oversized(self) -> None:
-        """Say once which layers the budget keeps from ever training."""
+        """Say once which units the budget keeps from ever training."""
         if self.oversized:
             warnings.warn(
-                f"slimfit.freeze.budget {'+'.join(self.config.budget)}: never trains "
-                f"{', '.join(self.oversized)}, larger than a whole active set may be; lower the rate, or choose "
-                f"budget: layers, if it must train",
+                f"slimfit.freeze.budget {self.config.budget}: never trains {', '.join(self.oversized)}, larger than a "
+                f"whole active set may be; lower the rate, or choose budget: layers, if it must train",
                 stacklevel=3,
             )
 
-    def _budget(self, rate: float) -> Budget:
-        return room_at(self.layers, self.config.budget, rate)
-
-    @property
-    def is_static(self) -> bool:
-        """True if the active set never changes: there is nothing to measure, to compare or to apply again."""
-        return not self._policy.keeps_budget
-
     @property
     def active_names(self) -> frozenset[str]:
-        return frozenset(self.names[layer] for layer in self.active)
+        """Names of the units that train in the coming step."""
+        return frozenset(self.names[unit] for unit in self.active)
 
     def advance(self, statistics: Mapping[int, float]) -> frozenset[int]:
         """Count a step, take in its statistics and return the active set of the next one.
 
         Args:
-            statistics: layer position -> statistic, for layers that were updated in this step. Empty
+            statistics: unit position -> statistic, for units that were updated in this step. Empty
                 when the step was skipped (overflow), which leaves the policy's state as it was.
         """
         self._state = self._policy.observe(self._state, statistics)
         self.statistics.update(statistics)
-        for layer in self.active:
-            self._visits[layer] += 1
-            self._last[layer] = self.step
+        for unit in self.active:
+            self._last[unit] = self.step
         self.step += 1
         if self.step % self.config.interval == 0 and not self.is_static:
             self.active = self._select()
         return self.active
 
     def _select(self) -> frozenset[int]:
-        n_layers = len(self.layers)
-        budget = self._budget(self.config.rate_at(self.step))
-        candidates = tuple(i for i in range(n_layers) if i not in self._always | self._never)
-        # Overdue layers are chosen as if they were always active, until the set is full of them.
-        always = budget.fill(self._overdue(candidates), self._always)
         selection = Selection(
-            layers=self.layers,
+            units=self.units,
             step=self.step,
             choice=self.step // self.config.interval,
-            budget=budget,
-            candidates=tuple(i for i in candidates if i not in always),
-            always=always,
+            budget=self._budget,
+            candidates=self._candidates,
+            always=self._always,
             seed=self.config.seed,
         )
         return self._policy.select(self._state, selection)
 
-    def _overdue(self, candidates: Sequence[int]) -> list[int]:
-        """Layers that have waited for `refresh` steps or more, the longest first."""
-        limit = self.config.refresh
-        if limit is None:
-            return []
-        late = [layer for layer in candidates if self.step - self._last[layer] > limit]
-        return sorted(late, key=lambda layer: (self._last[layer], layer))
-
-    def missed(self, layer: int) -> int:
-        """Steps in a row, up to the coming one, in which a layer did not train."""
-        return self.step - self._last[layer] - 1
+    def missed(self, unit: int) -> int:
+        """Steps in a row, up to the coming one, in which a unit did not train."""
+        return self.step - self._last[unit] - 1
 
     def lr_factors(self) -> dict[int | None, float]:
-        """What the learning rate of each active layer, and of small parameters (None), is multiplied by.
-
-        A layer that trains in a share `s` of the steps moves `s` times as far at the same rate, and its noise is `s`
-        times the variance. `auto` raises the rate by `1 / sqrt(s)`: between making up for the distance and keeping the
-        noise as it was. The share is counted for each layer, from a prior of two updates at the freezing rate's share.
-        """
-        factors: dict[int | None, float] = {None: self.config.always_lr_scale}
-        for layer in self.active:
-            factors[layer] = self.config.always_lr_scale if layer in self._always else self._scale(layer)
-            if self.layers[layer].kind == "embedding" and is_part(self.names[layer]):
-                factors[layer] *= self._embedding_scale(self.layers[layer])
+        """What the learning rate of each active unit, and of small parameters (None), is multiplied by."""
+        config = self.config
+        factors: dict[int | None, float] = {None: config.always_lr_scale}
+        for i in self.active:
+            factors[i] = config.always_lr_scale if i in self._always else config.lr_scale
+            if self.units[i].kind == "embedding" and is_part(self.names[i]):
+                # auto: the step of a vector has the norm that it would have if all of its places trained.
+                scale = config.embedding_lr_scale
+                factors[i] *= 1 / math.sqrt(self.units[i].width) if scale == "auto" else scale
         return factors
 
-    def _embedding_scale(self, layer: Layer) -> float:
-        """`auto`: the step of a vector has the norm that it would have if all of its places trained."""
-        scale = self.config.embedding_lr_scale
-        return 1 / math.sqrt(layer.share) if scale == "auto" else scale
-
-    def _scale(self, layer: int) -> float:
-        if self.config.lr_scale != "auto":
-            return self.config.lr_scale
-        prior = _PRIOR_UPDATES / (1 - self.config.rate_at(self.step))
-        return math.sqrt((self.step + prior) / (self._visits[layer] + _PRIOR_UPDATES))
-
     def fingerprint(self) -> int:
-        """A 63-bit hash of step and active set; equal on ranks that will train the same layers."""
+        """A 63-bit hash of step and active set; equal on ranks that will train the same units."""
         text = f"{self.step}:{sorted(self.active)}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -162,9 +176,8 @@ class FreezeSchedule:
             "state": dict(self._state),
             "step": self.step,
             "active": sorted(self.active),
-            "visits": list(self._visits),
             "last": list(self._last),
-            "statistics": {self.names[layer]: value for layer, value in self.statistics.items()},
+            "statistics": {self.names[unit]: value for unit, value in self.statistics.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -174,94 +187,89 @@ class FreezeSchedule:
         policy starts afresh at the saved step.
 
         Raises:
-            ConfigError: the saved layers are not this model's; names the difference.
+            ConfigError: the saved units are not this model's; names the difference.
         """
         if problems := _difference(state["layers"], self.names):
             raise ConfigError(problems)
         self.step = int(state["step"])
-        # Checkpoints of earlier versions hold no counts: as if every layer had trained just now, at the rate's share.
-        self._visits = list(state.get("visits") or [0] * len(self.layers))
-        self._last = list(state.get("last") or [self.step - 1] * len(self.layers))
-        positions = {name: layer for layer, name in enumerate(self.names)}
+        # Checkpoints of earlier versions hold no counts: as if every unit had trained just now.
+        self._last = list(state.get("last") or [self.step - 1] * len(self.units))
+        positions = {name: unit for unit, name in enumerate(self.names)}
         self.statistics = {positions[name]: value for name, value in state["statistics"].items()}
-        if state["policy"] == self.config.policy:
-            self._state = dict(state["state"])
-            self.active = frozenset(state["active"])
-        else:
+        if state["policy"] != self.config.policy:
             self.active = self._select()
+            return
+        self._state = dict(state["state"])
+        self.active = self._select() if self.is_static else frozenset(state["active"])
 
 
-def _resolve(layers: Sequence[Layer], config: FreezeConfig) -> tuple[frozenset[int], frozenset[int]]:
-    """The positions of the always-active and of the never-active layers."""
-    names = [layer.name for layer in layers]
+def room_at(
+    roles: ParameterRoles, currency: str, rate: float, uncounted: frozenset[int] = frozenset()
+) -> Budget:
+    """The budget of a freezing rate: at most `1 - rate` of what training all layers whole would cost.
+
+    Args:
+        roles: of the model.
+        currency: `layers`: a unit costs its width, and of whole layers there is room for one at least; `parameters`: its
+            elements, against those of the model before any layer was split.
+        rate: share that is frozen, in [0, 1).
+        uncounted: positions of units that cost nothing in `layers`.
+    """
+    if currency == "parameters":
+        return Budget(tuple(unit.numel for unit in roles.units), (1 - rate) * roles.numel)
+    costs = tuple(0.0 if i in uncounted else unit.width for i, unit in enumerate(roles.units))
+    n_layers = roles.layers - len(uncounted)
+    if roles.split is not None:
+        return Budget(costs, (1 - rate) * n_layers)
+    # 0.29 * 100 is 28.999999999999996 in floating point; the user meant 29.
+    return Budget(costs, max(n_layers - math.floor(rate * n_layers + 1e-9), 1))
+
+
+def _resolve(roles: ParameterRoles, config: FreezeConfig) -> tuple[frozenset[int], frozenset[int], Budget]:
+    """The positions of the units that always and that never train, and what a set may cost."""
+    names = roles.names
     problems: list[str] = []
     if not names:
         problems.append("the model has no trainable layer: every weight has requires_grad=False")
-    for key, value, known in (
-        ("policy", config.policy, POLICIES),
-        ("statistic", config.statistic, STATISTICS),
-    ):
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            problems.append(f"slimfit.freeze.{key}: unknown {value!r}; {hint}known: {', '.join(known)}")
-    policy = POLICIES.get(config.policy)
-    keeps_budget = policy is None or policy.keeps_budget
-    if policy is not None and policy.splits_columns:
-        # The globs were for the weights before the split: what is left of them trains.
-        whole = frozenset(i for i, name in enumerate(names) if not is_part(name))
-        if problems:
-            raise ConfigError(problems)
-        return whole, frozenset()
-    always = match_globs(config.always_active, names, "slimfit.freeze.always_active", problems)
-    never = match_globs(config.never_active, names, "slimfit.freeze.never_active", problems)
-    always |= _head(layers, config) - never
+    always = match_globs(config.always_active, roles, "slimfit.freeze.always_active", problems)
+    never = match_globs(config.never_active, roles, "slimfit.freeze.never_active", problems)
     problems += [
-        f"slimfit.freeze: {names[layer]!r} is matched by always_active and by never_active"
-        for layer in sorted(always & never)
+        f"slimfit.freeze: {names[unit]!r} is matched by always_active and by never_active"
+        for unit in sorted(always & never)
     ]
     if names and len(never) == len(names):
         problems.append("slimfit.freeze.never_active matches every layer: nothing would train")
-    if names and keeps_budget:
-        problems += _room_problems(layers, config, always, never)
+    # Beside narrow units, norms and heads train whole at every step. They are no choice, so `layers` does not count them.
+    whole = frozenset() if roles.split is None else _whole(roles.units)
+    budget = room_at(roles, config.budget, config.rate, whole - always)
+    always |= whole - never
+    if names and not POLICIES[config.policy].trains_all:
+        problems += _room_problems(roles.units, config, always, never, budget)
     if problems:
         raise ConfigError(problems)
-    return always, never
+    return always, never, budget
 
 
-def _head(layers: Sequence[Layer], config: FreezeConfig) -> frozenset[int]:
-    """The head, where it is to train at every step and leaves at least half of the strictest budget."""
-    head = find_head(layers) if config.head == "always" else None
-    if head is None:
-        return frozenset()
-    budget = room_at(layers, config.budget, max(config.rates))
-    modest = all(2 * spent <= room for spent, room in zip(budget.spent([head]), budget.room, strict=True))
-    return frozenset([head]) if modest else frozenset()
+def _whole(units: Sequence[Unit]) -> frozenset[int]:
+    return frozenset(i for i, unit in enumerate(units) if not is_part(unit.name))
 
 
 def _room_problems(
-    layers: Sequence[Layer], config: FreezeConfig, always: frozenset[int], never: frozenset[int]
+    units: Sequence[Unit], config: FreezeConfig, always: frozenset[int], never: frozenset[int], budget: Budget
 ) -> list[str]:
-    """What does not fit at the strictest rate of a run."""
-    rate = max(config.rates)
-    budget = room_at(layers, config.budget, rate)
-    total = budget.spent(range(len(layers)))
-    problems = [
-        f"slimfit.freeze.always_active matches {spent:,} {name}, but rate {rate} leaves {room:,} of {all_:,} "
-        f"active: lower the rate or match fewer layers"
-        for name, spent, room, all_ in zip(
-            config.budget, budget.spent(always), budget.room, total, strict=True
-        )
-        if spent > room
-    ]
-    free = [layer for layer in range(len(layers)) if layer not in always | never]
-    if not problems and not always and free and not any(budget.fits([layer]) for layer in free):
-        limits = ", ".join(f"{room:,} {name}" for name, room in zip(config.budget, budget.room, strict=True))
-        problems.append(
-            f"slimfit.freeze.rate: {rate} leaves room for {limits}, less than the smallest layer takes: "
-            "lower the rate"
-        )
-    return problems
+    """Whether what always trains, and the smallest other unit, fit into the budget."""
+    if not budget.fits(always):
+        return [
+            f"slimfit.freeze.rate {config.rate} leaves {budget.room:,.10g} {config.budget} active, but always_active and "
+            f"what else trains at every step take {budget.spent(always):,.10g}: lower the rate or match fewer layers"
+        ]
+    free = [unit for unit in range(len(units)) if unit not in always | never]
+    if not always and free and not any(budget.fits([unit]) for unit in free):
+        return [
+            f"slimfit.freeze.rate: {config.rate} leaves room for {budget.room:,.10g} {config.budget}, less than the smallest "
+            "layer takes: lower the rate"
+        ]
+    return []
 
 
 def _difference(saved: Sequence[str], present: Sequence[str]) -> list[str]:

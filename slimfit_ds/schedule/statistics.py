@@ -7,7 +7,6 @@ process group), and `finish` turns the totals into one number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,41 +93,9 @@ def _relative_update(update: Tensor, weight: Tensor) -> Tensor:
     return magnitude.div_(whole.clamp_min_(floor)).sum()[None]
 
 
-def _squared_norms(update: Tensor, weight: Tensor) -> Tensor:
-    return torch.stack([torch.dot(update, update), torch.dot(weight, weight)])
-
-
-def _ratio_of_norms(sums: Sequence[float], numel: int) -> float:
-    update, weight = sums
-    return math.sqrt(update / weight) if weight > 0 else float(update > 0)
-
-
-def _taylor(gradient: Tensor, weight: Tensor) -> Tensor:
-    return (gradient * weight).abs_().sum()[None]
-
-
-def _squared_taylor(gradient: Tensor, weight: Tensor) -> Tensor:
-    product = gradient * weight
-    return torch.dot(product, product)[None]
-
-
 STATISTICS: dict[str, Statistic] = {
     # The paper's mean(|dW / W|) divides by zero where a weight is zero, and a single weight near zero
     # outweighs a million others. Here each element counts |dW| / max(|W|, |dW|): the same number
     # wherever the update is smaller than the weight, at most 1 elsewhere, and no epsilon to tune.
     "relative_update": Statistic(1, _relative_update, lambda sums, numel: sums[0] / max(numel, 1), sums=(0,)),
-    # ||dW|| / ||W||: large weights count more than small ones.
-    "relative_norm": Statistic(2, _squared_norms, _ratio_of_norms, sums=(1, 2)),
-    # ||dW||
-    "update_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0]), sums=(1, 2)),
-    # ||g||
-    "gradient_norm": Statistic(2, _squared_norms, lambda sums, numel: math.sqrt(sums[0]), True),
-    # ||g|| / ||W||
-    "relative_gradient": Statistic(2, _squared_norms, _ratio_of_norms, True),
-    # sum |W g|: what the loss would change if each weight went to zero, to first order. Molchanov et al.,
-    # "Importance Estimation for Neural Network Pruning", CVPR 2019.
-    "taylor": Statistic(1, _taylor, lambda sums, numel: sums[0], True),
-    # sum (W g)^2 / 2: the same to second order, with squared gradients for the curvature. Theis et al., "Faster gaze
-    # prediction with dense networks and Fisher pruning", arXiv 1801.05787.
-    "fisher": Statistic(1, _squared_taylor, lambda sums, numel: sums[0] / 2, True),
 }

@@ -1,1 +1,1 @@
-"""What trains: the layers of a model, and the columns of a layer that train."""
+"""What trains: the units of a model, and the layers that are split into narrow ones."""

@@ -42,7 +42,7 @@ class Progress:
         parts = [f"loss {line['loss']:.4f}", f"memory {line['memory_bytes'] / 2**30:.2f} GiB"]
         if line["active_layers"] is not None:
             share = 1 - len(line["active_layers"]) / self._layers
-            # Where every layer trains, it is in part (policy columns) or there is nothing to say.
+            # Where every layer trains, it is in part (policy static) or there is nothing to say.
             parts.insert(1, f"frozen {share or line.get('frozen_parameters', 0.0):.0%}")
         if metrics:
             parts.append(f"{self._metric} {metrics[self._metric]:.4f}")

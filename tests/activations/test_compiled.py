@@ -194,7 +194,7 @@ def test_the_engine_trains_as_without(one_rank):
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
             "steps_per_print": None,
             "slimfit": {
-                "freeze": {"rate": 0.9},
+                "freeze": {"policy": "ils", "rate": 0.9},
                 "activations": {"preset": "minimal", "compile": compile_blocks},
             },
         }
@@ -227,6 +227,6 @@ def test_nothing_to_compile_is_refused(preset):
 
 
 def test_columns_leave_no_block_at_rest():
-    config = {"freeze": {"policy": "columns"}, "activations": {"preset": "minimal", "compile": True}}
+    config = {"freeze": {"policy": "static"}, "activations": {"preset": "minimal", "compile": True}}
     with pytest.raises(ConfigError, match="every layer trains some of its columns"):
         slimfit_ds.slim(build("bert"), config)

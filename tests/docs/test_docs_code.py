@@ -13,7 +13,7 @@ from slimfit_ds.activations.codecs import get_codec, registry
 from slimfit_ds.schedule.config import FreezeConfig
 from slimfit_ds.schedule.policies import POLICIES, Policy
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.units import discover
 from slimfit_ds.training.tasks.sequence_classification import SequenceClassification
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -30,10 +30,10 @@ def names():
 
 
 def test_the_policy_takes_layers_in_turns(names, monkeypatch):
-    assert isinstance(names["ROUND_ROBIN"], Policy)
-    monkeypatch.setitem(POLICIES, "round_robin", names["ROUND_ROBIN"])
+    assert issubclass(names["RoundRobin"], Policy)
+    monkeypatch.setitem(POLICIES, "round_robin", names["RoundRobin"]())
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(6)))
-    schedule = FreezeSchedule(discover(model).layers, FreezeConfig(policy="round_robin", rate=0.6))
+    schedule = FreezeSchedule(discover(model), FreezeConfig(policy="round_robin", rate=0.6))
     seen = []
     for _ in range(4):
         seen.append(sorted(schedule.active))

@@ -27,7 +27,7 @@ def main() -> None:
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": arguments.stage},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "slimfit": {"freeze": {"rate": 0.9}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.9}},
     }
     engine, *_ = slimfit_ds.initialize(model=tiny_bert(), config=config)
     names = sorted(engine.active_layers)

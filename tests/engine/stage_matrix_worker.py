@@ -89,7 +89,10 @@ def run_cell(
             "params": {"lr": lr, "weight_decay": weight_decay, "torch_adam": True},
         },
         "steps_per_print": None,
-        "slimfit": {"freeze": {"rate": 0.9, **(freeze or {})}, "optimizer_states": states or {}},
+        "slimfit": {
+            "freeze": {"policy": "ils", "rate": 0.9, **(freeze or {})},
+            "optimizer_states": states or {},
+        },
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}

@@ -76,7 +76,7 @@ def engine_of(model: nn.Module | None = None, stage: int = 1, **slimfit):
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "zero_optimization": {"stage": stage},
-        "slimfit": {"freeze": {"rate": 0.5}, **slimfit},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.5}, **slimfit},
     }
     return slimfit_ds.initialize(model=model, config=config)[0]
 
@@ -165,7 +165,7 @@ class TestOneRank:
             "train_micro_batch_size_per_gpu": 2,
             "bf16": {"enabled": True},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-            "slimfit": {"freeze": {"rate": 0.5, "never_active": ["1"]}},
+            "slimfit": {"freeze": {"policy": "ils", "rate": 0.5, "never_active": ["1"]}},
         }
         engine = slimfit_ds.initialize(model=model, config=config)[0]
         for _ in range(3):

@@ -14,14 +14,14 @@ import slimfit_ds
 from slimfit_ds.engine.checkpoint import _check_columns
 from slimfit_ds.engine.export import load_states_of
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.columns import column_places
+from slimfit_ds.trainable.split import column_places
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 
 
 def run(run_ranks, ranks: int, stage: int, first: int, last: int, **options) -> list[dict]:
     flags = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    flags += ["--policy=columns", f"--stage={stage}", f"--first={first}", f"--last={last}"]
+    flags += ["--policy=static", f"--stage={stage}", f"--first={first}", f"--last={last}"]
     return run_ranks(WORKER, *flags, ranks=ranks)
 
 
@@ -32,7 +32,7 @@ def test_it_trains_as_a_plain_model_with_masked_gradients_does(one_rank):
         "train_batch_size": 8,
         "zero_optimization": {"stage": 1},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0, "torch_adam": True}},
-        "slimfit": {"freeze": {"rate": 0.8, "policy": "columns"}},
+        "slimfit": {"freeze": {"rate": 0.8, "policy": "static"}},
     }
     # Groups that were made before the split, as launch/train.py makes them.
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
@@ -97,7 +97,7 @@ def test_places_of_a_checkpoint_that_knew_of_no_rows_are_understood():
 
 def test_a_checkpoint_of_other_columns_is_refused_before_anything_is_changed(one_rank, tmp_path):
     def engine_of(seed: int):
-        freeze = {"rate": 0.8, "policy": "columns", "seed": seed}
+        freeze = {"rate": 0.8, "policy": "static", "seed": seed}
         config = {
             "train_batch_size": 8,
             "zero_optimization": {"stage": 1},

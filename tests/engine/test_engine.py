@@ -46,7 +46,7 @@ def make(slimfit: dict | None = None, model: nn.Module | None = None, **settings
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "zero_optimization": {"stage": settings.pop("stage", 1)},
         "steps_per_print": None,
-        "slimfit": slimfit if slimfit is not None else {"freeze": {"rate": 0.7}},
+        "slimfit": slimfit if slimfit is not None else {"freeze": {"policy": "ils", "rate": 0.7}},
     }
     arguments = {key: settings.pop(key) for key in list(settings) if key in ARGUMENTS}
     model = Net() if model is None else model
@@ -78,7 +78,7 @@ def test_frozen_layers_do_not_move_and_have_no_gradient(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_memory_trackers_roots_hold_every_gradient_byte_of_the_engine(stage):
-    engine, *_ = make({"freeze": {"rate": 0.5}}, stage=stage)
+    engine, *_ = make({"freeze": {"policy": "ils", "rate": 0.5}}, stage=stage)
     train(engine)
     engine.backward(engine(torch.randn(2, 4)))
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -132,7 +132,7 @@ class Chain(nn.Module):
 
 
 def test_autograd_saves_nothing_for_a_frozen_linear():
-    engine, *_ = make({"freeze": {"rate": 0.8}}, model=Chain())
+    engine, *_ = make({"freeze": {"policy": "ils", "rate": 0.8}}, model=Chain())
     for _ in range(5):
         saved: list[torch.Size] = []
 
@@ -155,7 +155,7 @@ def test_small_parameters_train_unless_told_otherwise():
     bias = engine.module.hidden[0].bias.detach().clone()
     train(engine)
     assert not torch.equal(engine.module.hidden[0].bias, bias)
-    engine, *_ = make({"freeze": {"rate": 0.7, "train_biases": False}})
+    engine, *_ = make({"freeze": {"policy": "ils", "rate": 0.7, "train_biases": False}})
     bias = engine.module.hidden[0].bias.detach().clone()
     train(engine, 3)
     assert torch.equal(engine.module.hidden[0].bias, bias)
@@ -175,7 +175,7 @@ def test_parameters_frozen_by_the_user_stay_frozen():
 
 
 def test_a_layer_unused_in_a_step_is_not_moved_by_old_momentum():
-    engine, *_ = make({"freeze": {"rate": 0.7, "always_active": ["side"]}})
+    engine, *_ = make({"freeze": {"policy": "ils", "rate": 0.7, "always_active": ["side"]}})
     train(engine, 3)
     before = engine.module.side.weight.detach().clone()
     train(engine, 1, use_side=False)
@@ -310,7 +310,9 @@ def test_a_learning_rate_of_zero_is_no_observation():
 
 
 def test_no_state_is_made_for_layers_that_never_trained():
-    engine, *_ = make({"freeze": {"rate": 0.9, "train_biases": False, "always_active": ["hidden.0"]}})
+    engine, *_ = make(
+        {"freeze": {"policy": "ils", "rate": 0.9, "train_biases": False, "always_active": ["hidden.0"]}}
+    )
     train(engine, 3)
     # Two float32 moments of an 8 x 8 weight.
     assert engine.memory_report()["optimizer"] == 2 * 4 * 64
@@ -346,7 +348,7 @@ def test_an_optimizer_without_a_rule_is_refused():
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "Lamb", "params": {"lr": 0.1}},
-        "slimfit": {},
+        "slimfit": {"freeze": {"policy": "ils"}},
     }
     with pytest.raises(ConfigError, match=r"optimizer.type 'lamb' cannot step single layers; use AdamW"):
         slimfit_ds.initialize(model=Net(), config=config)
@@ -365,7 +367,7 @@ def test_activation_settings_are_checked_with_the_rest():
     with pytest.raises(ConfigError) as caught:
         make(
             {
-                "freeze": {"rate": 0.5, "always_active": ["nothing"]},
+                "freeze": {"policy": "ils", "rate": 0.5, "always_active": ["nothing"]},
                 "activations": {"layers": {"*.none": {"norm": "int8"}}},
             }
         )
@@ -383,7 +385,7 @@ def test_the_loss_of_a_language_model_in_chunks_by_configuration():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     expected = model(input_ids=ids, labels=ids).loss.item()
-    engine, *_ = make({"activations": {"chunk_loss_tokens": 4}}, model=model)
+    engine, *_ = make({"freeze": {"policy": "ils"}, "activations": {"chunk_loss_tokens": 4}}, model=model)
     output = engine(input_ids=ids, labels=ids)
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
     assert output.logits.numel() == 0
@@ -407,7 +409,7 @@ def test_small_state_options_learn(option):
     goal = torch.randn(16, 16) / 4
     bf16 = {"bf16": {"enabled": True}} if "bf16_weights" in option else {}
     engine, *_ = make(
-        {"freeze": {"rate": 0.5}, "optimizer_states": option},
+        {"freeze": {"policy": "ils", "rate": 0.5}, "optimizer_states": option},
         model=model,
         **bf16,
         optimizer=torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0),

@@ -75,7 +75,7 @@ class Reads(TorchDispatchMode):
         return counted
 
 
-SLIM = {"freeze": {"rate": 0.5}, "optimizer_states": {"inactive": "host"}}
+SLIM = {"freeze": {"policy": "ils", "rate": 0.5}, "optimizer_states": {"inactive": "host"}}
 
 
 def slim_step(model: Model, preset: str, slim: dict = SLIM):

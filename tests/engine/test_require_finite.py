@@ -20,7 +20,7 @@ def engine_of(stage: int, dtype: str):
         "bf16": {"enabled": dtype == "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
         "zero_optimization": {"stage": stage},
-        "slimfit": {"freeze": {"rate": 0.5}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.5}},
     }
     return slimfit_ds.initialize(
         model=nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)),

@@ -32,7 +32,7 @@ def trained(elements, monkeypatch, dtype=torch.float32):
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": dtype is torch.bfloat16},
         "steps_per_print": None,
-        "slimfit": {"freeze": {"rate": 0.0}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.0}},
     }
     engine, *_ = slimfit_ds.initialize(model=net, model_parameters=net.parameters(), config=config)
     for x in batches():

@@ -64,8 +64,8 @@ def test_options_that_must_not_change_the_result(run_ranks):
 def test_learning_rates_of_chosen_layers_and_of_what_always_trains(run_ranks):
     scales = {"lr_scale": 3.0, "always_lr_scale": 0.5, "always_active": ["classifier"]}
     cells = [{"stage": stage, "freeze": scales} for stage in (0, 1, 2, 3)]
-    cells += [{"stage": 1, "freeze": {**scales, "statistic": "taylor"}, "accumulation": 2, "clip": 0.05}]
-    cells += [{"stage": 3, "freeze": {**scales, "statistic": "gradient_norm"}, "dtype": "bf16"}]
+    cells += [{"stage": 1, "freeze": scales, "accumulation": 2, "clip": 0.05}]
+    cells += [{"stage": 3, "freeze": scales, "dtype": "bf16"}]
     check(run_ranks(WORKER, json.dumps(cells)), cells)
 
 

@@ -156,7 +156,7 @@ def engine_of(model: nn.Module | None = None, optimizer=None, slimfit: dict | No
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "slimfit": slimfit if slimfit is not None else {"freeze": {"rate": 0.8}},
+        "slimfit": slimfit if slimfit is not None else {"freeze": {"policy": "ils", "rate": 0.8}},
         **settings,
     }
     if optimizer is None:
@@ -216,7 +216,7 @@ class TestOneRank:
                 assert engine.update_statistics[name] == pytest.approx(expected, rel=1e-3)
 
     def test_a_layer_unused_in_a_step_is_not_moved_by_old_momentum(self):
-        engine = engine_of(slimfit={"freeze": {"rate": 0.8, "always_active": ["side"]}})
+        engine = engine_of(slimfit={"freeze": {"policy": "ils", "rate": 0.8, "always_active": ["side"]}})
         train(engine, 3)
         before = full_weights(engine)
         train(engine, use_side=False)
@@ -244,7 +244,7 @@ class TestOneRank:
             assert not engine.module.get_parameter(name).requires_grad
 
     def test_biases_may_be_frozen_for_good(self):
-        engine = engine_of(slimfit={"freeze": {"rate": 0.8, "train_biases": False}})
+        engine = engine_of(slimfit={"freeze": {"policy": "ils", "rate": 0.8, "train_biases": False}})
         before = full_weights(engine)
         train(engine, 6)
         for name, weight in full_weights(engine).items():

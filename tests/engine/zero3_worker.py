@@ -27,7 +27,7 @@ def make(model: torch.nn.Module, dtype: str = "fp32", zero: dict | None = None, 
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}},
         "gradient_clipping": 0.0,
         "steps_per_print": None,
-        "slimfit": {"freeze": {"rate": 0.9}, **slimfit},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.9}, **slimfit},
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}

@@ -33,7 +33,7 @@ JSON = {
         "stage3_param_persistence_threshold": "auto",
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    "slimfit": {"freeze": {"rate": 0.8}},
+    "slimfit": {"freeze": {"policy": "ils", "rate": 0.8}},
 }
 
 

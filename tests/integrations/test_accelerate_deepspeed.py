@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations import disable_deepspeed, enable_deepspeed
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.units import discover
 
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 
@@ -43,7 +43,7 @@ def test_two_ranks_on_the_engine_train_what_one_process_would(run_ranks, tmp_pat
     (sets, rest), (other_sets, other_rest) = found["ranks"]
     assert sets == other_sets
     assert rest == other_rest == sets[5:]
-    layers = {layer.name for layer in discover(classifier()).layers}
+    layers = {layer.name for layer in discover(classifier()).units}
     if stage < 3:  # under stage 3 the weights of a rank are stretches
         for active, moved in zip(sets, found["moved"], strict=True):
             assert set(moved) & layers == set(active)
@@ -69,7 +69,7 @@ def config(**more):
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 5e-5, "weight_decay": 0.01}},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
-        "slimfit": {"freeze": {"rate": 0.9}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.9}},
         **more,
     }
 

@@ -11,7 +11,7 @@ from test_trainer_callback import assert_same_weights, reference, train
 from trainer_cases import classifier
 
 from slimfit_ds.integrations.data_parallel import hide_from_ddp, show_to_ddp
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.units import discover
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
@@ -26,7 +26,7 @@ def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
     assert moved == other_moved
     assert state == other_state
     model = classifier()
-    layers = {layer.name: layer.numel for layer in discover(model).layers}
+    layers = {layer.name: layer.numel for layer in discover(model).units}
     for active, names in zip(sets, moved, strict=True):
         assert set(names) & layers.keys() == set(active)
     # Two ranks, two micro-batches of two: the eight examples of a step of the reference.
@@ -50,7 +50,7 @@ def test_two_ranks_train_the_columns_that_one_process_would(run_ranks, tmp_path)
     (sets, _, _), (other_sets, _, _) = found["ranks"]
     assert sets == other_sets
     trained = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    config = {"freeze": {"rate": 0.8, "policy": "columns"}}
+    config = {"freeze": {"rate": 0.8, "policy": "static"}}
     alone, _, _ = train(tmp_path / "one", config)
     start = classifier().state_dict()
     for name, weight in alone.model.state_dict().items():

@@ -148,7 +148,7 @@ def launched(work: Path, activations: str) -> list[dict]:
         "save_model": False,
         "output_dir": str(work / activations),
         "deepspeed": {"zero_optimization": {"stage": 1}},
-        "slimfit": {"freeze": {"rate": 0.9}, "activations": activations},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.9}, "activations": activations},
     }
     file = work / f"{activations}.yaml"
     file.write_text(yaml.safe_dump(recipe))

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 import slimfit_ds
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.units import discover
 
-CONFIG = {"freeze": {"rate": 0.8}}
+CONFIG = {"freeze": {"policy": "ils", "rate": 0.8}}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def train(folder, config=CONFIG, model=None, resume=None, **more):
 def reference(sets, steps=12, lr=3e-3, decay=0.1, clip=1.0, accumulation=1, batch=8, decay_all=False):
     """Plain PyTorch with these sets: its weights, and for each step the share by which each active layer moved."""
     model, data = classifier(), Sentences()
-    layers = {layer.name for layer in discover(model).layers}
+    layers = {layer.name for layer in discover(model).units}
     norms = {n for n, _ in model.named_parameters() if "LayerNorm" in n or n.endswith("bias")}
     groups = [
         {"params": [p for n, p in model.named_parameters() if n not in norms], "weight_decay": decay},
@@ -90,7 +90,7 @@ def assert_same_weights(model, expected, atol=1e-6):
 )
 def test_only_the_active_layers_move_and_as_in_plain_pytorch(tmp_path, more):
     trainer, _, watch = train(tmp_path, **more)
-    layers = {layer.name for layer in discover(classifier()).layers}
+    layers = {layer.name for layer in discover(classifier()).units}
     for active, moved in zip(watch.sets, watch.moved, strict=True):
         assert set(moved) & layers == set(active)
     accumulation = more.get("gradient_accumulation_steps", 1)
@@ -128,7 +128,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 
 
 def test_columns_train_and_resume_and_leave_a_plain_model(tmp_path):
-    config = {"freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": 2.0}}
+    config = {"freeze": {"policy": "static", "rate": 0.8, "always_lr_scale": 2.0}}
     options = {"save_strategy": "steps", "save_steps": 5}
     start = {name: p.detach().clone() for name, p in classifier().named_parameters()}
     whole, _, _ = train(tmp_path / "whole", config, **options)
@@ -214,7 +214,7 @@ def test_a_step_that_a_fused_optimizer_skipped_is_tried_again_with_the_same_laye
 
 def test_a_layer_that_no_step_uses_does_not_block_its_place():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.6}})
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "ils", "rate": 0.6}})
     handle.follow(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in range(4):
         if model[0].weight.requires_grad or model[1].weight.requires_grad or model[0].bias.requires_grad:
@@ -273,8 +273,8 @@ def test_adapters_of_peft_are_the_layers(tmp_path):
     base = language_model()
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    losses(tmp_path, {"freeze": {"rate": 0.5}}, model=model)
-    layers = {layer.name for layer in discover(model).layers}
+    losses(tmp_path, {"freeze": {"policy": "ils", "rate": 0.5}}, model=model)
+    layers = {layer.name for layer in discover(model).units}
     assert layers
     assert all("lora_" in name for name in layers)
     for name, parameter in base.named_parameters():

@@ -13,7 +13,7 @@ from slimfit_ds.monitoring.monitor import Monitor
 from slimfit_ds.monitoring.pictures import schedule_image
 from slimfit_ds.schedule.config import FreezeConfig
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.units import discover
 
 
 class Engine:
@@ -23,7 +23,7 @@ class Engine:
         self.module = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
         self.module[2].bias.requires_grad_(False)
         if freezes:
-            self.schedule = FreezeSchedule(discover(self.module).layers, FreezeConfig(rate=0.5))
+            self.schedule = FreezeSchedule(discover(self.module), FreezeConfig(policy="ils", rate=0.5))
 
 
 class Master:

@@ -56,7 +56,9 @@ def test_values_are_those_of_an_optimizer_that_moves_nothing(monkeypatch):
 
     def train(inactive):
         net = model()
-        handle = slimfit_ds.slim(net, {"freeze": {"rate": 0.6}, "optimizer_states": {"inactive": inactive}})
+        handle = slimfit_ds.slim(
+            net, {"freeze": {"policy": "ils", "rate": 0.6}, "optimizer_states": {"inactive": inactive}}
+        )
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
         handle.follow(optimizer)
         data = torch.Generator().manual_seed(1)

@@ -3,15 +3,17 @@
 import pytest
 
 from slimfit_ds.planner.active_sets import choose_active
-from slimfit_ds.schedule.budget import room_at
-from slimfit_ds.trainable.layers import Layer
+from slimfit_ds.schedule.schedule import room_at
+from slimfit_ds.trainable.units import ParameterRoles, Unit
 
-LAYERS = [Layer(f"l{i}", "linear", size) for i, size in enumerate([100, 1, 50, 50, 2, 10, 3, 4, 5, 6])]
+LAYERS = [Unit(f"l{i}", "linear", size) for i, size in enumerate([100, 1, 50, 50, 2, 10, 3, 4, 5, 6])]
 SIZES = {layer.name: layer.numel for layer in LAYERS}
 
 
 def choose(rate: float, kind: str, currency: str = "layers") -> list[str]:
-    return choose_active(LAYERS, range(len(LAYERS)), room_at(LAYERS, [currency], rate), kind)
+    return choose_active(
+        LAYERS, range(len(LAYERS)), room_at(ParameterRoles(tuple(LAYERS)), currency, rate), kind
+    )
 
 
 def test_worst_takes_the_largest_and_of_equals_the_later():
@@ -32,7 +34,9 @@ def test_no_more_than_there_are():
 
 def test_layers_that_may_not_train_are_left_out():
     free = [i for i in range(len(LAYERS)) if i != 0]
-    assert "l0" not in choose_active(LAYERS, free, room_at(LAYERS, ["layers"], 0.8), "worst")
+    assert "l0" not in choose_active(
+        LAYERS, free, room_at(ParameterRoles(tuple(LAYERS)), "layers", 0.8), "worst"
+    )
 
 
 @pytest.mark.parametrize("kind", ["expected", "worst"])

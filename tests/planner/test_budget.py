@@ -59,7 +59,7 @@ def test_budget_decides_and_the_choice_fits():
     with Simulator() as simulator:
 
         def choose(budget):
-            fixed = {"freeze": {"rate": 0.9}}
+            fixed = {"freeze": {"policy": "ils", "rate": 0.9}}
             return settings_for_budget(
                 budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"), simulator
             )

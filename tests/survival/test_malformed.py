@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JSON = {
     "zero_optimization": {"stage": 1, "reduce_bucket_size": 500000},
     "bf16": {"enabled": False},
-    "slimfit": {"freeze": {"rate": 0.5}},
+    "slimfit": {"freeze": {"policy": "ils", "rate": 0.5}},
 }
 
 # What a field must not hold, by the type that it has in a sound recipe; each is wrong for certain.

@@ -147,7 +147,9 @@ def engine_of(slimfit: dict | None):
 
 @pytest.mark.usefixtures("one_rank")
 class TestNoCode:
-    @pytest.mark.parametrize("slimfit", [{"freeze": {"rate": 0.5}}, None], ids=["slimfit", "stock"])
+    @pytest.mark.parametrize(
+        "slimfit", [{"freeze": {"policy": "ils", "rate": 0.5}}, None], ids=["slimfit", "stock"]
+    )
     def test_a_malicious_pickle_in_any_file_does_not_run(self, tmp_path, slimfit):
         from slimfit_ds.training.checkpoints import load_checkpoint, save_checkpoint
         from slimfit_ds.training.distributed import Ranks

@@ -21,7 +21,7 @@ GOOD = {
     "max_steps": 2,
     "train_batch_size": 8,
     "deepspeed": {"zero_optimization": {"stage": 1}},
-    "slimfit": {"freeze": {"rate": 0.5}},
+    "slimfit": {"freeze": {"policy": "ils", "rate": 0.5}},
 }
 
 
@@ -96,7 +96,6 @@ def test_the_sound_recipe_passes_and_knows_its_data(good):
         ("slimfit.freeze.rate=1.0", ["slimfit.freeze.rate", "1.0"]),
         ("slimfit.freeze.polcy=ils", ["slimfit.freeze.polcy", "'policy'"]),
         ("slimfit.freeze.policy=best", ["slimfit.freeze.policy", "'best'", "ils", "random"]),
-        ("slimfit.freeze.statistic=luck", ["slimfit.freeze.statistic", "'luck'"]),
         ("slimfit=3", ["slimfit", "3"]),
         ("deepspeed=nowhere.json", ["deepspeed", "'nowhere.json'"]),
         ("deepspeed.zero_optimization.stage=4", ["zero_optimization.stage", "4"]),

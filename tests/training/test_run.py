@@ -43,7 +43,7 @@ def digits(tmp_path, monkeypatch):
             "lr": 3e-3,
             "warmup_steps": 2,
             "deepspeed": {"zero_optimization": {"stage": 1}},
-            "slimfit": {"freeze": {"rate": 0.7}},
+            "slimfit": {"freeze": {"policy": "ils", "rate": 0.7}},
         }
         path = tmp_path / "tiny.yaml"
         path.write_text(json.dumps(settings))
@@ -217,7 +217,7 @@ def test_every_task_runs_to_its_metric(
         "micro_batch_size": 2,
         "output_dir": "out",
         "deepspeed": {"zero_optimization": {"stage": 1}},
-        "slimfit": {"freeze": {"rate": 0.5}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.5}},
     }
     (tmp_path / "r.yaml").write_text(json.dumps(settings))
     result = train(read_recipe(tmp_path / "r.yaml"))

@@ -62,8 +62,6 @@ def deepspeed_values(found: Inspection) -> None:
 @needs("slimfit", "deepspeed", "gradient_checkpointing", "lora", after=("deepspeed_file",))
 def slimfit_values(found: Inspection) -> None:
     from slimfit_ds.engine.compatibility import config_problems
-    from slimfit_ds.schedule.policies import POLICIES
-    from slimfit_ds.schedule.statistics import STATISTICS
     from slimfit_ds.training.deepspeed_config import slimfit_block
 
     block = slimfit_block(found.recipe, found.base)
@@ -72,14 +70,7 @@ def slimfit_values(found: Inspection) -> None:
     if not isinstance(block, dict):
         raise ConfigError([f"deepspeed.slimfit must be a mapping, got {block!r}"])
     slimfit = SlimFitConfig.parse(block)
-    problems = [
-        f"slimfit.freeze.{key} {value!r} is not known; choose one of {', '.join(sorted(known))}"
-        for key, value, known in (
-            ("policy", slimfit.freeze.policy, POLICIES),
-            ("statistic", slimfit.freeze.statistic, STATISTICS),
-        )
-        if value not in known
-    ]
+    problems = []
     if found.deepspeed:
         problems += [
             problem if problem.startswith("slimfit.") else f"deepspeed.{problem}"

@@ -11,7 +11,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from slimfit_ds.trainable.layers import discover, match_globs
+from slimfit_ds.trainable.units import ParameterRoles, Unit, discover, find_blocks, match_globs
 
 
 class Mixed(nn.Module):
@@ -28,7 +28,7 @@ class Mixed(nn.Module):
 def test_kinds_and_model_order():
     roles = discover(Mixed())
     # Parameters that a module holds itself come before those of its children.
-    assert [(layer.name, layer.kind) for layer in roles.layers] == [
+    assert [(layer.name, layer.kind) for layer in roles.units] == [
         ("position", "parameter"),
         ("embed.weight", "embedding"),
         ("conv.weight", "convolution"),
@@ -36,9 +36,9 @@ def test_kinds_and_model_order():
         ("head.weight", "linear"),
     ]
     assert roles.small == ("scale", "conv.bias", "norm.bias", "head.bias")
-    assert roles.layers[2].numel == 4 * 3 * 2 * 2
+    assert roles.units[2].numel == 4 * 3 * 2 * 2
     # A vector added at each position, ids, a 2x2 patch of 3 channels, a norm, a linear input of 4.
-    assert [layer.inputs for layer in roles.layers] == [0, 0, 12, 0, 4]
+    assert [layer.inputs for layer in roles.units] == [0, 0, 12, 0, 4]
 
 
 def test_frozen_by_the_user_is_no_layer():
@@ -47,7 +47,7 @@ def test_frozen_by_the_user_is_no_layer():
     model.head.bias.requires_grad_(False)
     roles = discover(model)
     assert "embed.weight" not in roles.names
-    assert roles.user_frozen == ("embed.weight", "head.bias")
+    assert roles.frozen == ("embed.weight", "head.bias")
 
 
 def test_tied_weights_appear_once():
@@ -89,23 +89,81 @@ def test_tied_weights_appear_once():
     ],
 )
 def test_architectures_without_a_class_map(model, norms, linears, inputs):
-    layers = discover(model).layers
+    layers = discover(model).units
     assert sum(layer.kind == "norm" for layer in layers) == norms
     assert sum(layer.kind == "linear" for layer in layers) == linears
     assert {layer.inputs for layer in layers if layer.kind == "linear"} == inputs
 
 
+def named(*names: str, **more) -> ParameterRoles:
+    return ParameterRoles(tuple(Unit(name, "linear", 1) for name in names), **more)
+
+
 def test_globs_match_parameter_and_module_names():
-    names = ["encoder.0.query.weight", "encoder.0.norm.weight", "classifier.weight"]
+    roles = named(
+        "encoder.0.query.weight", "encoder.0.norm.weight", "classifier.weight", frozen=("x.weight",)
+    )
     problems: list[str] = []
-    assert match_globs(["classifier"], names, "key", problems) == {2}
-    assert match_globs(["*.norm.weight", "encoder.0.q*"], names, "key", problems) == {0, 1}
+    assert match_globs(["classifier"], roles, "key", problems) == {2}
+    assert match_globs(["*.norm.weight", "encoder.0.q*"], roles, "key", problems) == {0, 1}
+    # It is frozen already: nothing to do, and nothing wrong.
+    assert match_globs(["x"], roles, "key", problems) == frozenset()
+    assert problems == []
+
+
+def test_globs_match_the_other_name_of_a_tied_weight():
+    shape = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(shape)
+    roles, problems = discover(model), []
+    assert "lm_head.weight" not in roles.names
+    (tied,) = match_globs(["lm_head*"], roles, "key", problems)
+    assert roles.names[tied] == "model.embed_tokens.weight"
+    model.model.embed_tokens.weight.requires_grad_(False)
+    assert match_globs(["lm_head*", "*embed_tokens*"], discover(model), "key", problems) == frozenset()
     assert problems == []
 
 
 def test_glob_without_a_match_lists_near_names():
     problems: list[str] = []
-    match_globs(["clasifier*"], ["encoder.0.query.weight", "classifier.weight"], "freeze.always", problems)
+    match_globs(
+        ["clasifier*"], named("encoder.0.query.weight", "classifier.weight"), "freeze.always", problems
+    )
     (problem,) = problems
     assert problem.startswith("freeze.always: 'clasifier*' matches no layer")
     assert problem.split("near names: ")[1].startswith("classifier.weight")
+
+
+def test_bert_names():
+    names = [
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.LayerNorm.weight",
+        *(f"bert.encoder.layer.{i}.{part}.weight" for i in (0, 1, 10) for part in ("query", "dense")),
+        "bert.pooler.dense.weight",
+        "classifier.weight",
+    ]
+    found = find_blocks(names)
+    assert found.before == (0, 1)
+    assert found.blocks == ((2, 3), (4, 5), (6, 7))
+    assert found.after == (8, 9)
+
+
+def test_the_longest_list_holds_the_blocks():
+    # A stem of two numbered convolutions, then a list of blocks with numbered parts inside.
+    names = ["stem.0.weight", "stem.1.weight"]
+    names += [f"blocks.{i}.mlp.{j}.weight" for i in range(3) for j in range(2)] + ["head.weight"]
+    found = find_blocks(names)
+    assert found.before == (0, 1)
+    assert found.blocks == ((2, 3), (4, 5), (6, 7))
+    assert found.after == (8,)
+
+
+def test_without_a_list_each_layer_is_a_block():
+    assert find_blocks(["a.weight", "b.weight"]).blocks == ((0,), (1,))

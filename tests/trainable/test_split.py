@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+import hashlib
+import io
 import itertools
+import json
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,15 +17,16 @@ from torch import nn
 
 import slimfit_ds
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.schedule.config import FreezeConfig
-from slimfit_ds.trainable.column_plan import plan_columns
-from slimfit_ds.trainable.columns import (
+from slimfit_ds.trainable.plan import plan_units
+from slimfit_ds.trainable.split import (
+    _KEPT,
     adopt_columns,
     column_places,
     fill_columns,
     split_columns,
+    unsplit_columns,
 )
-from slimfit_ds.trainable.layers import discover
+from slimfit_ds.trainable.units import discover
 
 
 class Block(nn.Module):
@@ -78,8 +85,8 @@ def ids():
     return torch.randint(0, 50, (6, 7), generator=torch.Generator().manual_seed(1))
 
 
-def config(rate: float = 0.8, **more) -> FreezeConfig:
-    return FreezeConfig(policy="columns", rate=rate, **more)
+def split(model, rate: float = 0.8, seed: int = 0, **more) -> None:
+    split_columns(model, plan_units(model, rate=rate, **more), seed)
 
 
 def columns_of(module) -> list[int]:
@@ -101,7 +108,7 @@ def moves_of_a_step(model, ids, block) -> dict[str, torch.Tensor]:
 
 def test_output_and_gradients_are_those_of_the_whole_layer_cut_to_the_columns(model, ids):
     plain = copy.deepcopy(model)
-    split_columns(model, config())
+    split(model)
     out, expected = model(ids), plain(ids)
     assert torch.equal(out, expected)
     out.square().sum().backward()
@@ -119,7 +126,7 @@ def test_output_and_gradients_are_those_of_the_whole_layer_cut_to_the_columns(mo
 
 def test_training_is_that_of_the_whole_model_with_masked_gradients(model, ids):
     plain = copy.deepcopy(model)
-    split_columns(model, config())
+    split(model)
     for name in SPLIT:
         mask = torch.zeros(plain.get_submodule(name).weight.shape)
         mask[: len(model.get_submodule(name).weight_columns), columns_of(model.get_submodule(name))] = 1
@@ -150,10 +157,10 @@ def test_weights_and_inputs_keep_to_the_rate(rate):
     model = nn.ModuleDict(
         {"words": nn.Embedding(100, 40), "blocks": nn.ModuleList(Block(80) for _ in range(3))}
     )
-    layers = discover(model).layers
+    layers = discover(model).units
     weights, inputs = sum(layer.numel for layer in layers), sum(layer.inputs for layer in layers)
-    split_columns(model, config(rate))
-    trained = discover(model).layers
+    split(model, rate)
+    trained = discover(model).units
     assert 0 < sum(layer.numel for layer in trained) <= (1 - rate) * weights + 1e-6
     assert 0 < sum(layer.inputs for layer in trained) <= (1 - rate) * inputs + 1e-6
     # Not half of what would be allowed.
@@ -161,7 +168,7 @@ def test_weights_and_inputs_keep_to_the_rate(rate):
 
 
 def test_every_tensor_that_is_read_has_the_same_number_of_columns():
-    plan = plan_columns(bert(hidden_size=64, intermediate_size=256), config(0.9))
+    plan = plan_units(bert(hidden_size=64, intermediate_size=256), rate=0.9)
     words, *linear = plan.split
     assert len(linear) == 12
     (count,) = {each.count for each in linear}
@@ -179,7 +186,7 @@ def test_every_tensor_that_is_read_has_the_same_number_of_columns():
 
 def test_the_word_embedding_trains_an_eighth_of_the_words_or_more():
     words, blocks = nn.Embedding(2_000, 60), nn.ModuleList(Block(200) for _ in range(3))
-    plan = plan_columns(nn.ModuleDict({"words": words, "blocks": blocks}), config(0.9))
+    plan = plan_units(nn.ModuleDict({"words": words, "blocks": blocks}), rate=0.9)
     embedding, *linear = plan.split
     (count,) = {each.count for each in linear}
 
@@ -196,7 +203,7 @@ def test_the_word_embedding_trains_an_eighth_of_the_words_or_more():
 
 
 def test_words_behind_the_front_of_the_vocabulary_stay_as_they_are(model):
-    split_columns(model, config())
+    split(model)
     rows, places = len(model.words.weight_columns), columns_of(model.words)
     assert 0 < rows < 50
     before, plain = model.words.weight.detach().clone(), copy.deepcopy(model.words.weight.detach())
@@ -215,18 +222,18 @@ def test_words_behind_the_front_of_the_vocabulary_stay_as_they_are(model):
 
 
 def test_a_vector_of_one_place_stays_frozen():
-    plan = plan_columns(
-        nn.ModuleDict({"words": nn.Embedding(50, 1), "blocks": nn.ModuleList([Block(), Block()])}), config()
+    plan = plan_units(
+        nn.ModuleDict({"words": nn.Embedding(50, 1), "blocks": nn.ModuleList([Block(), Block()])}), rate=0.8
     )
     assert not any("words" in each.layer.name for each in plan.split)
 
 
 def test_all_words_train_where_the_weights_are_enough():
-    plan = plan_columns(
+    plan = plan_units(
         nn.ModuleDict(
             {"words": nn.Embedding(30, 100), "blocks": nn.ModuleList(Block(200) for _ in range(3))}
         ),
-        config(0.9),
+        rate=0.9,
     )
     embedding, *linear = plan.split
     assert (embedding.rows, embedding.count) == (None, linear[0].count)
@@ -235,10 +242,8 @@ def test_all_words_train_where_the_weights_are_enough():
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
 def test_an_embedding_that_computes_in_a_way_of_its_own_stays_frozen(model, options):
     model.words = nn.Embedding(50, 40, **options)
-    assert [each.layer.name for each in plan_columns(model, config()).split] == [
-        f"{n}.weight" for n in LINEAR
-    ]
-    split_columns(model, config())
+    assert [each.layer.name for each in plan_units(model, rate=0.8).split] == [f"{n}.weight" for n in LINEAR]
+    split(model)
     assert not model.words.weight.requires_grad
 
 
@@ -246,20 +251,20 @@ def test_words_are_what_a_model_takes_for_its_inputs():
     # 512 positions are more than 300 words, and a ViT has none.
     from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, ViTForImageClassification
 
-    names = {each.layer.name for each in plan_columns(bert(), config()).split}
+    names = {each.layer.name for each in plan_units(bert(), rate=0.8).split}
     assert {name for name in names if "embedding" in name} == {"bert.embeddings.word_embeddings.weight"}
     shape = GPT2Config(vocab_size=300, n_embd=40, n_layer=2, n_head=2)
-    names = {each.layer.name for each in plan_columns(GPT2ForSequenceClassification(shape), config()).split}
+    names = {each.layer.name for each in plan_units(GPT2ForSequenceClassification(shape), rate=0.8).split}
     assert {name for name in names if name.startswith("transformer.w")} == {"transformer.wte.weight"}
     vit = ViTConfig(hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80)
-    names = {each.layer.name for each in plan_columns(ViTForImageClassification(vit), config()).split}
+    names = {each.layer.name for each in plan_units(ViTForImageClassification(vit), rate=0.8).split}
     assert not any("embedding" in name for name in names)
 
 
 def test_the_vector_of_the_padding_token_stays(model, ids):
     model.words = nn.Embedding(50, 40, padding_idx=3)
     plain = copy.deepcopy(model)
-    split_columns(model, config())
+    split(model)
     ids[:, 0] = 3
     for each in (model, plain):
         each(ids).square().sum().backward()
@@ -269,7 +274,7 @@ def test_the_vector_of_the_padding_token_stays(model, ids):
 
 
 def test_the_embedding_keeps_no_more_than_the_ids(model, ids):
-    split_columns(model, config())
+    split(model)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model.words(ids)
@@ -280,7 +285,7 @@ def test_the_embedding_keeps_no_more_than_the_ids(model, ids):
 def test_the_rate_of_the_embedding_has_a_factor_of_its_own(model, ids, scale):
     plain = copy.deepcopy(model)
     for each, factor in ((model, scale), (plain, 1.0)):
-        block = {"freeze": {"policy": "columns", "rate": 0.8, "embedding_lr_scale": factor}}
+        block = {"freeze": {"policy": "static", "rate": 0.8, "embedding_lr_scale": factor}}
         each.moved = moves_of_a_step(each, ids, block)
     # As many places move so much further that a whole vector moves as far, in the norm.
     expected = 10.0 if scale == 10.0 else (40 / model.words.split.count) ** 0.5
@@ -291,7 +296,7 @@ def test_the_rate_of_the_embedding_has_a_factor_of_its_own(model, ids, scale):
 
 def test_layers_that_read_the_same_tensor_share_one_copy():
     model = bert()
-    split_columns(model, config())
+    split(model)
     attention = model.bert.encoder.layer[0].attention
     layers = [attention.self.query, attention.self.key, attention.self.value]
     assert columns_of(layers[0]) == columns_of(layers[1]) == columns_of(layers[2])
@@ -321,7 +326,7 @@ def test_queries_of_cross_attention_read_a_tensor_of_their_own():
     from transformers import T5Config, T5ForConditionalGeneration
 
     shape = T5Config(vocab_size=300, d_model=40, d_kv=20, d_ff=80, num_layers=1, num_heads=2)
-    source = {e.layer.name: e.source for e in plan_columns(T5ForConditionalGeneration(shape), config()).split}
+    source = {e.layer.name: e.source for e in plan_units(T5ForConditionalGeneration(shape), rate=0.8).split}
     own = "decoder.block.0.layer.0.SelfAttention"
     assert source[f"{own}.q.weight"] == source[f"{own}.v.weight"]
     cross = "decoder.block.0.layer.1.EncDecAttention"
@@ -330,9 +335,9 @@ def test_queries_of_cross_attention_read_a_tensor_of_their_own():
 
 def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
     other, again = copy.deepcopy(model), copy.deepcopy(model)
-    split_columns(model, config())
-    split_columns(other, config(seed=1))
-    split_columns(again, config())
+    split(model)
+    split(other, seed=1)
+    split(again)
     places = [columns_of(model.get_submodule(name)) for name in SPLIT]
     assert all(len({b - a for a, b in itertools.pairwise(p)}) == 1 for p in places)
     assert places == [columns_of(again.get_submodule(name)) for name in SPLIT]
@@ -340,7 +345,7 @@ def test_the_columns_are_evenly_spaced_and_drawn_by_the_seed(model):
 
 
 def test_only_the_columns_of_the_input_are_kept(model, ids):
-    split_columns(model, config())
+    split(model)
     saved: list[int] = []
     layer = model.blocks[0].down
     x = torch.randn(6, 7, 80, requires_grad=True)
@@ -363,7 +368,7 @@ def test_only_the_columns_of_the_input_are_kept(model, ids):
 
 def test_under_autocast_it_computes_as_a_linear_layer_does(model, ids):
     plain = copy.deepcopy(model)
-    split_columns(model, config())
+    split(model)
     with torch.autocast("cpu", torch.bfloat16):
         out, expected = model(ids), plain(ids)
     assert out.dtype == expected.dtype == torch.bfloat16
@@ -383,7 +388,7 @@ def test_conv1d_of_gpt2_is_split_along_its_inputs():
     torch.manual_seed(0)
     model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"fc": Conv1D(24, 40)})])})
     plain = copy.deepcopy(model)
-    split_columns(model, config())
+    split(model)
     layer, whole = model["h"][0]["fc"], plain["h"][0]["fc"]
     x = torch.randn(5, 40)
     torch.testing.assert_close(layer(x), whole(x))
@@ -396,7 +401,7 @@ def test_conv1d_of_gpt2_is_split_along_its_inputs():
 
 def test_a_state_dict_knows_whole_weights_only_and_loads_them(model, ids):
     keys = set(model.state_dict())
-    split_columns(model, config())
+    split(model)
     with torch.no_grad():
         model.blocks[0].up.weight_columns.add_(1.0)
     expected = model(ids)
@@ -406,14 +411,14 @@ def test_a_state_dict_knows_whole_weights_only_and_loads_them(model, ids):
     plain.load_state_dict(state)
     assert torch.equal(plain(ids), expected)
     again = Model()
-    split_columns(again, config())
+    split(again)
     again.load_state_dict(state)
     assert torch.equal(again(ids), expected)
     assert torch.equal(again.blocks[0].up.weight_columns, model.blocks[0].up.weight_columns)
 
 
 def test_merging_a_dict_of_all_parameters(model):
-    split_columns(model, config())
+    split(model)
     everything = {name: p.detach().clone() for name, p in model.named_parameters()}
     everything["blocks.0.up.weight_columns"] += 1
     merged = fill_columns(everything, column_places(model))
@@ -424,7 +429,7 @@ def test_merging_a_dict_of_all_parameters(model):
 
 def test_an_optimizer_that_is_older_than_the_split_trains_the_columns(model, ids):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
+    slimfit_ds.slim(model, {"freeze": {"policy": "static", "rate": 0.8}}).follow(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert {id(model.get_submodule(name).weight_columns) for name in SPLIT} <= held
     before = model.blocks[0].up.weight_columns.detach().clone()
@@ -440,7 +445,7 @@ def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids)
     plain = copy.deepcopy(model)
     for each, scale in ((model, 3.0), (plain, 1.0)):
         block = {
-            "freeze": {"policy": "columns", "rate": 0.8, "always_lr_scale": scale, "embedding_lr_scale": 1.0}
+            "freeze": {"policy": "static", "rate": 0.8, "always_lr_scale": scale, "embedding_lr_scale": 1.0}
         }
         each.moved = moves_of_a_step(each, ids, block)
     for name, moved in model.moved.items():
@@ -453,7 +458,7 @@ def test_removing_leaves_a_plain_model_with_what_was_learned(model, ids):
     model.blocks[0].norm.bias.requires_grad_(False)
     model.blocks[1].up.weight.requires_grad_(False)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    handle = slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}})
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "static", "rate": 0.8}})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle.follow(optimizer)
     model(ids).square().sum().backward()
@@ -473,7 +478,7 @@ def test_moments_of_a_whole_weight_are_not_taken_for_those_of_its_columns(model,
     optimizer = torch.optim.Adam(model.parameters())
     model(ids).square().sum().backward()
     optimizer.step()
-    slimfit_ds.slim(model, {"freeze": {"policy": "columns", "rate": 0.8}}).follow(optimizer)
+    slimfit_ds.slim(model, {"freeze": {"policy": "static", "rate": 0.8}}).follow(optimizer)
     optimizer.zero_grad()
     model(ids).square().sum().backward()
     optimizer.step()
@@ -483,7 +488,7 @@ def test_moments_of_a_whole_weight_are_not_taken_for_those_of_its_columns(model,
 
 
 def test_globs_choose_what_trains_whole_and_what_never_trains(model):
-    plan = plan_columns(model, config(0.5, always_active=("blocks.1.up",), never_active=("blocks.0.*",)))
+    plan = plan_units(model, rate=0.5, always=("blocks.1.up",), never=("blocks.0.*",))
     assert [each.layer.name for each in plan.split] == ["words.weight", "blocks.1.down.weight"]
     assert plan.whole == {"blocks.1.up.weight", "blocks.1.norm.weight", "head.weight"}
 
@@ -492,17 +497,165 @@ def test_pooler_and_classifier_train_whole_and_a_language_models_output_does_not
     from transformers import BertForMaskedLM
 
     model = bert()
-    assert {"bert.pooler.dense.weight", "classifier.weight"} <= plan_columns(model, config()).whole
-    plan = plan_columns(BertForMaskedLM(model.config), config())
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= plan_units(model, rate=0.8).whole
+    plan = plan_units(BertForMaskedLM(model.config), rate=0.8)
     embedding = "bert.embeddings.word_embeddings.weight"
     assert embedding not in plan.whole | {each.layer.name for each in plan.split}
 
 
 def test_what_cannot_be_is_said_before_anything_is_changed(model):
-    with pytest.raises(ConfigError, match="needs one number"):
-        split_columns(model, config({"start": 0.5, "end": 0.9, "steps": 10}))
     with pytest.raises(ConfigError, match=r"rate 0.999; lower the rate"):
-        split_columns(model, config(0.999))
+        split(model, 0.999)
     with pytest.raises(ConfigError, match="matches no layer"):
-        split_columns(model, config(always_active=("nothing.*",)))
+        split(model, always=("nothing.*",))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_width_splits_every_layer_to_that_share(model):
+    plan = plan_units(model, width=0.1, never=("blocks.1.down",))
+    assert {each.layer.name: each.count for each in plan.split} == {
+        "words.weight": 4,
+        "blocks.0.up.weight": 4,
+        "blocks.0.down.weight": 8,
+        "blocks.1.up.weight": 4,
+    }
+    assert all(each.rows is None for each in plan.split)
+    assert plan.whole == {"blocks.0.norm.weight", "blocks.1.norm.weight", "head.weight"}
+    split_columns(model, plan)
+    assert {unit.width for unit in discover(model).units if unit.name.endswith("columns")} == {0.1}
+
+
+@pytest.mark.parametrize("wish", [{"rate": 0.8}, {"width": 0.3}])
+def test_a_plan_says_what_is_discovered_after_the_split(wish):
+    model = bert()
+    model.classifier.weight.requires_grad_(False)
+    before = discover(model)
+    plan = plan_units(model, **wish, never=("*attention.self.key*",))
+    split_columns(model, plan)
+    after = discover(model)
+    assert (after.units, after.small, set(after.frozen)) == (
+        plan.roles.units,
+        plan.roles.small,
+        set(plan.roles.frozen),
+    )
+    assert (
+        (after.layers, after.numel) == (plan.roles.layers, plan.roles.numel) == (before.layers, before.numel)
+    )
+
+
+def test_a_weight_that_two_layers_hold_is_not_split(model, ids):
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    names = {each.layer.name for each in plan_units(model, width=0.1).split}
+    assert names == {"words.weight", "blocks.0.down.weight", "blocks.1.down.weight"}
+
+
+def test_the_recommended_units_are_those_of_the_fidelity_study():
+    """Columns, rows and what trains at all, as recorded at c71cc45, where `policy: columns` chose them."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPT2Config,
+        GPT2ForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+        ViTConfig,
+        ViTForImageClassification,
+    )
+
+    small = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=2000, intermediate_size=384, **small))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1000, num_key_value_heads=2, intermediate_size=256, **small)
+    )
+    vit = ViTForImageClassification(ViTConfig(intermediate_size=384, image_size=32, patch_size=8, **small))
+    gpt2 = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=2000, n_embd=96, n_layer=2, n_head=4, n_positions=64)
+    )
+    # Columns of a layer, words, all elements that train, and a hash of names and places.
+    expected = {
+        ("bert", 0.9, 0): (18, 347, 49544, "e27c59cceb7b"),
+        ("bert", 0.95, 3): (6, 560, 25922, "cd8c8c9c9d37"),
+        ("llama", 0.9, 0): (14, 996, 39512, "c9ace731661a"),
+        ("llama", 0.95, 3): (7, 962, 19758, "a60779158cf0"),
+        ("vit", 0.9, 0): (12, None, 25442, "a2308b3120c5"),
+        ("vit", 0.95, 3): (5, None, 13346, "a1de74077662"),
+        ("gpt2", 0.9, 0): (18, 568, 44208, "6ca00b2a394c"),
+        ("gpt2", 0.95, 3): (9, 530, 23202, "98530b9c5910"),
+    }
+    models = {"bert": bert, "llama": llama, "vit": vit, "gpt2": gpt2}
+    found = {}
+    for name, rate, seed in expected:
+        handle = slimfit_ds.slim(models[name], {"freeze": {"rate": rate, "seed": seed}})
+        places = column_places(models[name])
+        trained = {n: p.numel() for n, p in models[name].named_parameters() if p.requires_grad}
+        text = json.dumps([sorted((key, list(place)) for key, place in places.items()), sorted(trained)])
+        ((count,), words) = {place[2] for place in places.values()}, [p[4] for p in places.values() if p[4]]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        found[name, rate, seed] = (count, *(words or [None]), sum(trained.values()), digest)
+        handle.remove()
+    assert found == expected
+
+
+@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "torch.save"])
+@pytest.mark.parametrize("kind", ["own", "gpt2"])
+def test_a_split_model_is_copied_whole(model, ids, copied, kind):
+    if kind == "gpt2":
+        from transformers import GPT2Config, GPT2ForSequenceClassification
+
+        shape = GPT2Config(vocab_size=50, n_embd=40, n_layer=2, n_head=2, pad_token_id=0)
+        model = GPT2ForSequenceClassification(shape).eval()
+    split(model)
+    if copied == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    elif copied == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert discover(other) == discover(model)
+    assert {type(m) for m in other.modules()} == {type(m) for m in model.modules()}
+    results = []
+    for each in (model, other):
+        out = each(ids) if kind == "own" else each(ids).logits
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in each.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    # Two models, not two views of one; each becomes whole again by itself.
+    unsplit_columns(other)
+    assert all(p.requires_grad for p in other.parameters())
+    assert not all(p.requires_grad for p in model.parameters())
+
+
+def test_one_class_for_each_class_of_layer(model):
+    split(model)
+    split_classes = {type(model.get_submodule(name)) for name in SPLIT}
+    assert {cls.__name__ for cls in split_classes} == {"Linear", "Embedding"}
+    assert len(split_classes) == 2
+
+
+def test_printing_a_model_shows_what_trains(model):
+    from transformers.pytorch_utils import Conv1D
+
+    model.blocks[0].up = Conv1D(80, 40)
+    split_columns(model, plan_units(model, width=0.1))
+    lines = str(model)
+    assert "(down): Linear(in_features=80, out_features=40, bias=False, trains 8 of 80 columns)" in lines
+    assert "(up): Conv1D(nf=80, nx=40, trains 4 of 40 columns)" in lines
+    assert "(head): Linear(in_features=40, out_features=3, bias=True)" in lines
+    again = Model()
+    split(again)
+    rows = len(again.words.weight_columns)
+    assert f"trains {again.words.split.count} of 40 columns of {rows} words)" in str(again)
+
+
+def test_nothing_is_left_on_the_tensors_that_a_model_reads(model, ids):
+    split(model)
+    x = torch.randn(6, 7, 40, requires_grad=True)
+    before = dict(x.__dict__)
+    out = model.blocks[0].up(x)
+    assert x.__dict__ == before
+    kept = weakref.ref(_KEPT[x][1])
+    del x, out
+    gc.collect()
+    assert kept() is None
