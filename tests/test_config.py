@@ -63,7 +63,10 @@ _KEY = st.sampled_from(["freeze", "activations", "optimizer_states", "memory_bud
 
 @given(
     st.dictionaries(
-        _KEY, _VALUE | st.dictionaries(st.sampled_from(["rate", "policy", "y"]), _VALUE), max_size=4
+        _KEY,
+        _VALUE
+        | st.dictionaries(st.sampled_from(["rate", "policy", "width", "budget", "lr_scale", "y"]), _VALUE),
+        max_size=4,
     )
 )
 def test_any_block_is_parsed_or_refused_with_lines_that_name_the_key(block):

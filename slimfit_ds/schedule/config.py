@@ -26,11 +26,13 @@ _GONE_POLICIES = {
 
 
 def _policy(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
     if value == "auto":
         return RECOMMENDED
     if value in _GONE_POLICIES:
         raise ValueError(f"{value!r} is gone: {_GONE_POLICIES[value]}")
-    if isinstance(value, str) and value not in POLICIES:
+    if value not in POLICIES:
         near = difflib.get_close_matches(value, POLICIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown {value!r}; {hint}known: auto, {', '.join(POLICIES)}")

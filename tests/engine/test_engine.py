@@ -392,7 +392,7 @@ def test_the_loss_of_a_language_model_in_chunks_by_configuration():
     with pytest.raises(
         ConfigError, match=r"activations\.chunk_loss_tokens: Net has no linear language-model head"
     ):
-        make({"activations": {"chunk_loss_tokens": 4}})
+        make({"freeze": {"policy": "ils"}, "activations": {"chunk_loss_tokens": 4}})
 
 
 def test_a_compiled_model_is_refused():

@@ -23,7 +23,7 @@ def batches():
 
 
 def trained(elements, monkeypatch, dtype=torch.float32):
-    """Weights and statistics after four steps of all layers, updated so many elements at a time."""
+    """Weights and statistics after four steps of three of the four layers, updated so many elements at a time."""
     monkeypatch.setattr(shard_update, "_UPDATE_ELEMENTS", elements)
     net = model()
     config = {
@@ -32,7 +32,7 @@ def trained(elements, monkeypatch, dtype=torch.float32):
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": dtype is torch.bfloat16},
         "steps_per_print": None,
-        "slimfit": {"freeze": {"policy": "ils", "rate": 0.0}},
+        "slimfit": {"freeze": {"policy": "ils", "rate": 0.25}},
     }
     engine, *_ = slimfit_ds.initialize(model=net, model_parameters=net.parameters(), config=config)
     for x in batches():

@@ -201,6 +201,11 @@ class TestOneRank:
         for name, weight in full_weights(engine).items():
             torch.testing.assert_close(weight, plain.get_parameter(name).detach(), rtol=0, atol=1e-6)
         # A layer that cannot move says nothing about its worth.
+        model = Net()
+        optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
+        engine = engine_of(model, optimizer, {"freeze": {"policy": "ils", "rate": 0.5}})
+        for _ in range(4):
+            train(engine)
         assert engine.update_statistics.keys() == set(engine.layer_names) - {"side.weight"}
 
     def test_the_statistic_is_the_relative_update_that_happened(self):
