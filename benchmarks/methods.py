@@ -436,9 +436,7 @@ METHODS: dict[str, Method] = {
     "minimal": _slimfit("ours, `minimal`", 0, lambda _: ours("minimal")),
     "ultra": _slimfit("ours, `ultra`", 1, lambda _: ours("ultra")),
     "minimal_tuned": _slimfit("ours, `minimal` in chunks", 2, _in_chunks("ils")),
-    "auto_balanced": _slimfit(
-        "ours, `balanced`, policy static", 1, lambda _: ours("balanced", "auto")
-    ),
+    "auto_balanced": _slimfit("ours, `balanced`, policy static", 1, lambda _: ours("balanced", "auto")),
     "auto_minimal": _slimfit("ours, `minimal`, policy static", 1, lambda _: ours("minimal", "auto")),
     "auto_tuned": _slimfit("ours, `minimal` in chunks, policy static", 2, _in_chunks("auto")),
     "full_again": _always("full, once more at the end (noise)", 5, _PLAIN),

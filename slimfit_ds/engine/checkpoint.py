@@ -225,8 +225,8 @@ def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequenc
         name = differing[0]
         raise ConfigError(
             [
-                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than this run chooses "
-                f"now ({name}: start, stride, count, transposed, rows {list(saved.get(name, ()))}, now {list(own[name])}); resume with "
-                f"the rate and the seed of that run, or export the checkpoint and start from its whole weights"
+                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than this run would "
+                f"({name}: start, stride, count, transposed, rows {list(saved.get(name, ()))}, now {list(own[name])}); resume with "
+                f"the rate, the width and the seed of that run, or export the checkpoint and start from its whole weights"
             ]
         )

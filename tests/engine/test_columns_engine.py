@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_columns_is_refused_before_anything_is_changed(one
     first.step()
     first.save_checkpoint(tmp_path)
     before = {name: p.detach().clone() for name, p in other.module.named_parameters()}
-    with pytest.raises(ConfigError, match="the rate and the seed of that run"):
+    with pytest.raises(ConfigError, match="the rate, the width and the seed of that run"):
         other.load_checkpoint(tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.module.named_parameters())
     again = engine_of(0)
