@@ -28,11 +28,12 @@ from slimfit_ds.files import flush, write_atomically
 __all__ = [
     "NonFiniteError",
     "NonFiniteSteps",
-    "StopOnSignal",
+    "StopTogether",
     "WholeCheckpoints",
     "how_to_go_on",
     "last_checkpoint",
     "name_last_checkpoint",
+    "skip_finished_loop",
 ]
 
 MARK = "whole.json"
@@ -120,14 +121,19 @@ def _remove_old(folder: Path, step: int, limit: int | None, best: str | None) ->
     kept = {path.name for path in whole[-limit:]} | ({Path(best).name} if best else set())
     for path in found:
         if path.name not in kept:
-            (path / MARK).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
-class StopOnSignal(TrainerCallback):
-    """Save and stop after the step in which a rank gets SIGTERM, SIGINT or SIGUSR1; a second signal ends at once.
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARK).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
-    The ranks agree after each step (an all-reduce of one number between hosts), so all stop at the same one.
+
+class StopTogether(TrainerCallback):
+    """Save and stop all ranks after the step in which a rank gets SIGTERM, SIGINT or SIGUSR1; a second signal ends at once.
+
+    The ranks agree after each step (an all-reduce of one number between hosts), so all stop at the same one. A rank that
+    falls silent ends the others after `ddp_timeout`, in the groups that DeepSpeed makes as well.
 
     Attributes:
         reason: why training stopped early; None: it did not.
@@ -151,6 +157,9 @@ class StopOnSignal(TrainerCallback):
         self.reason = self._received = None
         if _many() and dist.get_backend() != "gloo" and self._group is None:
             self._group = dist.new_group(backend="gloo")  # does not wait for the GPU
+        # DeepSpeed makes its groups with torch's own limit of half an hour.
+        for group in list(dist.distributed_c10d._world.pg_map) if _many() else ():
+            dist.distributed_c10d._set_pg_timeout(args.ddp_timeout_delta, group)
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
@@ -171,8 +180,8 @@ class StopOnSignal(TrainerCallback):
         if received.item() and state.global_step < state.max_steps:
             name = self._received[0] if self._received is not None else "another rank was asked"
             self.reason = f"stopped on request ({name}) after step {state.global_step} of {state.max_steps}"
+            # An evaluation that is due stays: it moves the random state, and the run is to end as if nobody had asked.
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,7 +192,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """A loss or gradient is NaN or infinite, and the policy says to stop."""
 
 
@@ -238,6 +247,8 @@ class NonFiniteSteps(TrainerCallback):
                 f"{what}, as for the {self.skipped - 1} steps before (max_nonfinite: {self._most}); none of them "
                 "changed a weight. Lower learning_rate, or look at the data of these steps"
             )
+        if state.is_world_process_zero:
+            print(f"{what}; left out", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -247,9 +258,21 @@ def name_last_checkpoint(output_dir: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        text = f"rank {rank} ends: {type(error).__name__}: {error}"
-        print(f"{text}\n{how_to_go_on(output_dir)}", file=sys.stderr, flush=True)
+        if rank == 0 or not isinstance(error, NonFiniteError):  # in which all ranks end together
+            text = f"rank {rank} ends: {type(error).__name__}: {error}"
+            print(f"{text}\n{how_to_go_on(output_dir)}", file=sys.stderr, flush=True)
         raise
+
+
+def skip_finished_loop(trainer: Any) -> None:
+    """Keep a Trainer that resumes at its last step from taking one more: transformers does, in the middle of an epoch."""
+    run_epoch = trainer._run_epoch
+
+    def unless_done(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = unless_done
 
 
 def how_to_go_on(output_dir: str | os.PathLike) -> str:

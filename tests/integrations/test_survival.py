@@ -15,7 +15,7 @@ from slimfit_ds.integrations.survival import (
     MARK,
     NonFiniteError,
     NonFiniteSteps,
-    StopOnSignal,
+    StopTogether,
     WholeCheckpoints,
     last_checkpoint,
     name_last_checkpoint,
@@ -114,8 +114,8 @@ def test_a_signal_saves_after_the_step_and_handlers_come_back(tmp_path, name):
             if state.global_step == 2:
                 signal.raise_signal(signal.Signals[name])
 
-    before = {number: signal.getsignal(number) for number in StopOnSignal.SIGNALS}
-    stop = StopOnSignal()
+    before = {number: signal.getsignal(number) for number in StopTogether.SIGNALS}
+    stop = StopTogether()
     try:
         trainer(tmp_path, Ask(), stop, WholeCheckpoints(), save_strategy="no").train()
         assert stop.reason == f"stopped on request ({name}) after step 3 of 6"
@@ -125,8 +125,8 @@ def test_a_signal_saves_after_the_step_and_handlers_come_back(tmp_path, name):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    trainer(tmp_path / "other", StopOnSignal()).train()
-    assert {number: signal.getsignal(number) for number in StopOnSignal.SIGNALS} == before
+    trainer(tmp_path / "other", StopTogether()).train()
+    assert {number: signal.getsignal(number) for number in StopTogether.SIGNALS} == before
 
 
 def test_a_broken_step_stops_the_run_before_a_checkpoint_is_made_of_it(tmp_path, capsys):
