@@ -252,7 +252,11 @@ def test_an_engine_without_an_optimizer_evaluates(stage):
     model = Net()
     x = torch.randn(2, 4)
     expected = model(x).item()
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "slimfit": {}}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "slimfit": {"freeze": {"rate": 0.5}},
+    }
     engine, *_ = slimfit_ds.initialize(model=model, config=config)
     assert engine(x).item() == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ConfigError, match="this engine has none"):
