@@ -14,8 +14,8 @@ import argparse
 
 from common import Study, machine, markdown
 
-from slimfit_ds.planner.estimator import estimate, measure
-from slimfit_ds.planner.strategy import get_strategy, slimfit_block
+from slimfit_ds.planner.simulate import estimate, measure
+from slimfit_ds.planner.strategies import get_strategy, slimfit_block
 from slimfit_ds.planner.workload import Workload
 from slimfit_ds.report.units import human_bytes
 
@@ -39,7 +39,7 @@ MODELS = {
     "tiny": ("BERT 2 x h64, 2 x 16", Workload(_TINY | {"intermediate_size": 128}, batch=2, seq=16)),
 }
 STRATEGIES = {name: get_strategy(name) for name in ("zero0", "zero2", "gradient_checkpointing", "lora")} | {
-    preset: get_strategy(preset).with_(slimfit=slimfit_block(preset, 0.95, "host"))
+    preset: get_strategy(preset).with_(slimfit=slimfit_block(preset, 0.95, "host", "ils"))
     for preset in ("exact", "balanced", "lean", "minimal")
 }
 

@@ -3,7 +3,7 @@
     python benchmarks/headline_memory.py --cases bert,vit,llama,llama8
     python benchmarks/headline_memory.py --cases bert --rows "minimal,no compression" --csv /tmp/rows.csv
 
-Steps on fake tensors (slimfit_ds.planner.estimator, target cuda), one device holds the whole batch: kernels' inner
+Steps on fake tensors (slimfit_ds.planner.simulate, target cuda), one device holds the whole batch: kernels' inner
 workspaces, the CUDA context and fragmentation are not in the numbers, and nothing here was measured on a GPU. Adds what
 `benchmarks/results/headline_memory.csv` (`--csv`) lacks.
 """
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from common import Study, machine, markdown
 
 from slimfit_ds.comparison.result import gpus_needed
-from slimfit_ds.planner.estimator import Simulator
-from slimfit_ds.planner.strategy import Strategy, get_strategy, slimfit_block
+from slimfit_ds.planner.simulate import Simulator
+from slimfit_ds.planner.strategies import Strategy, get_strategy, slimfit_block
 from slimfit_ds.planner.workload import Workload
 
 CASES = {

@@ -29,9 +29,8 @@ from peers import choose, largest_of
 from shapes import SHAPES, Shape, make_batches, shapes_for
 
 from slimfit_ds.memory.tracker import HOST, MemoryTracker
-from slimfit_ds.planner.cuda_semantics import CudaSemantics
-from slimfit_ds.planner.estimator import Simulator
-from slimfit_ds.planner.fake_world import FakeWorld
+from slimfit_ds.planner.fake_world import CudaSemantics, FakeWorld
+from slimfit_ds.planner.simulate import Simulator
 
 CARDS = {"24gb": 24 * 10**9, "32gb": 32 * 10**9}
 RESERVE = 600 * 10**6

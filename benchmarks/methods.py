@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from slimfit_ds.activations.blocks import find_blocks
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded
 from slimfit_ds.memory.tracker import Roots, optimizer_tensors
-from slimfit_ds.planner.strategy import Strategy, slimfit_block
+from slimfit_ds.planner.strategies import Strategy, slimfit_block
 
 __all__ = ["METHODS", "EngineTrainer", "Method", "PlainTrainer", "Trainer", "micro_batch"]
 

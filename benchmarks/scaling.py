@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --parts time,time_ranks         # measured on this CPU
     python benchmarks/scaling.py --picture                       # benchmarks/results/scaling.png from what is there
 
-Memory: a real step on fake CUDA tensors (slimfit_ds.planner.estimator), of one rank or of pretended worlds. Traffic:
+Memory: a real step on fake CUDA tensors (slimfit_ds.planner.simulate), of one rank or of pretended worlds. Traffic:
 collectives counted in pretended worlds. Time: CPU time of real steps, methods in turns; wall time of 1, 2 and 4 gloo
 ranks. Adds what `benchmarks/results/scaling.csv` (`--csv`) lacks.
 """
@@ -28,13 +28,13 @@ from shapes import SHAPES, Shape, make_batches
 
 from slimfit_ds.memory.tracker import MemoryTracker
 from slimfit_ds.memory.traffic import TrafficCounter
-from slimfit_ds.planner.estimator import Simulator
-from slimfit_ds.planner.strategy import Strategy, slimfit_block
+from slimfit_ds.planner.simulate import Simulator
+from slimfit_ds.planner.strategies import Strategy, slimfit_block
 from slimfit_ds.planner.workload import Workload
 
 _PLAIN = Strategy("plain", stage=None, dtype="bf16_autocast")
 _BALANCED, _MINIMAL = (
-    Strategy(preset, stage=0, dtype="bf16", slimfit=slimfit_block(preset))
+    Strategy(preset, stage=0, dtype="bf16", slimfit=slimfit_block(preset, 0.95, "host", "ils"))
     for preset in ("balanced", "minimal")
 )
 # Methods by part. With a vocabulary of 128,000 the logits outweigh everything else: loss in chunks.
@@ -178,7 +178,7 @@ def rank_worker(rounds: int) -> None:
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     trainers: dict[str, EngineTrainer] = {}
     for name, (preset, stage) in TIME_RANKS.items():
-        block = None if preset == "full" else slimfit_block(preset)
+        block = None if preset == "full" else slimfit_block(preset, 0.95, "host", "ils")
         config = Strategy(preset, stage, slimfit=block).deepspeed_config(_SMALL.workload.batch, "bf16", ranks)
         model = Request(_SMALL, torch.device("cpu")).model("bf16")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from slimfit_ds.facade import initialize
     from slimfit_ds.integrations.plain_loop import slim
     from slimfit_ds.integrations.trainer_callback import SlimFitCallback
-    from slimfit_ds.planner.estimator import estimate
+    from slimfit_ds.planner.simulate import estimate
 
 __all__ = ["SlimFitCallback", "SlimFitConfig", "compare", "estimate", "initialize", "slim"]
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ _HOMES = {
     "SlimFitCallback": "slimfit_ds.integrations.trainer_callback",
     "SlimFitConfig": "slimfit_ds.config",
     "compare": "slimfit_ds.comparison.runner",
-    "estimate": "slimfit_ds.planner.estimator",
+    "estimate": "slimfit_ds.planner.simulate",
     "initialize": "slimfit_ds.facade",
     "slim": "slimfit_ds.integrations.plain_loop",
 }

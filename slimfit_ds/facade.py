@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine import initialize as engine
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.planner.budget import resolve_budget
 
-__all__ = ["initialize", "resolve_budget"]
+__all__ = ["initialize"]
 
 
 def initialize(
@@ -96,48 +95,3 @@ def _first_batch(
         raise ConfigError(problems)
     deepspeed.init_distributed(distributed_port=port, dist_init_required=init)
     return (collate or default_collate)([data[index] for index in range(size)])
-
-
-def resolve_budget(config: Mapping[str, Any], model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration with settings that keep each rank within `slimfit.memory_budget`.
-
-    Called by every rank, after the process group is made; rank 0 asks the planner. A configuration without a budget
-    comes back as it is. What the block fixes stays; freezing rate, preset, chunk size and residency are chosen
-    otherwise, and the reason is printed.
-
-    Args:
-        config: the DeepSpeed configuration, batch sizes resolved, the block as the user wrote it.
-        model: the model that will be trained.
-        batch: an example batch, for its shapes.
-
-    Raises:
-        ConfigError: on every rank: nothing fits (names the smallest feasible budget), or the model
-            cannot be simulated.
-    """
-    if not _has_budget(config):
-        return dict(config)
-    import torch
-    from deepspeed import comm as dist
-    from deepspeed.accelerator import get_accelerator
-
-    from slimfit_ds.planner.budget import settings_for_budget
-
-    block = config["slimfit"]
-    budget = SlimFitConfig.parse(block).memory_budget
-    assert budget is not None
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        device = torch.device(get_accelerator().current_device_name())
-        try:
-            chosen, reason = settings_for_budget(
-                budget, model, batch, config, block, dist.get_world_size(), device
-            )
-            answer = [({**chosen, "memory_budget": None}, [])]
-            print(f"memory_budget of {budget} bytes: {reason}", file=sys.stderr)
-        except ConfigError as error:
-            answer = [(None, error.problems)]
-    torch.distributed.broadcast_object_list(answer, src=0)
-    chosen, problems = answer[0]
-    if problems:
-        raise ConfigError(problems)
-    return {**config, "slimfit": chosen}

@@ -6,7 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass
 
-from slimfit_ds.planner.strategy import STRATEGIES
+from slimfit_ds.planner.strategies import STRATEGIES
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "get_method"]
 

@@ -19,7 +19,7 @@ import yaml
 from slimfit_ds.comparison.methods import Method
 from slimfit_ds.comparison.result import Outcome, gpus_needed
 from slimfit_ds.comparison.worker import MEASURES
-from slimfit_ds.planner.strategy import TUNED_BUCKET
+from slimfit_ds.planner.strategies import TUNED_BUCKET
 from slimfit_ds.training.deepspeed_config import load_base
 from slimfit_ds.training.recipe import Recipe, read_recipe
 

@@ -1,1 +1,1 @@
-"""Predict memory before a run, and search for settings that fit."""
+"""Predict the memory of training steps, and find settings that fit a budget."""

@@ -2,28 +2,71 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.planner.estimator import Simulator
-from slimfit_ds.planner.planner import choose_settings
-from slimfit_ds.planner.strategy import Strategy
+from slimfit_ds.planner.search import choose_settings
+from slimfit_ds.planner.simulate import Simulator
+from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import TASKS, Workload
 
-__all__ = ["settings_for_budget", "workload_of"]
+__all__ = ["resolve_budget", "settings_for_budget", "workload_of"]
 
 RESERVE = 600_000_000
 """Bytes of a GPU kept free for its context, fragmentation and kernels' workspaces when the budget is `auto`."""
 
 
+def resolve_budget(config: Mapping[str, Any], model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration with settings that keep each rank within `slimfit.memory_budget`.
+
+    Called by every rank, after the process group is made: rank 0 asks the planner, all ranks train with its answer.
+    What the block states stays; the reason for the rest is printed. A configuration without a budget comes back as
+    it is.
+
+    Args:
+        config: the DeepSpeed configuration, batch sizes resolved, the block as the user wrote it.
+        model: the model that will be trained.
+        batch: an example batch, for its shapes.
+
+    Raises:
+        ConfigError: on every rank: nothing fits (names the smallest feasible budget), or the model cannot be simulated.
+    """
+    block = config.get("slimfit")
+    budget = SlimFitConfig.parse(block).memory_budget
+    if block is None or budget is None:
+        return dict(config)
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    alone = not dist.is_initialized()
+    answer: list[Any] = [None]
+    if alone or dist.get_rank() == 0:
+        device = torch.device(get_accelerator().current_device_name())
+        ranks = 1 if alone else dist.get_world_size()
+        try:
+            chosen, reason = settings_for_budget(budget, model, batch, config, block, ranks, device)
+            answer = [(chosen, [])]
+            print(f"memory_budget of {budget} bytes: {reason}", file=sys.stderr)
+        except ConfigError as error:
+            answer = [(None, error.problems)]
+    if not alone:
+        dist.broadcast_object_list(answer, src=0)
+    chosen, problems = answer[0]
+    if problems:
+        raise ConfigError(problems)
+    return {**config, "slimfit": chosen}
+
+
 def workload_of(
     model: nn.Module, batch: Mapping[str, Any], samples: int, dtype: str, micro_batches: int = 1
 ) -> Workload:
-    """The workload of a live transformers model.
+    """Return the workload of a live transformers model.
 
     Args:
         model: the model that will be trained.
@@ -45,8 +88,7 @@ def workload_of(
         raise ConfigError(
             [
                 f"slimfit.memory_budget: {name} cannot be simulated; it works for transformers models "
-                f"{', '.join('For' + head[3:] if head.startswith('For') else head for head in heads)}. "
-                "Set freeze.rate, activations and optimizer_states yourself"
+                f"{', '.join(heads)}. Set freeze.rate, activations and optimizer_states yourself"
             ]
         )
     values = {key: value for key, value in config.to_dict().items() if _is_plain(value)}
@@ -83,7 +125,7 @@ def settings_for_budget(
     device: torch.device,
     simulator: Simulator | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """The `"slimfit"` block that keeps a rank within its budget; only rank 0 needs to ask.
+    """Return the `"slimfit"` block that keeps a rank within its budget, and why it was chosen; for rank 0.
 
     Args:
         budget: bytes, or `auto`: what the device has free, less a reserve.
@@ -95,9 +137,6 @@ def settings_for_budget(
         device: this rank's device.
         simulator: of `world_size` ranks, left open; None: one of its own.
 
-    Returns:
-        The block, and why it was chosen, for the log.
-
     Raises:
         ConfigError: nothing fits (names the smallest feasible budget), the model cannot be simulated, or `auto`
             without a CUDA device.
@@ -107,22 +146,21 @@ def settings_for_budget(
     accumulation = int(deepspeed.get("gradient_accumulation_steps", 1))
     samples = int(deepspeed["train_micro_batch_size_per_gpu"])
     zero = deepspeed.get("zero_optimization", {})
-    workload = workload_of(model, batch, samples, dtype, accumulation)
-    stage, bucket = int(zero.get("stage", 0)), zero.get("reduce_bucket_size")
+    bucket = zero.get("reduce_bucket_size")
+    strategy = Strategy(
+        "slimfit",
+        stage=int(zero.get("stage", 0)),
+        bucket=bucket if isinstance(bucket, int) else None,
+        accumulation=accumulation,
+    )
     return choose_settings(
         limit,
-        workload,
+        workload_of(model, batch, samples, dtype, accumulation),
         fixed,
         world_size,
-        stage,
-        strategy=Strategy(
-            "slimfit",
-            stage=stage,
-            bucket=bucket if isinstance(bucket, int) else None,
-            accumulation=accumulation,
-        ),
-        target="cuda" if device.type == "cuda" else "cpu",
-        simulator=simulator,
+        strategy,
+        "cuda" if device.type == "cuda" else "cpu",
+        simulator,
     )
 
 

@@ -1,268 +1,330 @@
-"""`slimfit-ds plan --model NAME --gpu-memory 24GB`, also behind `launch/plan.py`."""
+"""`slimfit-ds plan --model NAME --gpu-memory 24GB`: what a setting would need, and a recipe for one that fits."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from slimfit_ds.errors import ConfigError, parse_bytes
-from slimfit_ds.planner.estimator import Estimate, Simulator
-from slimfit_ds.planner.plan_files import write_plan
-from slimfit_ds.planner.planner import Choice, find_setting
-from slimfit_ds.planner.strategy import STRATEGIES, Strategy
+from slimfit_ds.planner.search import Choice, Setting, find_setting
+from slimfit_ds.planner.simulate import Estimate, Simulator
+from slimfit_ds.planner.strategies import STRATEGIES, Strategy, zero_states
 from slimfit_ds.planner.workload import DTYPES, TASKS, ModelNotFound, Workload, load_config
-from slimfit_ds.planner.zero_tables import zero_states
-from slimfit_ds.report.plan_report import PlanRow, plan_table
 from slimfit_ds.report.units import human_bytes
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from rich.table import Table
 
+__all__ = ["add_arguments", "main", "run"]
+
+DESCRIPTION = "What a model needs for fine-tuning, what fits a GPU, and a recipe for it. Runs without a GPU."
 EXAMPLES = """examples:
   slimfit-ds plan --model meta-llama/Meta-Llama-3-8B --gpu-memory 24GB --gpus 1 --batch 1 --seq 2048
   slimfit-ds plan --model my_model/config.json --gpu-memory 16GiB --batch 32 --seq 128 --task sequence_classification
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Tell what fits, and write the recipe of the fastest setting that does.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add = parser.add_argument
+    add("--model", required=True, help="hub id, folder, or config.json")
+    add("--gpu-memory", required=True, help="of one GPU: 24GB (10^9), 24GiB (2^30)")
+    add("--gpus", type=int, default=1, help="number of GPUs (1)")
+    add("--batch", type=int, default=1, help="samples per GPU and optimizer step (1)")
+    add("--seq", type=int, default=512, help="tokens per sample (512)")
+    add("--task", default="auto", help=f"auto or one of {', '.join(TASKS)}")
+    add("--dtype", default="bf16", help="bf16, fp16 or fp32 (bf16)")
+    add("--image-size", type=int, help="pixels per side, for image models")
+    add("--stage", type=int, help="ZeRO stage of the SlimFit settings (1; 0 on one GPU)")
+    reserved = "kept free for what is not simulated: CUDA context, fragmentation, kernels' workspaces (600MB)"
+    add("--reserve", default="600MB", help=reserved)
+    add("--slimfit-only", action="store_true", help="leave other methods out of the table")
+    add("--output", help="folder for recipe and JSON (outputs/plan-MODEL)")
 
-    Args:
-        argv: the arguments after the program's name; None: those of this process.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command as a program of its own; see `run`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "slimfit-ds plan", None, DESCRIPTION, EXAMPLES, formatter_class=formatter
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what fits, and write the recipe of the fastest setting that does.
 
     Returns:
-        the exit code: 0; 2 if the arguments are wrong or nothing fits.
+        The exit code: 0; 2 if the arguments are wrong or nothing fits.
     """
-    arguments = _parser().parse_args(argv)
     try:
-        memory, reserve, workload, folder = _read(arguments)
-        return _plan(arguments, memory, reserve, workload, folder)
-    except (ConfigError, ModelNotFound) as error:
-        print(
-            "\n".join(["slimfit-ds plan:", *(f"  {line}" for line in str(error).splitlines())]),
-            file=sys.stderr,
-        )
+        _Plan(arguments).go()
+    except ConfigError as error:
+        lines = [line for problem in error.problems for line in problem.splitlines()]
+        print("\n".join(["slimfit-ds plan:", *(f"  {line}" for line in lines)]), file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="slimfit-ds plan",
-        description="What a model needs for fine-tuning, what fits a GPU, and a recipe for it. Runs without a GPU.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="hub id, folder, or config.json")
-    parser.add_argument("--gpu-memory", required=True, help="of one GPU: 24GB (10^9), 24GiB (2^30)")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (1)")
-    parser.add_argument("--batch", type=int, default=1, help="samples per GPU and optimizer step (1)")
-    parser.add_argument("--seq", type=int, default=512, help="tokens per sample (512)")
-    parser.add_argument("--task", default="auto", help=f"auto or one of {', '.join(TASKS)}")
-    parser.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32 (bf16)")
-    parser.add_argument("--image-size", type=int, help="pixels per side, for image models")
-    parser.add_argument("--stage", type=int, help="ZeRO stage of the SlimFit settings (1; 0 on one GPU)")
-    parser.add_argument(
-        "--reserve",
-        default="600MB",
-        help="kept free for what is not simulated: CUDA context, fragmentation, kernels' workspaces (600MB)",
-    )
-    parser.add_argument(
-        "--slimfit-only", action="store_true", help="leave the rival methods out of the table"
-    )
-    parser.add_argument("--output", help="folder for recipe and JSON (outputs/plan-MODEL)")
-    return parser
-
-
-def _read(arguments: argparse.Namespace) -> tuple[int, int, Workload, Path]:
-    """The checked arguments; all problems at once."""
-    problems: list[str] = []
-
-    def size(key: str, value: str) -> int:
-        try:
-            return parse_bytes(value)
-        except ValueError as error:
-            problems.append(f"{key} {error}")
-            return 0
-
-    memory, reserve = size("gpu-memory", arguments.gpu_memory), size("reserve", arguments.reserve)
-    for key in ("gpus", "batch", "seq"):
-        if getattr(arguments, key) < 1:
-            problems.append(f"{key} must be at least 1, got {getattr(arguments, key)}")
-    if arguments.stage not in (None, 0, 1, 2, 3):
-        problems.append(f"stage must be 0, 1, 2 or 3, got {arguments.stage}")
-    if arguments.task not in {*TASKS, "auto"}:
-        problems.append(f"task must be auto or one of {', '.join(TASKS)}, got {arguments.task!r}")
-    if arguments.dtype not in DTYPES or arguments.dtype == "bf16_autocast":
-        problems.append(f"dtype must be bf16, fp16 or fp32, got {arguments.dtype!r}")
-    try:
-        load_config(arguments.model)
-    except ModelNotFound as error:
-        problems.append(str(error))
-    name = (
-        Path(arguments.model).stem
-        if arguments.model.endswith(".json")
-        else arguments.model.rstrip("/").split("/")[-1]
-    )
-    folder = Path(arguments.output) if arguments.output else Path("outputs") / f"plan-{name}"
-    if problems:
-        raise ConfigError(problems)
-    workload = Workload(
-        arguments.model,
-        batch=arguments.batch,
-        seq=arguments.seq,
-        task=arguments.task,
-        dtype=arguments.dtype,
-        image_size=arguments.image_size,
-    )
-    return memory, reserve, workload, folder
-
-
-def _plan(arguments: argparse.Namespace, memory: int, reserve: int, workload: Workload, folder: Path) -> int:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    budget = memory - reserve
-    stage = arguments.stage if arguments.stage is not None else (1 if arguments.gpus > 1 else 0)
-    strategy = Strategy("slimfit", stage=stage)
-    with Simulator(arguments.gpus) as simulator:
-        try:
-            facts = simulator.inspect(workload)
-        except ValueError as error:
-            raise ConfigError([str(error)]) from None
-        rows = (
-            []
-            if arguments.slimfit_only
-            else _rivals(simulator, workload, arguments.gpus, facts["parameters"], budget)
-        )
-
-        def run(work: Workload, how: Strategy) -> Estimate:
-            return simulator.run(work, how, "worst")
-
-        choice = (
-            find_setting(
-                budget,
-                workload,
-                run,
-                stage=stage,
-                embeddings=tuple(facts["embeddings"]),
-                strategy=strategy,
-                language_model=facts["loss_in_chunks"],
-            )
-            if budget > 0
-            else None
-        )
-        rows += _own_rows(choice, budget)
-        title = f"{arguments.model}: batch {arguments.batch} x {arguments.seq} on {arguments.gpus} GPU(s) of {arguments.gpu_memory}"
-        caption = (
-            f"{facts['parameters']:,} parameters, {facts['layers']} layers, {arguments.dtype}; simulated on fake tensors, worst active set; "
-            f"{human_bytes(reserve)} kept free for what is not simulated. Fastest first among the SlimFit rows."
-        )
-        console.print(plan_table(rows, title, caption))
-        if choice is None or choice.setting is None:
-            return _nothing_fits(simulator, workload, choice, budget, reserve, strategy)
-    for path in write_plan(arguments, workload, strategy, choice, folder):
-        console.print(f"written: {path}", highlight=False)
-    console.print(
-        f"{choice.reason(budget)}\nexpected gradient error: {choice.setting.error_class}", highlight=False
-    )
-    console.print(
-        f"run: deepspeed --num_gpus {arguments.gpus} launch/train.py --config {folder / 'recipe.yaml'} data_dir=YOUR_DATA",
-        highlight=False,
-    )
     return 0
 
 
-def _rivals(
-    simulator: Simulator, workload: Workload, gpus: int, parameters: int, budget: int
-) -> list[PlanRow]:
-    """What one would do without this package."""
-    stages = [0] if gpus == 1 else [1, 2, 3]
-    own = [STRATEGIES[f"zero{stage}"].with_(note=f"full fine-tuning, ZeRO {stage}") for stage in stages]
-    widest = stages[-1]
-    own.append(
-        STRATEGIES[f"zero{widest}"].with_(
-            name="checkpointing",
-            gradient_checkpointing=True,
-            note=f"full, gradient checkpointing, ZeRO {widest}",
+@dataclass(frozen=True)
+class PlanRow:
+    """One setting of a plan.
+
+    Args:
+        label: the setting.
+        needs: bytes on the device; None: not known.
+        parts: bytes by kind at the peak.
+        host: bytes of optimizer states on the host.
+        error: expected relative error of the gradients; why there is no estimate, if `needs` is None.
+        bound: `needs` is only a lower bound (model states by arithmetic).
+        chosen: this is the recommendation.
+    """
+
+    label: str
+    needs: int | None
+    parts: dict[str, int] = field(default_factory=dict)
+    host: int = 0
+    error: str = "none"
+    bound: bool = False
+    chosen: bool = False
+
+
+class _Plan:
+    """One run of the command."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        """Check the arguments.
+
+        Raises:
+            ConfigError: all problems at once.
+        """
+        problems: list[str] = []
+
+        def size(key: str, value: str) -> int:
+            try:
+                return parse_bytes(value)
+            except ValueError as error:
+                problems.append(f"{key} {error}")
+                return 0
+
+        self.memory = size("gpu-memory", arguments.gpu_memory)
+        self.reserve = size("reserve", arguments.reserve)
+        self.budget = self.memory - self.reserve
+        for key in ("gpus", "batch", "seq"):
+            if getattr(arguments, key) < 1:
+                problems.append(f"{key} must be at least 1, got {getattr(arguments, key)}")
+        if arguments.stage not in (None, 0, 1, 2, 3):
+            problems.append(f"stage must be 0, 1, 2 or 3, got {arguments.stage}")
+        if arguments.task not in {*TASKS, "auto"}:
+            problems.append(f"task must be auto or one of {', '.join(TASKS)}, got {arguments.task!r}")
+        if arguments.dtype not in DTYPES or arguments.dtype == "bf16_autocast":
+            problems.append(f"dtype must be bf16, fp16 or fp32, got {arguments.dtype!r}")
+        try:
+            load_config(arguments.model)
+        except ModelNotFound as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError(problems)
+        model = Path(arguments.model)
+        name = model.stem if model.suffix == ".json" else model.name
+        self.arguments = arguments
+        self.folder = Path(arguments.output) if arguments.output else Path("outputs") / f"plan-{name}"
+        self.workload = Workload(
+            arguments.model,
+            batch=arguments.batch,
+            seq=arguments.seq,
+            task=arguments.task,
+            dtype=arguments.dtype,
+            image_size=arguments.image_size,
         )
-    )
-    own.append(STRATEGIES["lora"].with_(note="LoRA rank 8, all linear layers"))
-    own.append(
-        STRATEGIES["lora"].with_(
-            name="lora_gc", gradient_checkpointing=True, note="LoRA rank 8, gradient checkpointing"
+        stage = arguments.stage if arguments.stage is not None else (1 if arguments.gpus > 1 else 0)
+        self.strategy = Strategy("slimfit", stage=stage)
+
+    def go(self) -> None:
+        """Simulate, print the table, write the files.
+
+        Raises:
+            ConfigError: nothing fits: what is missing, and what would fit.
+        """
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 180)
+        arguments = self.arguments
+        if self.budget <= 0:
+            kept = human_bytes(self.reserve)
+            raise ConfigError([f"nothing fits: the GPU is smaller than the {kept} kept free (--reserve)"])
+        with Simulator(arguments.gpus) as self.simulator:
+            try:
+                facts = self.simulator.inspect(self.workload)
+            except ValueError as error:
+                raise ConfigError([str(error)]) from None
+            rows = [] if arguments.slimfit_only else self._others(facts["parameters"])
+            choice = find_setting(
+                self.budget,
+                self.workload,
+                self._worst,
+                embeddings=tuple(facts["embeddings"]),
+                strategy=self.strategy,
+                language_model=facts["loss_in_chunks"],
+            )
+            rows += [
+                self._row(f"SlimFit {s.label}", s.estimate, s.gradient_error, s is choice.setting)
+                for s in choice.tried
+            ]
+            if not arguments.slimfit_only:
+                rows.append(self._papers_schedule(choice.setting or choice.smallest))
+            title = (
+                f"{arguments.model}: batch {arguments.batch} x {arguments.seq} on {arguments.gpus} GPU(s) of "
+                f"{arguments.gpu_memory}"
+            )
+            caption = (
+                f"{facts['parameters']:,} parameters, {facts['layers']} layers, {arguments.dtype}; simulated on fake "
+                f"tensors; {human_bytes(self.reserve)} kept free for what is not simulated. Fastest first among the "
+                "SlimFit rows; the paper's schedule with its worst active set."
+            )
+            console.print(_table(rows, title, caption, self.budget))
+            if choice.setting is None:
+                raise ConfigError(self._what_is_missing(choice))
+        for path in self._write(choice, choice.setting):
+            console.print(f"written: {path}", highlight=False)
+        recipe = self.folder / "recipe.yaml"
+        console.print(
+            f"{choice.reason(self.budget)}\nexpected gradient error: {choice.setting.gradient_error}\n"
+            f"run: deepspeed --num_gpus {arguments.gpus} launch/train.py --config {recipe} data_dir=YOUR_DATA",
+            highlight=False,
         )
-    )
-    rows = []
-    for strategy in own:
-        states = zero_states(parameters, strategy.stage or 0, gpus, workload.dtype)
-        if strategy.lora is None and states.device > budget:
-            # States alone are too much: no need to simulate.
-            parts = {
-                "parameters": states.weights,
-                "gradients": states.gradients,
-                "optimizer": states.optimizer,
-            }
-            whole = {kind: int(size) for kind, size in parts.items()}
-            rows.append(PlanRow(strategy.note, int(states.device), False, whole, bound=True))
-            continue
-        rows.append(_row(strategy.note, simulator.run(workload, strategy), budget, "none"))
-    return rows
 
+    def _worst(self, workload: Workload, strategy: Strategy) -> Estimate:
+        return self.simulator.run(workload, strategy, "worst")
 
-def _row(label: str, estimate: Estimate, budget: int, error_class: str, chosen: bool = False) -> PlanRow:
-    report = estimate.report
-    if report is None:
-        return PlanRow(label, None, False, {}, problem=estimate.error)
-    return PlanRow(
-        label,
-        report.peak,
-        report.peak <= budget,
-        report.at_peak,
-        report.optimizer_host,
-        error_class,
-        chosen=chosen,
-    )
+    def _row(self, label: str, estimate: Estimate, error: str = "none", chosen: bool = False) -> PlanRow:
+        report = estimate.report
+        if report is None:
+            return PlanRow(label, None, error=estimate.error)
+        return PlanRow(label, report.peak, report.at_peak, report.optimizer_host, error, chosen=chosen)
 
+    def _others(self, parameters: int) -> list[PlanRow]:
+        """Return rows of full fine-tuning, gradient checkpointing and LoRA."""
+        gpus = self.arguments.gpus
+        stages = [0] if gpus == 1 else [1, 2, 3]
+        strategies = [
+            STRATEGIES[f"zero{stage}"].with_(note=f"full fine-tuning, ZeRO {stage}") for stage in stages
+        ]
+        note = f"full, gradient checkpointing, ZeRO {stages[-1]}"
+        strategies.append(strategies[-1].with_(gradient_checkpointing=True, note=note))
+        lora = STRATEGIES["lora"].with_(note="LoRA rank 8, all linear layers")
+        strategies += [
+            lora,
+            lora.with_(gradient_checkpointing=True, note="LoRA rank 8, gradient checkpointing"),
+        ]
+        rows = []
+        for strategy in strategies:
+            states = zero_states(parameters, strategy.stage or 0, gpus, self.workload.dtype)
+            if strategy.lora is None and states.device > self.budget:
+                # States alone are too much: no need to simulate.
+                parts = {
+                    "parameters": int(states.weights),
+                    "gradients": int(states.gradients),
+                    "optimizer": int(states.optimizer),
+                }
+                rows.append(PlanRow(strategy.note, int(states.device), parts, bound=True))
+            else:
+                rows.append(self._row(strategy.note, self.simulator.run(self.workload, strategy)))
+        return rows
 
-def _own_rows(choice: Choice | None, budget: int) -> list[PlanRow]:
-    if choice is None:
-        return []
-    return [
-        _row(f"SlimFit {s.label}", s.estimate, budget, s.error_class, s is choice.setting)
-        for s in choice.tried
-    ]
+    def _papers_schedule(self, setting: Setting) -> PlanRow:
+        """Return the row of `setting` with the paper's schedule instead, states of frozen layers on the host."""
+        block = {**setting.block, "freeze": {**setting.block["freeze"], "policy": "ils"}}
+        block["optimizer_states"] = {**block.get("optimizer_states", {}), "inactive": "host"}
+        estimate = self._worst(self.workload, self.strategy.with_(slimfit=block))
+        label = f"the paper's schedule (policy ils), {setting.label}"
+        return self._row(label, estimate, setting.gradient_error)
 
-
-def _nothing_fits(
-    simulator: Simulator,
-    workload: Workload,
-    choice: Choice | None,
-    budget: int,
-    reserve: int,
-    strategy: Strategy,
-) -> int:
-    """Say what is missing and what would do."""
-    lines = ["slimfit-ds plan: nothing fits"]
-    if choice is None:
-        lines.append(f"  the GPU is smaller than the {human_bytes(reserve)} that are kept free (--reserve)")
-    else:
-        least = choice.smallest
+    def _what_is_missing(self, choice: Choice) -> list[str]:
+        least, workload = choice.smallest, self.workload
         needs = least.estimate.peak
-        lines.append(
-            f"  the leanest setting ({least.label}) needs {human_bytes(needs)}: {human_bytes(needs - budget)} are missing"
-        )
-        lines.append(f"  it fits a GPU of {(needs + reserve) / 1e9:.1f}GB")
+        missing = human_bytes(needs - self.budget)
+        lines = [
+            f"nothing fits: the leanest setting ({least.label}) needs {human_bytes(needs)}: {missing} are missing",
+            f"it fits a GPU of {(needs + self.reserve) / 1e9:.1f}GB",
+        ]
         if workload.batch > 1 or workload.seq > 128:
             smaller = Workload(**{**workload.to_dict(), "batch": 1, "seq": min(workload.seq, 128)})
-            trial = simulator.run(smaller, strategy.with_(slimfit=least.block), "worst")
+            trial = self._worst(smaller, self.strategy.with_(slimfit=least.block))
             if trial.report is not None:
-                verdict = "fits" if trial.peak <= budget else "does not fit either"
-                lines.append(
-                    f"  with batch 1 and {smaller.seq} tokens it needs {human_bytes(trial.peak)}, which {verdict}"
-                )
-    print("\n".join(lines), file=sys.stderr)
-    return 2
+                verdict = "fits" if trial.peak <= self.budget else "does not fit either"
+                needs_then = human_bytes(trial.peak)
+                lines.append(f"with batch 1 and {smaller.seq} tokens it needs {needs_then}, which {verdict}")
+        return lines
+
+    def _write(self, choice: Choice, setting: Setting) -> list[Path]:
+        """Write the recipe and the DeepSpeed JSON that it names."""
+        arguments = self.arguments
+        task = self.workload.resolved_task(load_config(arguments.model))
+        file = Path(arguments.model).expanduser()
+        deepspeed = {"zero_optimization": self.strategy.zero_block(), "slimfit": setting.block}
+        values: dict[str, Any] = {
+            "task": {
+                "name": task,
+                **({} if task == "image_classification" else {"max_length": arguments.seq}),
+            },
+            # A hub id or folder as it is; a single file becomes a model to initialise.
+            "model": {"config": json.loads(file.read_text())} if file.is_file() else arguments.model,
+            "data_dir": None,
+            "max_steps": 1000,
+            "train_batch_size": arguments.batch * arguments.gpus,
+            "micro_batch_size": arguments.batch,
+            "lr": 5e-5,
+            "dtype": arguments.dtype,
+            "deepspeed": "ds_config.json",
+        }
+        header = (
+            f"# Written by slimfit-ds plan for {arguments.gpus} GPU(s) of {arguments.gpu_memory}.\n"
+            f"# {choice.reason(self.memory)}\n"
+            "# Set data_dir (or data) and what else your task needs.\n"
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = [self.folder / "ds_config.json", self.folder / "recipe.yaml"]
+        paths[0].write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+        paths[1].write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return paths
+
+
+def _table(rows: Sequence[PlanRow], title: str, caption: str, budget: int) -> Table:
+    """Return a rich table of settings; the chosen one is marked."""
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    left = ("setting", "gradient error")
+    numbers = ("needs", "weights", "gradients", "optimizer", "saved", "rest", "on host")
+    for name in ("setting", *numbers, "gradient error", "fits"):
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    for row in rows:
+        if row.needs is None:
+            table.add_row(row.label, "?", *[""] * 6, row.error, "", style="red")
+            continue
+        fits = row.needs <= budget
+        saved = sum(size for kind, size in row.parts.items() if kind.startswith("saved_activations"))
+        parts = [*(row.parts.get(kind, 0) for kind in ("parameters", "gradients", "optimizer")), saved]
+        table.add_row(
+            ("-> " if row.chosen else "") + row.label,
+            (">= " if row.bound else "") + human_bytes(row.needs),
+            *("" if row.bound and not part else human_bytes(part) for part in parts),
+            "" if row.bound else human_bytes(row.needs - sum(parts)),
+            human_bytes(row.host) if row.host else "",
+            row.error,
+            "yes" if fits else "no",
+            style="bold green" if row.chosen else ("" if fits else "dim"),
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -1,26 +1,32 @@
-"""One tracked training step of a workload under a strategy: the same code on fake and on real tensors."""
+"""One measured training step of a workload under a strategy: the same code on fake and on real tensors."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from slimfit_ds.activations.codecs.base import fakes_stand_for_a_cpu
+from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded, shard_updater
-from slimfit_ds.memory.tracker import MemoryReport, MemoryTracker, optimizer_tensors
-from slimfit_ds.planner.active_sets import choose_active
-from slimfit_ds.planner.cuda_semantics import CudaSemantics
-from slimfit_ds.planner.strategy import Strategy
+from slimfit_ds.memory.probe import StepProbe
+from slimfit_ds.memory.tracker import MemoryReport, optimizer_tensors
+from slimfit_ds.planner.fake_world import CudaSemantics
+from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import DTYPES, Workload
-from slimfit_ds.schedule.schedule import room_at
+from slimfit_ds.schedule.policies import Budget
+from slimfit_ds.schedule.schedule import FreezeSchedule, room_at
+from slimfit_ds.trainable.units import Unit, discover, match_globs
 
-__all__ = ["inspect_model", "track_step"]
+__all__ = ["ACTIVE_SETS", "choose_active", "inspect_model", "takes_loss_in_chunks", "track_step"]
 
 
 def track_step(
@@ -48,9 +54,7 @@ def track_step(
     if workload.batch % strategy.accumulation:
         raise ValueError(f"batch {workload.batch} does not divide into {strategy.accumulation} micro-batches")
     dtype = strategy.dtype or workload.dtype
-    workload = Workload(
-        **{**workload.to_dict(), "dtype": dtype, "attention": strategy.attention or workload.attention}
-    )
+    workload = replace(workload, dtype=dtype, attention=strategy.attention or workload.attention)
     autocast = dtype == "bf16_autocast"
     micro = workload.batch // strategy.accumulation
     with ExitStack() as stack:
@@ -58,18 +62,19 @@ def track_step(
         model = _adapt(workload.build(), strategy, dtype)
         facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
         batch = workload.inputs(micro)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=strategy.fused)
         if strategy.stage is None:
-            report = _plain(model, batch, strategy, autocast)
+            report = _plain(model, optimizer, batch, strategy.accumulation, autocast)
         else:
-            report = _engine(model, batch, strategy, micro, dtype, world_size, active, facts)
+            config = strategy.deepspeed_config(micro, dtype, world_size)
+            if active is not None and "slimfit" in config:
+                config["slimfit"] = _with_active(config["slimfit"], active, model)
+            report = _engine(model, optimizer, batch, config, facts)
     return report, facts
 
 
 def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
-
     if strategy.loss_chunk is not None:
         from slimfit_ds.activations.language_head import chunk_language_model_loss
 
@@ -95,82 +100,135 @@ def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
         torch.set_default_dtype(default)
 
 
-def _optimizer(model: nn.Module, strategy: Strategy) -> torch.optim.Optimizer:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=1e-4, fused=strategy.fused)
+def _second_step(
+    probe: StepProbe, work: Callable[[], None], between: Callable[[], None] = lambda: None
+) -> MemoryReport:
+    """Do two steps and return the report of the second; `between` runs after the first."""
+    for number in range(2):
+        gc.collect()
+        with probe.step(track=number == 1):
+            work()
+        if number == 0:
+            between()
+    report = probe.costs[-1].memory
+    assert report is not None
+    return report
 
 
 def _plain(
-    model: nn.Module, batch: dict[str, torch.Tensor], strategy: Strategy, autocast: bool
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, Tensor],
+    accumulation: int,
+    autocast: bool,
 ) -> MemoryReport:
-    optimizer = _optimizer(model, strategy)
-    tracker = None
-    for step in range(2):
-        gc.collect()
-        tracker = MemoryTracker(model, {"optimizer": lambda: optimizer_tensors(optimizer)}) if step else None
-        with tracker or nullcontext():
-            for _ in range(strategy.accumulation):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    loss = model(**batch).loss
-                loss.backward()
-                del loss
-            with tracker.phase("step") if tracker else nullcontext():
-                optimizer.step()
-                optimizer.zero_grad()
-    assert tracker is not None
-    return tracker.report()
+    """Track plain PyTorch without DeepSpeed."""
+
+    def work() -> None:
+        for _ in range(accumulation):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            loss.backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+    probe = StepProbe(model, optimizer, {"optimizer": lambda: optimizer_tensors(optimizer)})
+    return _second_step(probe, work)
 
 
 def _engine(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
-    strategy: Strategy,
-    micro: int,
-    dtype: str,
-    world_size: int,
-    active: str | Sequence[str] | None,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, Tensor],
+    config: dict[str, Any],
     facts: dict[str, Any],
 ) -> MemoryReport:
-    # Only the programs that simulate or measure a step import DeepSpeed.
-    from slimfit_ds.engine.initialize import initialize
+    """Track DeepSpeed's engine, or ours if the configuration has a slimfit block."""
+    from slimfit_ds.engine.initialize import (
+        initialize,  # imports DeepSpeed, which only programs that do a step need
+    )
 
-    config = strategy.deepspeed_config(micro, dtype, world_size)
-    if active is not None and "slimfit" in config:
-        config["slimfit"] = _with_active(config["slimfit"], active, model)
-    engine = initialize(model=model, optimizer=_optimizer(model, strategy), config=config)[0]
+    engine = initialize(model=model, optimizer=optimizer, config=config)[0]
     if hasattr(engine, "layer_names"):
         facts |= {"layers": len(engine.layer_names), "active": sorted(engine.active_layers)}
-    tracker = None
-    for step in range(2):
-        gc.collect()
-        tracker = MemoryTracker(engine.module, engine_roots(engine)) if step else None
-        with tracker or nullcontext():
-            for _ in range(strategy.accumulation):
-                loss = engine(**batch).loss
-                engine.backward(loss)
-                del loss
-                with tracker.phase("step") if tracker else nullcontext():
-                    engine.step()
-        if not step:
-            _make_all_states(engine)
-    assert tracker is not None
+
+    def work() -> None:
+        for _ in range(config["gradient_accumulation_steps"]):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+
     # DeepSpeed's host optimizer works in host memory, which a fake or CPU run cannot tell apart.
-    without = ("step",) if is_offloaded(engine.optimizer) else ()
-    report = tracker.report(without_phases=without)
+    on_host = is_offloaded(engine.optimizer)
+    probe = StepProbe(engine.module, engine, engine_roots(engine), updates_on_host=on_host)
+    report = _second_step(probe, work, partial(_make_all_states, engine.optimizer))
     engine.destroy()
     return report
 
 
-def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.Module) -> dict[str, Any]:
-    """The block with exactly `active` as active set, through the public configuration."""
-    from slimfit_ds.config import SlimFitConfig
-    from slimfit_ds.schedule.schedule import FreezeSchedule
-    from slimfit_ds.trainable.units import discover, match_globs
+def _make_all_states(optimizer: Any) -> None:
+    """Where states stay on the device, every layer has trained once before long: make them all."""
+    updater = shard_updater(optimizer)
+    if updater is not None and not updater.states.to_host:
+        for unit in updater.units:
+            updater.states.get(unit.index)
 
+
+# Which layers to assume active: memory depends on it, because an embedding is one layer.
+
+_GOLDEN = 0.6180339887498949
+
+
+def _by_size(layers: Sequence[Unit], free: Collection[int]) -> list[int]:
+    # Of equal weights the later ones: in a feed-forward pair the second keeps the wider input.
+    return sorted(free, key=lambda i: (layers[i].numel, i), reverse=True)
+
+
+def _expected(layers: Sequence[Unit], free: Collection[int], budget: Budget) -> Collection[int]:
+    """Return layers at evenly spaced ranks of size: about the bytes of a random draw, the same every time."""
+    order = _by_size(layers, free)
+    mixed = sorted(range(len(order)), key=lambda rank: (rank * _GOLDEN) % 1)
+    filled = budget.fill(order[rank] for rank in mixed)
+    spaced = [order[int((i + 0.5) * len(order) / len(filled))] for i in range(len(filled))]
+    # Layers of unlike cost: as many at even ranks may cost more than the budget allows.
+    return spaced if budget.fits(spaced) else filled
+
+
+def _worst(layers: Sequence[Unit], free: Collection[int], budget: Budget) -> Collection[int]:
+    """Return the largest layers that fit."""
+    return budget.fill(_by_size(layers, free))
+
+
+ACTIVE_SETS: dict[str, Callable[[Sequence[Unit], Collection[int], Budget], Collection[int]]] = {
+    "expected": _expected,
+    "worst": _worst,
+}
+
+
+def choose_active(layers: Sequence[Unit], free: Collection[int], budget: Budget, kind: str) -> list[str]:
+    """Return the names of the layers assumed active, in model order.
+
+    Args:
+        layers: all freezable layers of the model, in model order.
+        free: positions of those that may train.
+        budget: of the freezing rate, over all layers.
+        kind: `expected` or `worst`.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ACTIVE_SETS:
+        raise ValueError(f"active must be one of {', '.join(ACTIVE_SETS)}, got {kind!r}")
+    return [layers[i].name for i in sorted(ACTIVE_SETS[kind](layers, free, budget))]
+
+
+def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.Module) -> dict[str, Any]:
+    """Return the block with exactly `active` as active set, through the public configuration."""
     freeze = SlimFitConfig.parse(block).freeze
     if freeze.splits:
-        # Of narrow units the policy's own choice costs what any other does.
-        return block
+        return block  # of narrow units the policy's own choice costs what any other does
     roles = discover(model)
     if FreezeSchedule(roles, freeze).is_static:
         return block
@@ -191,11 +249,11 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
     return {**block, "freeze": {**block.get("freeze", {}), **exactly}}
 
 
-def inspect_model(workload: Workload) -> dict[str, Any]:
-    """Facts of a model that a plan needs: its size, its embedding layers, and whether its loss may be in chunks."""
-    from slimfit_ds.planner.language_loss import takes_loss_in_chunks
-    from slimfit_ds.trainable.units import discover
+# Facts of a model that a plan needs.
 
+
+def inspect_model(workload: Workload) -> dict[str, Any]:
+    """Return a model's size, its embedding layers, and whether its loss may be computed in chunks."""
     model = workload.build()
     layers = discover(model).units
     head = model.get_output_embeddings()
@@ -210,9 +268,57 @@ def inspect_model(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _make_all_states(engine: Any) -> None:
-    """Where states stay on the device, every layer has trained once before long: make them all."""
-    updater = shard_updater(engine.optimizer)
-    if updater is not None and not updater.states.to_host:
-        for unit in updater.units:
-            updater.states.get(unit.index)
+_VIEWS = {"alias", "detach", "slice", "view", "_unsafe_view"}
+
+
+class _OperationsBetween(TorchDispatchMode):
+    """Collects the names of the operations while `inside` is true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = False
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside:
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def takes_loss_in_chunks(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether the logits are the product of the head alone, and the loss is computed from them.
+
+    `chunk_language_model_loss` compares real values; a plan has none, and looks instead whether anything happens to
+    the logits between head and loss (soft caps, scales).
+
+    Args:
+        model: may be fake or on `meta`.
+        inputs: a small batch with labels.
+    """
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    if not isinstance(head, nn.Linear) or not hasattr(type(model), "loss_function"):
+        return False
+    between, reached = _OperationsBetween(), []
+    plain: Any = model.loss_function
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        reached.append(between.inside)
+        between.inside = False
+        return plain(*args, **kwargs)
+
+    def leave(*_: Any) -> None:
+        between.inside = True
+
+    handle = head.register_forward_hook(leave)
+    model.__dict__["_loss_function"], before = loss, model.__dict__.get("_loss_function")
+    try:
+        with torch.no_grad(), between:
+            model(**inputs)
+    finally:
+        handle.remove()
+        if before is None:
+            del model.__dict__["_loss_function"]
+        else:
+            model.__dict__["_loss_function"] = before
+    return reached == [True] and between.names <= _VIEWS

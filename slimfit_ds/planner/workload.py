@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import socket
@@ -12,12 +13,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from slimfit_ds.planner.known_models import known_config, near_names
-
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["TASKS", "ModelNotFound", "Workload", "load_config"]
+__all__ = ["DTYPES", "KNOWN_MODELS", "TASKS", "ModelNotFound", "Workload", "load_config"]
 
 TASKS = {
     "sequence_classification": "AutoModelForSequenceClassification",
@@ -30,6 +29,92 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "bf16_autocast": torch.float32,
+}
+
+
+# Published shapes of common models, to plan for them without a network or a gated licence: the values of their
+# config.json; what is not named is transformers' default.
+_LLAMA3 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+}
+_LLAMA3 |= {"rope_theta": 500000.0, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+_QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128}
+_QWEN3 |= {"num_key_value_heads": 8, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6}
+_VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {"model_type": "bert", "vocab_size": 30522},
+    "bert-large-uncased": {
+        "model_type": "bert",
+        "vocab_size": 30522,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "roberta-base": {
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    },
+    "distilbert-base-uncased": {"model_type": "distilbert"},
+    "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+    "google/vit-base-patch16-224": {**_VIT, "image_size": 224},
+    "google/vit-base-patch16-384": {**_VIT, "image_size": 384},
+    "google/vit-large-patch16-224": {
+        **_VIT,
+        "image_size": 224,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "meta-llama/Meta-Llama-3-8B": {
+        **_LLAMA3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "meta-llama/Llama-3.2-1B": {
+        **_LLAMA3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+    },
+    "Qwen/Qwen3-0.6B": {
+        **_QWEN3,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-1.7B": {
+        **_QWEN3,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+}
+
+_ALIASES = {
+    "google-bert/bert-base-uncased": "bert-base-uncased",
+    "google-bert/bert-large-uncased": "bert-large-uncased",
+    "FacebookAI/roberta-base": "roberta-base",
+    "openai-community/gpt2": "gpt2",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "meta-llama/Meta-Llama-3-8B",
+    "meta-llama/Llama-3.1-8B": "meta-llama/Meta-Llama-3-8B",
 }
 
 
@@ -169,14 +254,14 @@ def load_config(model: str | dict[str, Any]) -> PretrainedConfig:
     looks_like_path = model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1
     if looks_like_path:
         raise ModelNotFound(f"model: the path {model!r} does not exist")
-    known = known_config(model)
+    known = KNOWN_MODELS.get(_ALIASES.get(model, model))
     if known is not None:
         return _from_dict(known, model)
     try:
         # Without a network the hub's client retries for half a minute before it says so.
         return AutoConfig.from_pretrained(model, local_files_only=not _hub_is_reachable())
     except Exception as error:
-        near = near_names(model)
+        near = _near_names(model)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
@@ -209,3 +294,9 @@ def _from_dict(values: dict[str, Any], where: str) -> PretrainedConfig:
         return AutoConfig.for_model(model_type, **values)
     except ValueError as error:
         raise ModelNotFound(f"model: {where}: {str(error).splitlines()[0]}") from None
+
+
+def _near_names(name: str) -> list[str]:
+    """Return known names that look like `name`, the nearest first."""
+    names = {candidate.lower(): candidate for candidate in [*KNOWN_MODELS, *_ALIASES]}
+    return [names[match] for match in difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.7)]

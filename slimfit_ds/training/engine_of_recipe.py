@@ -26,7 +26,7 @@ def make_engine(found: Inspection, steps: int, example: Callable[[], Mapping[str
         example: makes a batch of the largest shape that training will see, for a memory budget.
     """
     from slimfit_ds.engine.initialize import initialize
-    from slimfit_ds.facade import resolve_budget
+    from slimfit_ds.planner.budget import resolve_budget
 
     recipe = found.recipe
     torch.manual_seed(recipe.seed)

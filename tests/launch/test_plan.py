@@ -106,9 +106,9 @@ def test_a_gpu_that_is_too_small(config, capsys):
         "--gpu-memory",
         "601MB",
         "--batch",
-        "256",
+        "4",
         "--seq",
-        "512",
+        "256",
         "--slimfit-only",
     ]
     assert main(arguments) == 2

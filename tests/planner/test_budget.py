@@ -12,9 +12,8 @@ from transformers import (
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.planner.budget import settings_for_budget, workload_of
-from slimfit_ds.planner.estimator import Simulator
-from slimfit_ds.planner.strategy import Strategy
+from slimfit_ds.planner.budget import resolve_budget, settings_for_budget, workload_of
+from slimfit_ds.planner.strategies import Strategy
 
 CONFIG = BertConfig(
     num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128, vocab_size=500
@@ -48,7 +47,7 @@ def test_a_model_without_configuration_is_refused():
 
 
 @pytest.mark.slow
-def test_budget_decides_and_the_choice_fits():
+def test_budget_decides_and_the_choice_fits(fake):
     model = BertForSequenceClassification(CONFIG)
     deepspeed = {
         "train_micro_batch_size_per_gpu": 64,
@@ -56,30 +55,33 @@ def test_budget_decides_and_the_choice_fits():
     }
     workload = workload_of(model, BATCH, 64, "fp32")
     strategy = Strategy("x", stage=1, bucket=100_000)
-    with Simulator() as simulator:
 
-        def choose(budget):
-            fixed = {"freeze": {"policy": "ils", "rate": 0.9}}
-            return settings_for_budget(
-                budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"), simulator
-            )
+    def choose(budget):
+        fixed = {"freeze": {"policy": "ils", "rate": 0.9}}
+        return settings_for_budget(budget, model, BATCH, deepspeed, fixed, 1, torch.device("cpu"), fake)
 
-        def peak(block):
-            return simulator.run(workload, strategy.with_(slimfit=block), "worst", "cpu").peak
+    def peak(block):
+        return fake.run(workload, strategy.with_(slimfit=block), "worst", "cpu").peak
 
-        rich, _ = choose(10**12)
-        assert rich["activations"]["preset"] == "exact"
-        limit = peak(rich) // 2
-        tight, reason = choose(limit)
-        assert tight["activations"]["preset"] != "exact"
-        assert tight["freeze"]["rate"] == 0.9
-        assert "next faster" in reason
-        SlimFitConfig.parse(tight)
-        assert peak(tight) <= limit
-        with pytest.raises(ConfigError, match="smallest feasible budget") as error:
-            choose(1000)
-        smallest = int(str(error.value).split("fixed is ")[1].split()[0])
-        assert choose(smallest)[0]
+    rich, _ = choose(10**12)
+    assert rich["activations"]["preset"] == "exact"
+    limit = peak(rich) // 2
+    tight, reason = choose(limit)
+    assert tight["activations"]["preset"] != "exact"
+    assert tight["freeze"]["rate"] == 0.9
+    assert "next faster" in reason
+    SlimFitConfig.parse(tight)
+    assert peak(tight) <= limit
+    with pytest.raises(ConfigError, match="smallest feasible budget") as error:
+        choose(1000)
+    smallest = int(str(error.value).split("fixed is ")[1].split()[0])
+    assert choose(smallest)[0]
+
+
+def test_without_a_budget_the_configuration_stays():
+    config = {"train_micro_batch_size_per_gpu": 1, "slimfit": {"freeze": {"rate": 0.5}}}
+    assert resolve_budget(config, torch.nn.Linear(2, 2), {}) == config
+    assert resolve_budget({"a": 1}, torch.nn.Linear(2, 2), {}) == {"a": 1}
 
 
 def test_auto_needs_a_gpu():

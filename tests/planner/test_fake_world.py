@@ -7,7 +7,7 @@ SCRIPT = """
 import os, torch, torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from slimfit_ds.planner.fake_world import FakeWorld
-from slimfit_ds.planner.cuda_semantics import CudaSemantics
+from slimfit_ds.planner.fake_world import CudaSemantics
 import torch.nn.functional as F
 
 before = torch.nn.Module._apply, os.environ.get("RANK"), F.dropout

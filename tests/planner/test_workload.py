@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 
-from slimfit_ds.planner.estimator import Simulator
-from slimfit_ds.planner.known_models import KNOWN_MODELS
-from slimfit_ds.planner.workload import ModelNotFound, Workload, load_config
+from slimfit_ds.planner.workload import KNOWN_MODELS, ModelNotFound, Workload, load_config
 
 # Parameter counts as published with the models (model cards and papers), task heads as built here.
 PUBLISHED = {
@@ -19,14 +17,14 @@ PUBLISHED = {
 }
 
 
-def test_known_models_have_the_published_size():
-    with Simulator() as simulator:
-        counts = {name: simulator.inspect(Workload(name))["parameters"] for name in PUBLISHED}
-        embeddings = simulator.inspect(Workload("meta-llama/Meta-Llama-3-8B"))["embeddings"]
-        with pytest.raises(ValueError, match="no_such"):
-            simulator.inspect(Workload("gpt2", attention="no_such"))
+@pytest.mark.slow
+def test_known_models_have_the_published_size(fake):
+    counts = {name: fake.inspect(Workload(name))["parameters"] for name in PUBLISHED}
     assert counts == PUBLISHED
+    embeddings = fake.inspect(Workload("meta-llama/Meta-Llama-3-8B"))["embeddings"]
     assert embeddings == ["model.embed_tokens.weight", "lm_head.weight"]
+    with pytest.raises(ValueError, match="no_such"):
+        fake.inspect(Workload("gpt2", attention="no_such"))
 
 
 def test_all_known_configurations_load():
