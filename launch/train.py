@@ -1,11 +1,195 @@
-"""Fine-tune as a recipe says; runs under deepspeed, torchrun, mpirun, srun and plain python."""
+"""Fine-tune as a recipe says.
 
+    python launch/train.py --config recipes/digits_vit.yaml
+    python launch/train.py --config recipes/minilm_cola.yaml --data_dir ../shared/data/cola --max_steps 60
+    deepspeed --num_accelerators 2 launch/train.py --config recipes/digits_vit.yaml slimfit.freeze.rate=0.95
+    torchrun --nproc_per_node 2 launch/train.py --config recipes/digits_vit.yaml --slimfit null
+
+The same under `mpirun` and `srun`. A recipe is YAML in the field names of `TrainingArguments` (TRL's `SFTConfig` or
+`DPOConfig` for language models), plus `task`, `model`, `data` and `slimfit`; see slimfit_ds/tasks/recipe.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from slimfit_ds.training.cli import main
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.integrations.ranks import set_rank_variables
+
+STOPPED, NOT_FINITE = 75, 3
+"""Exit codes: stopped on request and can go on (sysexits' EX_TEMPFAIL); a loss or gradient was NaN or infinite."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train one recipe; the exit code: 0, 2 if the recipe is wrong, or one of those above."""
+    try:
+        set_rank_variables(single=False)
+        return train(argv)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            count = f"{len(error.problems)} problem" + "s" * (len(error.problems) != 1)
+            print(
+                "\n".join([f"{count} in the recipe:", *(f"  - {line}" for line in error.problems)]),
+                file=sys.stderr,
+            )
+        return 2
+    finally:
+        leave_process_group()
+
+
+def train(argv: Sequence[str]) -> int:
+    """From a recipe to a trained model and its numbers."""
+    # 1. The recipe, and everything that can be wrong with it.
+    from slimfit_ds.tasks.recipe import read_recipe
+    from slimfit_ds.tasks.setup import inspect, make_arguments, weight_dtype
+
+    problems: list[str] = []
+    recipe, task = read_recipe(argv, problems)
+    inputs = inspect(recipe, task, problems)
+
+    # 2. The Trainer's arguments. From here on there is a process group.
+    import torch
+    from transformers import set_seed
+
+    if inputs.deepspeed is not None:
+        set_rank_variables(single=True)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    args = make_arguments(recipe, task, inputs)
+
+    # 3. SlimFit: behind DeepSpeed as its engine, without DeepSpeed as a callback. And what keeps the work of a run.
+    from slimfit_ds.integrations import SlimFitCallback, enable_deepspeed
+    from slimfit_ds.integrations.run_log import RunLog
+    from slimfit_ds.integrations.survival import (
+        NonFiniteError,
+        NonFiniteSteps,
+        StopOnSignal,
+        WholeCheckpoints,
+        how_to_go_on,
+        name_last_checkpoint,
+    )
+
+    stop = StopOnSignal()
+    callbacks: list[Any] = [
+        NonFiniteSteps(recipe.on_nonfinite, recipe.max_nonfinite),
+        stop,
+        WholeCheckpoints(),
+    ]
+    if inputs.deepspeed is not None:
+        enable_deepspeed()
+        callbacks.append(RunLog(lambda: getattr(trainer.deepspeed, "schedule", None)))
+    elif inputs.slimfit is not None:
+        callbacks.append(SlimFitCallback(inputs.slimfit))
+
+    # 4. Model and data.
+    from slimfit_ds.tasks.models import build_model
+
+    set_seed(args.seed)
+    model = build_model(inputs.source, inputs.config, task, weight_dtype(args), recipe.lora)
+    parts = task.trainer_parts(inputs.splits)
+
+    # 5. Train.
+    trainer = task.trainer_class()(model=model, args=args, callbacks=callbacks, **parts)
+    check_loop(trainer, inputs.deepspeed)
+    if not task.loss_counts_tokens:
+        # Many models take keyword arguments and leave `num_items_in_batch` aside: transformers would then multiply
+        # their loss by the number of ranks and micro-batches.
+        trainer.model_accepts_loss_kwargs = False
+    try:
+        with name_last_checkpoint(args.output_dir):
+            result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(recipe, args))
+    except NonFiniteError:
+        return NOT_FINITE
+    if stop.reason is not None:
+        if trainer.is_world_process_zero():
+            print(f"{stop.reason}; {how_to_go_on(args.output_dir)}", file=sys.stderr)
+        return STOPPED
+
+    # 6. Evaluate, and write model and numbers.
+    metrics = {**result.metrics, **trainer.evaluate()}
+    if recipe.export:
+        trainer.save_model(str(Path(args.output_dir, "model")))
+    write_metrics(trainer, task.finish(metrics))
+    return 0
+
+
+def check_loop(trainer: Any, deepspeed: dict[str, Any] | None) -> None:
+    """accelerate leaves DeepSpeed out without a word where its environment asks for the CPU."""
+    if deepspeed is not None and not trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            [
+                "deepspeed: accelerate has left DeepSpeed out, because ACCELERATE_USE_CPU is set; unset it "
+                "(use_cpu=true and DS_ACCELERATOR=cpu are enough), or set deepspeed=null"
+            ]
+        )
+
+
+def checkpoint_to_resume(recipe: Any, args: Any) -> str | None:
+    """The checkpoint that the recipe names, or else the last one of the output folder."""
+    from slimfit_ds.integrations.survival import last_checkpoint
+
+    wanted = recipe.arguments.get("resume_from_checkpoint")
+    if isinstance(wanted, str):
+        return wanted
+    if wanted is False or not Path(args.output_dir).is_dir():
+        return None
+    found = last_checkpoint(args.output_dir)
+    if wanted and found is None:
+        raise ConfigError([f"resume_from_checkpoint: {args.output_dir!r} holds no checkpoint"])
+    return str(found) if found else None
+
+
+def write_metrics(trainer: Any, metrics: dict[str, float]) -> None:
+    """Write `metrics.json`: the last evaluation, speed, and the most memory that a rank has held."""
+    import torch
+
+    from slimfit_ds.files import write_atomically
+    from slimfit_ds.training.surroundings import hardware, peak_memory, versions
+
+    device = trainer.args.device
+    peak = torch.tensor(float(peak_memory(device)), dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+    engine = trainer.deepspeed
+    seconds = metrics.get("train_runtime") or 0.0
+    tokens = trainer.state.num_input_tokens_seen
+    content = {
+        "metrics": {
+            key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")
+        },
+        "training": {
+            key.removeprefix("train_"): value for key, value in metrics.items() if key.startswith("train_")
+        },
+        "steps": trainer.state.global_step,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+        "peak_bytes": int(peak.item()),
+        "memory": engine.memory_report() if hasattr(engine, "memory_report") else None,
+        "engine": type(engine).__name__ if engine is not None else "Trainer",
+        "world_size": trainer.args.world_size,
+        "seed": trainer.args.seed,
+        "versions": versions(),
+        "hardware": hardware(device),
+    }
+    if trainer.is_world_process_zero():
+        text = json.dumps(content, indent=2)
+        write_atomically(Path(trainer.args.output_dir, "metrics.json"), text + "\n")
+        print(text)
+
+
+def leave_process_group() -> None:
+    """torch complains of processes that just end."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,9 @@
 """The SlimFit engine behind `TrainingArguments(deepspeed=...)` and `accelerate.Accelerator`, by one call.
 
 accelerate makes its engine by `deepspeed.initialize`, looked up when it is called; `slimfit_ds.initialize` takes the
-same arguments and returns the same things, so it stands in under that name. Nothing of transformers' or accelerate's
-handling of the JSON changes: "auto" values are filled from the arguments, and a JSON without a `"slimfit"` block gives
-stock DeepSpeed.
+same arguments and returns the same things, so it stands in under that name. "auto" values of the JSON are filled from
+the arguments as ever (those of the `"slimfit"` block are ours and stay), and a JSON without that block gives stock
+DeepSpeed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def enable_deepspeed() -> None:
     _restore.append(skip_shm_build())
     _restore.append(_replace_initialize())
     _restore.append(_replace_finalize())
+    _restore.append(_replace_process())
 
 
 def disable_deepspeed() -> None:
@@ -72,12 +73,33 @@ def _replace_initialize() -> Callable[[], None]:
         # Ours ends in a call of the stock one, under the same name.
         deepspeed.initialize = stock
         try:
-            return initialize(**inspect.signature(stock).bind(*args, **kwargs).arguments)
+            arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
+            return initialize(**(_without_block(arguments) if _nothing_trains(arguments) else arguments))
         finally:
             deepspeed.initialize = with_slimfit
 
     deepspeed.initialize = with_slimfit
     return lambda: setattr(deepspeed, "initialize", stock)
+
+
+def _config_of(arguments: dict[str, Any]) -> Any:
+    config = arguments.get("config")
+    return arguments.get("config_params") if config is None else config
+
+
+def _nothing_trains(arguments: dict[str, Any]) -> bool:
+    """Whether the engine is for evaluation, such as that of TRL's reference model: there is nothing to freeze."""
+    config = _config_of(arguments)
+    return (
+        isinstance(config, dict)
+        and "optimizer" not in config
+        and all(arguments.get(name) is None for name in ("optimizer", "model_parameters"))
+    )
+
+
+def _without_block(arguments: dict[str, Any]) -> dict[str, Any]:
+    config = {key: value for key, value in _config_of(arguments).items() if key != "slimfit"}
+    return {**arguments, "config": config, "config_params": None}
 
 
 def _replace_finalize() -> Callable[[], None]:
@@ -114,3 +136,23 @@ def _replace_finalize() -> Callable[[], None]:
 
     setattr(TrainerConfig, stock.__name__, with_slimfit)
     return lambda: setattr(TrainerConfig, stock.__name__, stock)
+
+
+def _replace_process() -> Callable[[], None]:
+    """accelerate fills every "auto" of the JSON from the arguments; those of our block are not for it.
+
+    Returns:
+        what puts the stock method back.
+    """
+    from accelerate.utils import DeepSpeedPlugin
+
+    stock = DeepSpeedPlugin.deepspeed_config_process
+
+    @functools.wraps(stock)
+    def without_block(self: Any, prefix: str = "", *args: Any, **kwargs: Any) -> None:
+        # It calls itself for each block of the JSON.
+        if not prefix.startswith("slimfit."):
+            stock(self, prefix, *args, **kwargs)
+
+    setattr(DeepSpeedPlugin, stock.__name__, without_block)
+    return lambda: setattr(DeepSpeedPlugin, stock.__name__, stock)

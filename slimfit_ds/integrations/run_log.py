@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimfit_ds.monitoring.run_card import RunCard
 from slimfit_ds.schedule.schedule import FreezeSchedule
@@ -14,69 +16,102 @@ from slimfit_ds.training.history import History
 __all__ = ["RunLog"]
 
 
-class RunLog:
+class RunLog(TrainerCallback):
     """A line for each step, written once the Trainer has had its chance to report loss and evaluation.
 
     Args:
-        folder: output folder of the run.
-        schedule: of the layers.
-        first_step: the step that comes next; later lines of an earlier run are dropped.
-        facts: for `run.json`.
-        writes: whether this rank writes.
+        schedule: gives that of the layers once training has begun; None where all of them train.
     """
 
-    def __init__(
-        self, folder: Path, schedule: FreezeSchedule, first_step: int, facts: Mapping[str, Any], writes: bool
-    ):
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._schedule = schedule
-        self._history = History(folder / "history.jsonl", first_step, writes=writes)
-        sizes = {layer.name: layer.numel for layer in schedule.units}
-        self._card = RunCard(
-            folder / "run.json", {"first_step": first_step, "layers": sizes, **facts}, writes=writes
-        )
+    def __init__(self, schedule: Callable[[], FreezeSchedule | None]):
+        self._find_schedule = schedule
+        self._schedule: FreezeSchedule | None = None
         self._line: dict[str, Any] | None = None
         self._started = 0.0
 
-    def begin(self, step: int, epoch: float | None, rate: float) -> None:
-        """A step begins; the line of the last one is complete."""
-        self.flush()
-        active = self._schedule.active_names
-        self._line = {
-            "step": step,
-            "epoch": epoch,
-            "loss": None,
-            "lr": rate,
-            "active_layers": [name for name in self._schedule.names if name in active],
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = Path(args.output_dir or "trainer_output")
+        writes = state.is_world_process_zero
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._schedule = self._find_schedule()
+        layers = () if self._schedule is None else self._schedule.units
+        facts = {
+            "first_step": state.global_step,
+            "layers": {layer.name: layer.numel for layer in layers},
+            "steps": state.max_steps,
+            "world_size": args.world_size,
+            "seed": args.seed,
         }
+        # Lines of later steps are left over from a run that went further than its last checkpoint.
+        self._history = History(folder / "history.jsonl", state.global_step, writes=writes)
+        self._card = RunCard(folder / "run.json", facts, writes=writes)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The line of the last step is complete."""
+        self._flush()
+        self._line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": None,
+            "lr": float(kwargs["optimizer"].param_groups[0]["lr"]),
+        }
+        if self._schedule is not None:
+            active = self._schedule.active_names
+            self._line["active_layers"] = [name for name in self._schedule.names if name in active]
         self._started = time.perf_counter()
 
-    def end(self) -> None:
-        """The step is done; the schedule has taken in its statistics."""
-        if self._line is not None:
-            names, values = self._schedule.names, self._schedule.statistics
-            statistics = {names[layer]: value for layer, value in values.items()}
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._line is None:
+            return
+        if self._schedule is not None:
+            statistics = {self._schedule.names[n]: value for n, value in self._schedule.statistics.items()}
             self._line["statistics"] = {name: statistics.get(name) for name in self._line["active_layers"]}
-            self._line["seconds"] = time.perf_counter() - self._started
+        self._line["seconds"] = time.perf_counter() - self._started
 
-    def add(self, **values: Any) -> None:
-        """More about the step that was done."""
-        if self._line is not None:
-            self._line |= values
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._line is not None and logs and "loss" in logs:
+            self._line["loss"] = float(logs["loss"])
+            self._line["gradient_norm"] = float(logs["grad_norm"]) if "grad_norm" in logs else None
 
-    def flush(self) -> None:
-        """Write the line of the step that was done."""
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._line is not None and metrics:
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self._line["evaluation"] = {n.removeprefix("eval_"): value for n, value in numbers.items()}
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._flush()
+        self._history.close()
+        self._card.end("finished" if state.global_step >= state.max_steps else "stopped")
+
+    def _flush(self) -> None:
         if self._line is not None:
             self._history.add(self._line)
         self._line = None
-
-    def close(self, status: str) -> None:
-        """No more steps.
-
-        Args:
-            status: `finished`, or `stopped` if the run can go on.
-        """
-        self.flush()
-        self._history.close()
-        self._card.end(status)

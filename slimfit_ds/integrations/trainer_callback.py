@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -59,10 +58,9 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     def __init__(self, config: SlimFitConfig | Mapping[str, Any] | None = None, history: bool = True):
         self.config = SlimFitConfig.parse(config)
         self.saved_schedule: dict[str, Any] | None = None
-        self._writes_history = history
+        self._run_log = RunLog(lambda: self._handle and self._handle.schedule) if history else None
         self._handle: SlimHandle | None = None
         self._gradients: ActiveGradients | None = None
-        self._run_log: RunLog | None = None
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -83,7 +81,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         """What the Trainer writes into `trainer_state.json` at each save."""
         saved = self.saved_schedule if self._handle is None else self._handle.state_dict()
         return {
-            "args": {"config": self.config.model_dump(mode="json"), "history": self._writes_history},
+            "args": {"config": self.config.model_dump(mode="json"), "history": self._run_log is not None},
             "attributes": {"saved_schedule": saved},
         }
 
@@ -117,14 +115,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             self._gradients = ActiveGradients(model, self._handle.trainable)
         combine = self._gradients.average if self._gradients is not None else None
         self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
-        if self._writes_history:
-            self._run_log = RunLog(
-                Path(args.output_dir or "trainer_output"),
-                self._handle.schedule,
-                state.global_step,
-                {"steps": state.max_steps, "world_size": args.world_size, "seed": args.seed},
-                writes=state.is_world_process_zero,
-            )
+        if self._run_log is not None:
+            self._run_log.on_train_begin(args, state, control, **kwargs)
 
     def _resume(self, state: TrainerState) -> None:
         assert self._handle is not None
@@ -145,9 +137,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._run_log is not None:
-            self._run_log.begin(
-                state.global_step, state.epoch, float(kwargs["optimizer"].param_groups[0]["lr"])
-            )
+            self._run_log.on_step_begin(args, state, control, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,7 +153,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._run_log is not None:
-            self._run_log.end()
+            self._run_log.on_step_end(args, state, control, **kwargs)
 
     def on_log(
         self,
@@ -173,8 +163,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._run_log is not None and logs and "loss" in logs:
-            self._run_log.add(loss=float(logs["loss"]))
+        if self._run_log is not None:
+            self._run_log.on_log(args, state, control, logs, **kwargs)
 
     def on_evaluate(
         self,
@@ -184,15 +174,14 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._run_log is not None and metrics:
-            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-            self._run_log.add(evaluation={n.removeprefix("eval_"): value for n, value in numbers.items()})
+        if self._run_log is not None:
+            self._run_log.on_evaluate(args, state, control, metrics, **kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._run_log is not None:
-            self._run_log.flush()
+            self._run_log.on_save(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -201,7 +190,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._handle is not None:
             self.saved_schedule = self._handle.state_dict()
         if self._run_log is not None:
-            self._run_log.close("finished" if state.global_step >= state.max_steps else "stopped")
+            self._run_log.on_train_end(args, state, control, **kwargs)
         self._remove()
         show_to_ddp(kwargs["model"], _trainable(kwargs["model"]))
 
@@ -210,7 +199,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             self._handle.remove()
         if self._gradients is not None:
             self._gradients.remove()
-        self._handle = self._gradients = self._run_log = None
+        self._handle = self._gradients = None
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

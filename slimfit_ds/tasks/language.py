@@ -1,0 +1,236 @@
+"""Language models: plain text, chat and instructions by TRL's SFTTrainer, preferences by its DPOTrainer.
+
+Packing, chat templates, the loss on answers only and truncation are TRL's (`packing`, `assistant_only_loss`,
+`completion_only_loss`, `max_length` of the recipe). Here the columns of a data set become those that TRL reads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.tasks.base import Splits, TaskOptions
+from slimfit_ds.tasks.text import TextTask, map_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig
+
+__all__ = ["CausalLanguageModelling", "LanguageOptions", "PreferenceOptimisation", "PreferenceOptions"]
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] + eos_token }}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""Used for tokenizers that bring no chat template; it marks what the assistant says."""
+
+LAYOUTS: tuple[tuple[str, ...], ...] = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("text",),
+)
+"""Columns of text data, tried in this order; `instruction` may come with `input`."""
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+class LanguageOptions(TaskOptions):
+    """Options of language modelling."""
+
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=2,
+        description="question and answer, or one column of text or turns; null: recognised by name",
+    )
+
+
+class PreferenceOptions(LanguageOptions):
+    """Options of preference optimisation."""
+
+    wrong_answers: Literal["number", "other"] = Field(
+        "number",
+        description="rejected answers for data without any: the answer with another last number, or that of the next row",
+    )
+
+
+class _LanguageTask(TextTask[Any]):
+    auto_class = "AutoModelForCausalLM"
+    loss_counts_tokens = True
+    layout: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, ...], ...] = LAYOUTS
+
+    def take_arguments(self, values: Mapping[str, Any]) -> None:
+        self.max_length = values.get("max_length", 1024)  # TRL's own default
+
+    def study(self, splits: Splits) -> Splits:
+        wanted = self.options.columns
+        layouts = [tuple(wanted)] if wanted else self.layouts
+        found = next((layout for layout in layouts if set(layout) <= set(splits.shared)), None)
+        if found is None:
+            looked_for = " or ".join(" + ".join(layout) for layout in layouts)
+            raise ConfigError(
+                [f"task.columns: no {looked_for} in both splits; they share {', '.join(splits.shared)}"]
+            )
+        self.layout = found
+        problems = splits.empty_cells("task.columns", found)
+        for name, split in splits.named():
+            try:
+                self._convert(split.select([0])[:])
+            except (TypeError, ValueError, AttributeError) as error:
+                problems.append(f"task.columns: {' + '.join(found)} of split {name!r}: {error}")
+        if problems:
+            raise ConfigError(problems)
+        return splits
+
+    def model_problems(self, config: PretrainedConfig) -> list[str]:
+        problems = super().model_problems(config)
+        if getattr(config, "is_encoder_decoder", False):
+            problems.append(
+                f"model: {config.model_type!r} is an encoder-decoder; {self.name} needs a decoder"
+            )
+        return problems
+
+    def load_preprocessing(self, source: str | None, config: PretrainedConfig) -> None:
+        super().load_preprocessing(source, config)
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(
+                [f"tokenizer: {source!r} has no end token, so no answer could end; choose another"]
+            )
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = PLAIN_TEMPLATE
+
+    def _convert(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Columns as TRL reads them."""
+        raise NotImplementedError
+
+    def trainer_parts(self, splits: Splits) -> dict[str, Any]:
+        def columns(split: Dataset) -> Dataset:
+            return map_rows(split, self._convert, batch_size=None)
+
+        return {
+            "train_dataset": columns(splits.train),
+            "eval_dataset": columns(splits.evaluation),
+            "processing_class": self.tokenizer,
+        }
+
+
+class CausalLanguageModelling(_LanguageTask):
+    """The next token, of plain text or of answers."""
+
+    name = "causal_lm"
+    options_class = LanguageOptions
+    metrics = ("loss", "mean_token_accuracy", "entropy")
+
+    @classmethod
+    def arguments_class(cls) -> Any:
+        from trl import SFTConfig
+
+        return SFTConfig
+
+    @classmethod
+    def trainer_class(cls) -> Any:
+        from trl import SFTTrainer
+
+        return SFTTrainer
+
+    def default_arguments(self) -> dict[str, Any]:
+        # Rows of questions and answers have their loss on the answers by TRL's own default; turns are treated alike.
+        return {
+            **super().default_arguments(),
+            "assistant_only_loss": self.layout in (("messages",), ("conversations",)),
+        }
+
+    def _convert(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if self.layout == ("prompt", "completion"):
+            return {name: batch[name] for name in self.layout}
+        if len(self.layout) == 2:
+            return {"prompt": _asked(batch, self.layout[0]), "completion": _answered(batch[self.layout[1]])}
+        column = batch[self.layout[0]]
+        if isinstance(column[0], str):
+            return {"text": column}
+        return {"messages": [[_turn(turn) for turn in turns] for turns in column]}
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {**metrics, "eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))}
+
+
+class PreferenceOptimisation(_LanguageTask):
+    """A chosen answer against a rejected one."""
+
+    name = "dpo"
+    options_class = PreferenceOptions
+    metrics = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    layouts = (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("question", "answer"))
+
+    @classmethod
+    def arguments_class(cls) -> Any:
+        from trl import DPOConfig
+
+        return DPOConfig
+
+    @classmethod
+    def trainer_class(cls) -> Any:
+        from trl import DPOTrainer
+
+        return DPOTrainer
+
+    def _convert(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if "chosen" in self.layout:
+            return {name: batch[name] for name in self.layout}
+        answers = batch[self.layout[1]]
+        wrong = (
+            _other_numbers(answers) if self.options.wrong_answers == "number" else [*answers[1:], answers[0]]
+        )
+        return {
+            "prompt": _asked(batch, self.layout[0]),
+            "chosen": _answered(answers),
+            "rejected": _answered(wrong),
+        }
+
+
+def _asked(batch: Mapping[str, list[Any]], column: str) -> list[list[dict[str, str]]]:
+    """What the user says; an `instruction` is followed by its `input`, where there is one."""
+    extra = batch.get("input") if column == "instruction" else None
+    texts = (
+        batch[column]
+        if extra is None
+        else [f"{text}\n\n{more}" if more else text for text, more in zip(batch[column], extra, strict=True)]
+    )
+    return [[{"role": "user", "content": str(text)}] for text in texts]
+
+
+def _answered(texts: Sequence[Any]) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": str(text)}] for text in texts]
+
+
+def _other_numbers(answers: Sequence[str]) -> list[str]:
+    """The same answers with another last number: a wrong solution that reads like the right one."""
+
+    def change(answer: str) -> str:
+        found = re.search(r"(\d[\d,]*)(?!.*\d)", answer, re.DOTALL)
+        if found is None:
+            raise ValueError(f"no number to change in {answer!r:.60}; set task.wrong_answers=other")
+        number = int(found[1].replace(",", ""))
+        return answer[: found.start()] + str(number + 1 + number // 10) + answer[found.end() :]
+
+    return [change(answer) for answer in answers]
+
+
+def _turn(turn: Any) -> dict[str, str]:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"a turn must have a role and a content, got {turn!r:.60}")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role is None or content is None:
+        raise ValueError(f"a turn must have a role and a content, got keys {', '.join(map(str, turn))}")
+    return {"role": _ROLES.get(str(role), str(role)), "content": str(content)}

@@ -1,0 +1,102 @@
+"""What the text tasks share: the tokenizer and its limits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field
+
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.tasks.base import Task, TaskOptions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+__all__ = ["TextOptions", "TextTask", "load_tokenizer", "map_rows"]
+
+
+class TextOptions(TaskOptions):
+    """Options of the tasks that tokenise by themselves."""
+
+    max_length: int = Field(128, ge=8, description="tokens of an example at most; longer ones are cut")
+
+
+Options = TypeVar("Options", bound=TaskOptions)
+
+
+class TextTask(Task[Options]):
+    """A task over text; the tokenizer is set by `load_preprocessing`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = None
+    """Tokens of an example at most."""
+
+    def default_arguments(self) -> dict[str, Any]:
+        return {"include_num_input_tokens_seen": "non_padding"}  # for tokens per second
+
+    def model_problems(self, config: PretrainedConfig) -> list[str]:
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest is not None and getattr(text, "pad_token_id", None) == 1 and longest in (514, 1026, 4098):
+            longest -= 2  # RoBERTa and its kind count positions from padding_idx + 1
+        if longest is not None and self.max_length is not None and self.max_length > longest:
+            return [f"max_length must be at most the model's {longest} positions, got {self.max_length}"]
+        return []
+
+    def load_preprocessing(self, source: str | None, config: PretrainedConfig) -> None:
+        if source is None:
+            raise ConfigError(
+                ["tokenizer: a model that is initialised from a config needs one; name a folder or hub id"]
+            )
+        self.tokenizer = load_tokenizer(source)
+        text = config.get_text_config()
+        vocabulary = getattr(text, "vocab_size", None)
+        if vocabulary is not None and len(self.tokenizer) > vocabulary:
+            raise ConfigError(
+                [
+                    f"tokenizer: {source!r} has {len(self.tokenizer)} tokens, more than the model's vocab_size "
+                    f"{vocabulary}; use the model's own tokenizer"
+                ]
+            )
+        if getattr(text, "pad_token_id", None) is None:
+            # A decoder with a classification head looks for the last token that is no padding.
+            text.pad_token_id = config.pad_token_id = self.tokenizer.pad_token_id
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with a padding token.
+
+    Args:
+        source: hub id or folder, or the path of a GGUF file.
+
+    Raises:
+        ConfigError: there is none at `source`.
+    """
+    from transformers import AutoTokenizer
+
+    from slimfit_ds.tasks.models import place_of
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place_of(source), use_fast=True)
+    except Exception as error:  # the many ways a tokenizer folder can be wrong
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError([f"tokenizer: cannot load one from {source!r} ({reason})"]) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError([f"tokenizer: {source!r} has neither a padding nor an end token; choose another"])
+    return tokenizer
+
+
+def map_rows(split: Dataset, function: Any, **more: Any) -> Dataset:
+    """`split.map` over batches; kept in memory, so that ranks share no cache file on disk."""
+    return split.map(
+        function,
+        batched=True,
+        remove_columns=split.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="in_memory",
+        **more,
+    )
