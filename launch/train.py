@@ -47,12 +47,20 @@ def main(argv: Sequence[str]) -> int:
 def train(argv: Sequence[str]) -> int:
     """From a recipe to a trained model and its numbers."""
     # 1. The recipe, and everything that can be wrong with it.
+    from slimfit_ds.integrations.output_folder import claim_output, is_finished, write_recipe
     from slimfit_ds.tasks.recipe import read_recipe
     from slimfit_ds.tasks.setup import inspect, make_arguments, weight_dtype
 
     problems: list[str] = []
     recipe, task = read_recipe(argv, problems)
     inputs = inspect(recipe, task, problems)
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    checkpoint = claim_output(values, world_size)
+    output = Path(values["output_dir"]).expanduser()
+    if is_finished(output):
+        show(output)
+        return 0
 
     # 2. The Trainer's arguments. From here on there is a process group.
     import torch
@@ -70,13 +78,14 @@ def train(argv: Sequence[str]) -> int:
     from slimfit_ds.integrations.survival import (
         NonFiniteError,
         NonFiniteSteps,
-        StopOnSignal,
+        StopTogether,
         WholeCheckpoints,
         how_to_go_on,
         name_last_checkpoint,
+        skip_finished_loop,
     )
 
-    stop = StopOnSignal()
+    stop = StopTogether()
     callbacks: list[Any] = [
         NonFiniteSteps(recipe.on_nonfinite, recipe.max_nonfinite),
         stop,
@@ -102,20 +111,23 @@ def train(argv: Sequence[str]) -> int:
         # Many models take keyword arguments and leave `num_items_in_batch` aside: transformers would then multiply
         # their loss by the number of ranks and micro-batches.
         trainer.model_accepts_loss_kwargs = False
+    skip_finished_loop(trainer)
+    if trainer.is_world_process_zero():
+        write_recipe(values, world_size)
     try:
-        with name_last_checkpoint(args.output_dir):
-            result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(recipe, args))
+        with name_last_checkpoint(output):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     except NonFiniteError:
         return NOT_FINITE
     if stop.reason is not None:
         if trainer.is_world_process_zero():
-            print(f"{stop.reason}; {how_to_go_on(args.output_dir)}", file=sys.stderr)
+            print(f"{stop.reason}; {how_to_go_on(output)}", file=sys.stderr)
         return STOPPED
 
     # 6. Evaluate, and write model and numbers.
     metrics = {**result.metrics, **trainer.evaluate()}
     if recipe.export:
-        trainer.save_model(str(Path(args.output_dir, "model")))
+        trainer.save_model(str(output / "model"))
     write_metrics(trainer, task.finish(metrics))
     return 0
 
@@ -129,21 +141,6 @@ def check_loop(trainer: Any, deepspeed: dict[str, Any] | None) -> None:
                 "(use_cpu=true and DS_ACCELERATOR=cpu are enough), or set deepspeed=null"
             ]
         )
-
-
-def checkpoint_to_resume(recipe: Any, args: Any) -> str | None:
-    """The checkpoint that the recipe names, or else the last one of the output folder."""
-    from slimfit_ds.integrations.survival import last_checkpoint
-
-    wanted = recipe.arguments.get("resume_from_checkpoint")
-    if isinstance(wanted, str):
-        return wanted
-    if wanted is False or not Path(args.output_dir).is_dir():
-        return None
-    found = last_checkpoint(args.output_dir)
-    if wanted and found is None:
-        raise ConfigError([f"resume_from_checkpoint: {args.output_dir!r} holds no checkpoint"])
-    return str(found) if found else None
 
 
 def write_metrics(trainer: Any, metrics: dict[str, float]) -> None:
@@ -178,9 +175,16 @@ def write_metrics(trainer: Any, metrics: dict[str, float]) -> None:
         "hardware": hardware(device),
     }
     if trainer.is_world_process_zero():
-        text = json.dumps(content, indent=2)
-        write_atomically(Path(trainer.args.output_dir, "metrics.json"), text + "\n")
-        print(text)
+        write_atomically(Path(trainer.args.output_dir, "metrics.json"), json.dumps(content, indent=2) + "\n")
+        show(Path(trainer.args.output_dir))
+
+
+def show(output: Path) -> None:
+    """Print the numbers of a finished run, once."""
+    if os.environ.get("RANK", "0") == "0":
+        content = json.loads((output / "metrics.json").read_text())
+        numbers = {**content["metrics"], "steps": content["steps"], "peak_bytes": content["peak_bytes"]}
+        print(f"{json.dumps(numbers, indent=2)}\nresults in {output}")
 
 
 def leave_process_group() -> None:

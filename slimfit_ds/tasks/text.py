@@ -38,8 +38,8 @@ class TextTask(Task[Options]):
     def model_problems(self, config: PretrainedConfig) -> list[str]:
         text = config.get_text_config()
         longest = getattr(text, "max_position_embeddings", None)
-        if longest is not None and getattr(text, "pad_token_id", None) == 1 and longest in (514, 1026, 4098):
-            longest -= 2  # RoBERTa and its kind count positions from padding_idx + 1
+        if longest is not None and "roberta" in config.model_type:
+            longest -= text.pad_token_id + 1  # positions are counted from there
         if longest is not None and self.max_length is not None and self.max_length > longest:
             return [f"max_length must be at most the model's {longest} positions, got {self.max_length}"]
         return []
