@@ -167,9 +167,7 @@ def test_image_batches(columns):
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_is_a_function_of_its_chance(name):
     image, change = picture(1, (32, 32)), AUGMENTATIONS[name]
-    results = [
-        np.asarray(change(image, (32, 32), random.Random(seed))).tobytes() for seed in [*range(8), 0]
-    ]
+    results = [np.asarray(change(image, (32, 32), random.Random(seed))).tobytes() for seed in [*range(8), 0]]
     assert results[0] == results[-1]
     assert (len(set(results)) == 1) == (name == "none")
 
