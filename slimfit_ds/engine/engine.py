@@ -103,7 +103,9 @@ class SlimFitEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer):
         if optimizer is None:
             # ZeRO 3 for inference: weights are cut, nothing trains.
-            return super()._configure_zero_optimizer(optimizer)
+            self._linear = ScopedLinear()
+            with self._linear.kept():
+                return super()._configure_zero_optimizer(optimizer)
         slim = self.slimfit_config
         if self.zero_optimization_stage() == ZeroStageEnum.weights:
             self._linear = ScopedLinear()
