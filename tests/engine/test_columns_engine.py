@@ -87,6 +87,37 @@ def test_it_trains_as_a_plain_model_with_masked_gradients_does(one_rank):
     assert 0 < states <= 0.2 * numel + vectors
 
 
+def test_policies_choose_among_narrow_units_as_they_do_without_an_engine(one_rank):
+    model = tiny_bert().eval()
+    plain = copy.deepcopy(model)
+    block = {"freeze": {"policy": "ils", "rate": 0.9, "width": 0.2, "lr_scale": 2.0}}
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0, "torch_adam": True}},
+        "slimfit": block,
+    }
+    engine, *_ = slimfit_ds.initialize(model=model, config=config)
+    engine.eval()
+    handle = slimfit_ds.slim(plain, block)
+    optimizer = torch.optim.AdamW([p for p in plain.parameters()], lr=1e-3, weight_decay=0.0)
+    handle.follow(optimizer)
+    chosen = set()
+    for step in range(6):
+        assert engine.active_layers == handle.active_layers
+        assert engine.active_layers < set(engine.layer_names)
+        chosen.add(engine.active_layers)
+        batch = batch_of(step, 0, 0, size=8)
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        plain(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(chosen) > 2
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(engine.module.state_dict()[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
 def test_places_of_a_checkpoint_that_knew_of_no_rows_are_understood():
     own = {"a.weight": (1, 2, 3, False, None), "words.weight": (1, 2, 3, False, 40)}
     _check_columns({"a.weight": [1, 2, 3, False], "words.weight": [1, 2, 3, False, 40]}, own)

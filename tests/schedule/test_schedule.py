@@ -350,3 +350,23 @@ def test_room_at_counts_elements_before_the_split():
     total = sum(p.numel() for p in model.parameters() if p.dim() > 1) + 5 * 40
     prepare_units(model, FreezeConfig(policy="ils", width=0.1))
     assert room_at(discover(model), "parameters", 0.9).room == pytest.approx(0.1 * total)
+
+
+@pytest.mark.parametrize("values", [{}, {"policy": "ils"}, {"policy": "ils", "width": 0.25}])
+def test_globs_for_the_head_of_a_model_that_ties_it(values):
+    """As in recipes/llama_instruct.yaml."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        tie_word_embeddings=True,
+    )
+    schedule = schedule_of(LlamaForCausalLM(shape), never_active=("*embed_tokens*", "lm_head*"), **values)
+    for _ in range(30):
+        assert "model.embed_tokens.weight" not in schedule.active_names
+        schedule.advance({unit: 1 / (1 + unit) for unit in schedule.active})

@@ -659,3 +659,44 @@ def test_nothing_is_left_on_the_tensors_that_a_model_reads(model, ids):
     del x, out
     gc.collect()
     assert kept() is None
+
+
+def test_only_the_units_that_a_policy_has_chosen_move(model, ids):
+    block = {"freeze": {"policy": "ils", "rate": 0.9, "width": 0.2}}
+    plain = model.state_dict()
+    plain = {name: weight.clone() for name, weight in plain.items()}
+    handle = slimfit_ds.slim(model, block)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    handle.follow(optimizer)
+    seen = set()
+    for _ in range(8):
+        active = handle.active_layers
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model(ids).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        units = {name for name in moved if name in handle.schedule.names}
+        # Of some words there is no gradient; of the rest everything moves that is active.
+        assert units == set(active)
+        narrow = {name for name in active if name.endswith("columns")}
+        # Half of five units of a fifth each; norms and head always.
+        assert len(narrow) == 2
+        assert active - narrow == {"blocks.0.norm.weight", "blocks.1.norm.weight", "head.weight"}
+        seen |= narrow
+    assert seen == {f"{name}.weight_columns" for name in SPLIT}
+    places = column_places(model)
+    handle.remove()
+    for name, weight in model.state_dict().items():
+        changed = weight != plain[name]
+        if name in places:
+            start, stride, count, _, _ = places[name]
+            assert not changed[
+                :,
+                [
+                    c
+                    for c in range(changed.shape[1])
+                    if (c - start) % stride or not 0 <= c - start < stride * count
+                ],
+            ].any()
+        assert changed.any()
