@@ -3,11 +3,10 @@
 The block stands at the top level of the DeepSpeed JSON (DeepSpeed lets unknown top-level keys pass):
 
     {"train_batch_size": 32, "zero_optimization": {"stage": 1},
-     "slimfit": {"freeze": {"policy": "ils", "rate": 0.9},
-                 "activations": {"preset": "minimal"},
-                 "optimizer_states": {"inactive": "host"}}}
+     "slimfit": {"freeze": {"rate": 0.9},
+                 "activations": {"preset": "minimal"}}}
 
-Every field has a default; unknown keys are errors; all errors of a block are reported together.
+Every field has a default, and an empty block is the recommended setting; unknown keys are errors; all errors of a block are reported together.
 """
 
 from __future__ import annotations

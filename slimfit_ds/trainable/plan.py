@@ -123,9 +123,10 @@ def plan_units(
     alone -= whole | excluded
     split = {i: _source(layers[i]) for i in sorted(alone & small) if _splittable(modules[i])}
     words = _words(model, {modules[i]: i for i in sorted(alone)})
+    rows: dict[int, int] = {}
     if width is not None:
         inputs = {i: layers[i].inputs for i in split} | words
-        counts, rows = {i: max(_aligned(round(width * n)), 1) for i, n in inputs.items() if n > 1}, {}
+        counts = {i: max(_aligned(round(width * n)), 1) for i, n in inputs.items() if n > 1}
         wish = f"width {width}"
     else:
         assert rate is not None
@@ -196,7 +197,7 @@ def _words(model: nn.Module, positions: Mapping[nn.Module, int]) -> dict[int, in
     try:
         module = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        embeddings = [each for each in positions if isinstance(each, nn.Embedding)]
+        embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
         module = max(embeddings, key=lambda each: each.weight.numel(), default=None)
     if type(module) is not nn.Embedding or module not in positions:
         return {}

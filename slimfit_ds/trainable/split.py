@@ -135,7 +135,7 @@ def _split_class(whole: type[nn.Module]) -> type[SplitModule]:
 
 def _empty_split(whole: type[nn.Module]) -> SplitModule:
     """For pickle and `copy.deepcopy`: an instance whose attributes follow."""
-    made = _split_class(whole)
+    made = _split_class(whole)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -271,7 +271,7 @@ def _split(module: Any, count: int, rows: int | None, chance: random.Random) -> 
     module.weight.requires_grad_(False)
     module.register_parameter(COLUMNS, nn.Parameter(trained))
     module.split = split
-    module.__class__ = _split_class(type(module))
+    module.__class__ = _split_class(type(module))  # type: ignore[arg-type]
 
 
 def unsplit_columns(model: nn.Module) -> None:

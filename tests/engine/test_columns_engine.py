@@ -100,7 +100,7 @@ def test_policies_choose_among_narrow_units_as_they_do_without_an_engine(one_ran
     engine, *_ = slimfit_ds.initialize(model=model, config=config)
     engine.eval()
     handle = slimfit_ds.slim(plain, block)
-    optimizer = torch.optim.AdamW([p for p in plain.parameters()], lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
     handle.follow(optimizer)
     chosen = set()
     for step in range(6):
