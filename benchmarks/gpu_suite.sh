@@ -44,17 +44,13 @@ part codec_speed "${CODEC_SECONDS:-90}" "$python" benchmarks/activations/codec_s
   --tokens "${TOKENS:-49152}" --repeats 5 --csv "$OUT/codec_speed.csv"
 part step_time "${STEP_SECONDS:-60}" "$python" benchmarks/activations/step_time.py --device "$device" --dtype bf16 \
   --rows "${ROWS:-128}" --csv "$OUT/step_time.csv"
-# What is left of the budget belongs to the comparison, a third of it to the largest batches.
+# What is left of the budget belongs to the comparison.
 left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))")
 chosen=()
 [ -n "${MODELS:-}" ] && chosen+=(--models "$MODELS")
 [ -n "${METHODS:-}" ] && chosen+=(--methods "$METHODS")
 LINES_SHOWN=40 part peers "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/peers.py --device "$device" \
-  --budget-minutes "$("$python" -c "print($left * 2 / 3)")" --seconds 90 --csv "$OUT/peers.csv" "${chosen[@]}"
-if [ "$device" = cuda ]; then
-  part largest_batch "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/largest_batch.py --device cuda \
-    --budget-minutes "$("$python" -c "print($left / 3)")" --csv "$OUT/largest_batch.csv" "${chosen[@]}"
-fi
+  --budget-minutes "$left" --seconds 90 --csv "$OUT/peers.csv" "${chosen[@]}"
 # Some places bring only a handful of files back. Packed elsewhere: tar must not meet its own output.
 packed=$(mktemp)
 tar -C "$OUT" -czf "$packed" . && mv "$packed" "$OUT/results.tar.gz"

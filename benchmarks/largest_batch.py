@@ -1,23 +1,19 @@
-"""The largest batch that fits a card of 24 or 32 GB, for the methods of `peers.py`: simulated, or measured on a GPU.
+"""The largest batch that fits a card of 24 or 32 GB, for the methods of `peers.py`, and their peaks: simulated.
 
-    python benchmarks/largest_batch.py --models bert-base,vit-384,llama-8b           # on fake tensors, no GPU
-    python benchmarks/largest_batch.py --device cuda --budget-minutes 3 --csv out.csv
+    python benchmarks/largest_batch.py --models bert-base,vit-384,llama-8b
 
-Simulated: steps on fake tensors at growing batches, with the CUDA semantics of attention and autocast: a strategy of the
+Steps on fake tensors at growing batches, with the CUDA semantics of attention and autocast: a strategy of the
 planner in its estimator, any other method with its own optimizer. The peak is a line in the batch wherever it stands at
 one place. The largest of several lines bends upwards only, so between two simulated batches their chord lies above it and
-what is found there fits; beyond the last one the line is followed only if the last two stand at one place. Measured: two
-steps at growing batches with torch's allocator capped at the card's size. 600 MB of a card stay free. Adds what
-`benchmarks/results/largest_batch.csv` (`--csv`) lacks.
+what is found there fits; beyond the last one the line is followed only if the last two stand at one place. 600 MB of a
+card stay free. Adds what `benchmarks/results/largest_batch.csv` (`--csv`) lacks.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -179,58 +175,6 @@ def simulate(shape: Shape, name: str, simulator: Simulator, fakes: Process) -> d
     }
 
 
-def largest_within(fits: Callable[[int], bool], known: int = 0, highest: int = 2048) -> int:
-    """Return the largest batch that fits, to within a sixteenth, by doubling, then bisection; 0: none."""
-    low, high = known, None
-    while high is None:
-        candidate = min(max(2 * low, 1), highest)
-        if candidate == low:
-            return low
-        low, high = (candidate, None) if fits(candidate) else (low, candidate)
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-class CappedSteps:
-    """Steps on a GPU with the allocator capped at the size of a card."""
-
-    def __init__(self, shape: Shape, name: str, seed: int):
-        self._shape, self._name, self._seed, self._device = shape, name, seed, torch.device("cuda")
-
-    def largest(self) -> dict[str, Any]:
-        """Return the largest batches, the smallest card first."""
-        # The first step makes all states; under the largest cap, so that what does not fit says so at once.
-        self._cap(max(CARDS.values()))
-        trainer = METHODS[self._name].build(Request(self._shape, self._device, self._seed))
-        found, known = {}, 0
-
-        def fits(batch: int) -> bool:
-            try:
-                inputs = make_batches(self._shape.with_(batch=batch), self._device, 1, self._seed)[0]
-                for _ in range(2):
-                    trainer.step(inputs)
-                torch.cuda.synchronize()
-                return True
-            except torch.OutOfMemoryError:
-                return False
-            finally:
-                trainer.model.zero_grad(set_to_none=True)
-                gc.collect()
-                torch.cuda.empty_cache()
-
-        for card, size in CARDS.items():
-            self._cap(size)
-            known = found[f"largest_{card}"] = largest_within(fits, known)
-        name = torch.cuda.get_device_name()
-        return found | {"how": "measured under an allocator cap", "target": f"cuda, {name}"}
-
-    def _cap(self, size: int) -> None:
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (size - RESERVE) / total), self._device)
-
-
 def tables(csv: str = "largest_batch") -> dict[str, str]:
     """Return the tables of published shapes by their mark."""
     parts, rows = [], Study(csv, ()).rows()
@@ -257,37 +201,24 @@ def tables(csv: str = "largest_batch") -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cpu", help="cpu: simulate; cuda: measure"
-    )
     parser.add_argument("--models", help=f"comma-separated, of: {', '.join(SHAPES)}")
     parser.add_argument("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
-    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no search after that")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", default="largest_batch", help="name of a study, or a path that ends in .csv")
     arguments = parser.parse_args()
-    shapes = choose(arguments.models, shapes_for("cuda"), SHAPES, "models")
-    methods = choose(arguments.methods, [m for m in METHODS if m != "full_again"], METHODS, "methods")
-    study, started = Study(arguments.csv, ("model", "method")), time.monotonic()
-    cells = [(shape, method) for shape in shapes for method in methods]
-    if arguments.device == "cuda":
-        cells.sort(key=lambda cell: METHODS[cell[1]].tier)
+    study = Study(arguments.csv, ("model", "method"))
     with Simulator() as simulator, Process(FakeSteps) as fakes:
-        for shape, method in cells:
-            row: dict[str, Any] = {"model": shape, "method": method}
-            if study.has(row) or time.monotonic() - started > 60 * arguments.budget_minutes:
-                continue
-            try:
-                if arguments.device == "cuda":
-                    with Process(CappedSteps, SHAPES[shape], method, arguments.seed, seconds=90) as capped:
-                        row |= capped.call("largest")
-                else:
+        for shape in choose(arguments.models, shapes_for("cuda"), SHAPES, "models"):
+            for method in choose(arguments.methods, list(METHODS), METHODS, "methods"):
+                row: dict[str, Any] = {"model": shape, "method": method}
+                if study.has(row) or method == "full_again":
+                    continue
+                try:
                     row |= simulate(SHAPES[shape], method, simulator, fakes)
-            except Failed as error:
-                print(f"{shape} {method}: {error}", flush=True)
-                continue
-            study.add(row | machine(arguments.device))
-            print(f"{shape} {method}: {' / '.join(largest_of(row))}", flush=True)
+                except Failed as error:
+                    print(f"{shape} {method}: {error}", flush=True)
+                    continue
+                study.add(row | machine())
+                print(f"{shape} {method}: {' / '.join(largest_of(row))}", flush=True)
 
 
 if __name__ == "__main__":

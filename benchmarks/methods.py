@@ -1,6 +1,6 @@
 """The methods that are compared: full fine-tuning and its thrifty variants, other people's optimizers, and SlimFit.
 
-What the planner knows (`Strategy`) is built from that; GaLore, APOLLO, BAdam, LISA and the optimizers of torchao and
+What the planner knows (`Strategy`) is built from that; GaLore, APOLLO, BAdam and the optimizers of torchao and
 bitsandbytes are built here.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -284,16 +283,14 @@ def galore(request: Request) -> Trainer:
     return PlainTrainer(model, optimizer, autocast=False, states=states)
 
 
-def apollo(request: Request, mini: bool = False) -> Trainer:
-    """APOLLO, bf16 weights: rank h / 4 scaled by channel; mini: rank 1 scaled by tensor."""
+def apollo(request: Request) -> Trainer:
+    """APOLLO, bf16 weights, rank h / 4 scaled by channel."""
     need("apollo_torch", "bitsandbytes")
     from apollo_torch import APOLLOAdamW
 
     model, low, rest, rank = _low_rank(request)
-    options: dict[str, Any] = {"rank": rank, "scale_type": "channel", "scale": 1}
-    if mini:
-        options = {"rank": 1, "scale_type": "tensor", "scale": 128}
-    options |= {"proj": "random", "proj_type": "std", "update_proj_gap": 200}
+    options = {"rank": rank, "update_proj_gap": 200, "scale": 1, "scale_type": "channel"}
+    options |= {"proj": "random", "proj_type": "std"}
     optimizer = APOLLOAdamW([{"params": rest}, {"params": low, **options}], lr=LEARNING_RATE)
     return PlainTrainer(model, optimizer, autocast=False)
 
@@ -320,37 +317,6 @@ def badam(request: Request) -> Trainer:
         return [*optimizer_tensors(base), *optimizer.param_idx2hp.values()]
 
     return PlainTrainer(model, optimizer, autocast=False, states=states)
-
-
-class _Lisa:
-    """LISA (arXiv 2403.17919), our own few lines: two random blocks train, with everything outside of the blocks.
-
-    The AdamW is made anew at each draw, so that no states of sleeping blocks are kept.
-    """
-
-    def __init__(self, model: nn.Module, active: int = 2, interval: int = 20, seed: int = 0):
-        self._model, self._blocks = model, list(find_blocks(model).values())
-        self._active, self._interval, self._random, self._steps = active, interval, random.Random(seed), 0
-        self._draw()
-
-    def _draw(self) -> None:
-        chosen = self._random.sample(self._blocks, min(self._active, len(self._blocks)))
-        for block in self._blocks:
-            block.requires_grad_(any(block is one for one in chosen))
-        self._optimizer = adamw(p for p in self._model.parameters() if p.requires_grad)
-        self.state = self._optimizer.state
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self._steps += 1
-        if self._steps % self._interval == 0:
-            self._draw()
-
-
-def lisa(request: Request) -> Trainer:
-    """LISA with two random blocks, on fp32 weights under autocast."""
-    model = request.model("fp32")
-    return PlainTrainer(model, _Lisa(model, seed=request.seed), autocast=True)
 
 
 @dataclass(frozen=True)
@@ -412,7 +378,6 @@ def _slimfit(label: str, tier: int, strategy: Callable[[Shape], Strategy]) -> Me
 
 METHODS: dict[str, Method] = {
     "full": _always("full: fused AdamW, SDPA, bf16 autocast", 0, _PLAIN),
-    "full_bf16": _always("full, weights and states bf16 (no masters)", 2, _PLAIN.with_(dtype="bf16")),
     "checkpointing": _always("full + gradient checkpointing", 0, _PLAIN.with_(gradient_checkpointing=True)),
     "accumulation": Method("full + accumulation, micro-batch 8", 1, _accumulation),
     "lora": _always("LoRA r 8 (PEFT), bf16 base", 1, _LORA),
@@ -427,9 +392,7 @@ METHODS: dict[str, Method] = {
     ),
     "galore": Method("GaLore, rank h/4", 3, own=galore),
     "apollo": Method("APOLLO, rank h/4", 3, own=apollo),
-    "apollo_mini": Method("APOLLO-Mini, rank 1", 4, own=partial(apollo, mini=True)),
     "badam": Method("BAdam, a block at a time", 3, own=badam, tracked=24),
-    "lisa": Method("LISA, 2 blocks at a time (own lines)", 4, own=lisa, tracked=4),
     "paper": _slimfit("the paper's codecs, our engine", 1, lambda _: ours("paper")),
     "balanced": _slimfit("ours, `balanced`", 0, lambda _: ours("balanced")),
     "lean": _slimfit("ours, `lean`", 1, lambda _: ours("lean")),

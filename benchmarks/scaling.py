@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -335,7 +334,7 @@ def main() -> None:
     parser.add_argument("--rank-worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_worker:
-        sys.exit(rank_worker(arguments.rounds))
+        return rank_worker(arguments.rounds)
     torch.set_num_threads(1)
     for part in filter(None, arguments.parts.split(",")):
         if part not in METHODS_OF:
