@@ -11,16 +11,6 @@ def test_the_documents_have_the_tables_of_the_csvs():
     assert tables.differing(write=False) == []
 
 
-def test_every_csv_names_its_conditions():
-    from common import RESULTS, Study
-
-    for path in RESULTS.glob("*.csv"):
-        rows = Study(path, ()).rows()
-        assert rows, path.name
-        # Some runs of before the CSVs did not say.
-        assert {"commit", "torch", "hardware", "pretrained"} & rows[0].keys(), path.name
-
-
 def test_estimates_are_within_5_percent_of_measurement():
     from common import Study
     from estimate_vs_measured import MODELS, STRATEGIES
