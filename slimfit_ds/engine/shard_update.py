@@ -12,10 +12,9 @@ from slimfit_ds.activations.codecs.triton_support import runs_in_triton
 from slimfit_ds.engine.checkpoint_files import Shard, ShardReader
 from slimfit_ds.engine.sharding import Piece, Unit, pieces
 from slimfit_ds.optim.config import OptimizerStatesConfig
-from slimfit_ds.optim.rounding import stochastic_round_bf16
+from slimfit_ds.optim.low_bit import stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
-from slimfit_ds.optim.state_store import LayerState, StateStore
-from slimfit_ds.optim.unit_states import UnitStates
+from slimfit_ds.optim.states import LayerState, StateStore, UnitStates
 from slimfit_ds.schedule.statistics import Statistic, of_layers
 
 __all__ = ["ShardUpdater"]

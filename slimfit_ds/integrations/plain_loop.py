@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
-from slimfit_ds.optim.host_states import HostStates
 from slimfit_ds.optim.rules import rule_of
+from slimfit_ds.optim.states import HostStates
 from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
 from slimfit_ds.schedule.statistics import STATISTICS
 from slimfit_ds.trainable.split import adopt_columns, unsplit_columns

@@ -1,6 +1,7 @@
-"""8-bit storage of Adam's moments, by torchao's block-wise dynamic quantisation.
+"""Storage in fewer bits: Adam's moments in 8 bits, and bfloat16 weights that keep learning without a float32 master.
 
-Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
+The moments go through torchao's block-wise dynamic quantisation. Source: Dettmers et al., "8-bit Optimizers via Block-wise
+Quantization", arXiv 2110.02861.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "dequantize", "quantize"]
+__all__ = ["BLOCK", "dequantize", "quantize", "stochastic_round_bf16"]
 
 BLOCK = 256
 """Elements that share a scale."""
@@ -37,3 +38,21 @@ def dequantize(codes: Tensor, scale: Tensor, numel: int, signed: bool) -> Tensor
     from torchao.optim.quant_utils import dequant_with_qmap
 
     return dequant_with_qmap(codes, _map(signed, codes.device), scale)[:numel]
+
+
+def stochastic_round_bf16(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Round to one of the two neighbouring bfloat16 numbers, up with the probability of the remainder.
+
+    The expected result is the input. A float32 is a bfloat16 with 16 more mantissa bits: random
+    noise of 16 bits is added below the cut, and the carry rounds.
+
+    Args:
+        values: float32, any shape; not changed. Infinities and NaN stay what they are.
+        generator: source of the noise, on the device of `values`.
+    """
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(
+        0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
+    rounded = ((bits + noise) & ~0xFFFF).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)

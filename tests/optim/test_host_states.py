@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slimfit_ds
-from slimfit_ds.optim import host_states
-from slimfit_ds.optim.host_states import HostStates
+from slimfit_ds.optim import states
+from slimfit_ds.optim.states import HostStates
 
 
 def model() -> torch.nn.Module:
@@ -52,7 +52,7 @@ def where(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> set[str]
 
 def test_values_are_those_of_an_optimizer_that_moves_nothing(monkeypatch):
     """On the CPU nothing would move: another name for the host makes everything take the way through the buffers."""
-    monkeypatch.setattr(host_states, "_HOST", torch.device("cpu", 0))
+    monkeypatch.setattr(states, "_HOST", torch.device("cpu", 0))
 
     def train(inactive):
         net = model()

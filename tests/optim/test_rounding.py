@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from slimfit_ds.optim.rounding import stochastic_round_bf16
+from slimfit_ds.optim.low_bit import stochastic_round_bf16
 
 
 def test_result_is_a_neighbour_and_right_on_average():

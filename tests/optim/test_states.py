@@ -6,8 +6,7 @@ import torch
 from slimfit_ds.optim import low_bit
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import RULES
-from slimfit_ds.optim.state_store import LayerState, StateStore
-from slimfit_ds.optim.unit_states import UnitStates
+from slimfit_ds.optim.states import LayerState, StateStore, UnitStates
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 
