@@ -131,7 +131,6 @@ TABLE: tuple[Name, ...] = (
         "engine",
         "a method that is overridden and never called: frozen layers move, or the norm is wrong",
         _configure_basic_optimizer="model_parameters",
-        _configure_optimizer="client_optimizer model_parameters",
         _configure_zero_optimizer="optimizer",
         _do_optimizer_sanity_check="basic_optimizer",
         _scheduler_from_config="optimizer",
@@ -252,7 +251,7 @@ TABLE: tuple[Name, ...] = (
     ),
     *_fields(
         PARTITION,
-        ("engine", "trainable"),
+        ("engine",),
         "a weight that ZeRO 3 has cut is taken for a whole one of no elements",
         "ds_id",
         "ds_tensor",

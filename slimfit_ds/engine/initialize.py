@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from slimfit_ds import private_names
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.compatibility import config_problems
@@ -103,6 +104,7 @@ def initialize(
     from slimfit_ds.engine.engine import SlimFitEngine
     from slimfit_ds.engine.weights import whole
 
+    private_names.check()
     prepare_units(model, slim.freeze, whole)
     arguments["model_parameters"] = _with_columns(model, arguments.get("model_parameters"))
     adopt_columns(model, getattr(arguments.get("optimizer"), "param_groups", ()))

@@ -21,7 +21,6 @@ from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import Unit
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import rule_of
-from slimfit_ds.schedule.statistics import STATISTICS
 
 __all__ = ["FreezeOptimizer"]
 
@@ -65,11 +64,11 @@ class FreezeOptimizer:
             self.units,
             self.optimizer,
             rule_of(self.optimizer),
-            None if static else STATISTICS["relative_update"],
             states or config.optimizer_states,
             device,
             seed=config.freeze.seed,
             rank=rank,
+            measures=not static,
         )
         self.layer_statistics: dict[int, float] = {}
         self._group = group

@@ -15,7 +15,7 @@ from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.low_bit import stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
 from slimfit_ds.optim.states import LayerState, StateStore, UnitStates
-from slimfit_ds.schedule.statistics import Statistic, of_layers
+from slimfit_ds.schedule.statistics import of_units, sum_of_update
 
 __all__ = ["ShardUpdater"]
 
@@ -30,11 +30,11 @@ class ShardUpdater:
         units: every unit that may train; `units[i].index == i`.
         optimizer: its parameter groups hold the hyperparameters; its own step is never called.
         rule: the update rule that does what this optimizer would do.
-        statistic: the measure of an update; None: nothing is measured.
         config: residency, precision and staleness of the states.
         device: where updates are worked out and active states live.
         seed: seed of stochastic rounding.
         rank: position of this rank among the shards.
+        measures: whether the statistic of each update is worked out.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class ShardUpdater:
         units: Sequence[Unit],
         optimizer: torch.optim.Optimizer,
         rule: UpdateRule,
-        statistic: Statistic | None,
         config: OptimizerStatesConfig,
         device: torch.device,
         seed: int = 0,
         rank: int = 0,
+        measures: bool = True,
     ):
         self.units = list(units)
         self.step_count = 0
         self._optimizer = optimizer
         self._rule = rule
-        self._statistic = statistic
+        self._measures = measures
         self._config = config
         self.device = device
         self._seed = seed
@@ -83,7 +83,7 @@ class ShardUpdater:
             factor: what gradients are multiplied by first (loss scale, clipping).
 
         Returns:
-            Unit index -> partial sums of the statistic `[columns]`, of layers with a stretch here.
+            Unit index -> sum of the statistic `[]`, of units with a shard here.
         """
         self._rounding.manual_seed((self._seed << 20) + self.step_count * 4096 + self._rank)
         sums: dict[int, Tensor] = {}
@@ -127,17 +127,14 @@ class ShardUpdater:
         steps = [state.step for state in states]
         # Every rule's update is proportional to the learning rate.
         scales = [self.lr_factors.get(piece.unit.layer, 1.0) for piece in bucket]
-        measured = self._statistic
-        if (
-            self._rule.fused is not None
-            and (measured is None or measured.sums)
-            and runs_in_triton(updates[0])
-        ):
+        if self._rule.fused is not None and runs_in_triton(updates[0]):
             found = self._rule.fused(updates, weights, moments, steps, options, factor=factor, scales=scales)
-            if measured is not None:
-                self._add(bucket, found[:, list(measured.sums)], sums)
         else:
-            self._step_in_torch(bucket, updates, weights, moments, steps, options, factor, scales, sums)
+            found = self._step_in_torch(updates, weights, moments, steps, options, factor, scales)
+        if self._measures:
+            for piece, part in zip(bucket, found, strict=True):
+                index = piece.unit.index
+                sums[index] = sums[index] + part if index in sums else part
         self._layout.store(states, moments)
         for shard, weight in zip(shards, weights, strict=True):
             if shard.data_ptr() == weight.data_ptr():
@@ -148,7 +145,6 @@ class ShardUpdater:
 
     def _step_in_torch(
         self,
-        bucket: Sequence[Piece],
         updates: list[Tensor],
         weights: list[Tensor],
         moments: Mapping[str, Sequence[Tensor]],
@@ -156,48 +152,23 @@ class ShardUpdater:
         options: Mapping[str, Any],
         factor: float,
         scales: Sequence[float],
-        sums: dict[int, Tensor],
-    ) -> None:
+    ) -> list[Tensor]:
         """Turn gradients into updates in place, measure them, and add them to the weights."""
         if factor != 1.0:
             torch._foreach_mul_(updates, factor)
-        statistic = self._statistic
-        if statistic is not None and statistic.of_gradient:
-            self._measure(statistic, bucket, updates, weights, sums)
         self._rule.update(updates, weights, moments, steps, options)
         for update, scale in zip(updates, scales, strict=True):
             if scale != 1.0:
                 update.mul_(scale)
-        if statistic is not None and not statistic.of_gradient:
-            self._measure(statistic, bucket, updates, weights, sums)
+        sums = [sum_of_update(*pair) for pair in zip(updates, weights, strict=True)] if self._measures else []
         torch._foreach_add_(weights, updates)
-
-    def _measure(
-        self,
-        statistic: Statistic,
-        bucket: Sequence[Piece],
-        changes: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        sums: dict[int, Tensor],
-    ) -> None:
-        """Add up the statistic of updates or gradients, before the weights change."""
-        layers = [i for i, piece in enumerate(bucket) if piece.unit.layer is not None]
-        parts = [statistic.of_update(changes[i], weights[i]) for i in layers]
-        self._add([bucket[i] for i in layers], parts, sums)
-
-    @staticmethod
-    def _add(bucket: Sequence[Piece], parts: Iterable[Tensor], sums: dict[int, Tensor]) -> None:
-        """Add partial sums of the statistic of each piece to those of its unit, if that is a layer."""
-        for piece, part in zip(bucket, parts, strict=True):
-            if piece.unit.layer is not None:
-                known = sums.get(piece.unit.index)
-                sums[piece.unit.index] = part if known is None else known + part
+        return sums
 
     def statistic_sums(self, units: Sequence[Unit], sums: Mapping[int, Tensor]) -> Tensor:
-        """Return the partial sums of all layers among these units, in order, as one message `[layers * columns]`."""
-        empty = torch.zeros(0 if self._statistic is None else self._statistic.columns, device=self.device)
-        parts = [sums.get(unit.index, empty) for unit in units if unit.layer is not None]
-        return torch.cat(parts) if parts else empty[:0]
+        """Return the sums of all layers among these units, in order, as one message; empty if nothing is measured."""
+        zero = torch.zeros((), device=self.device)
+        parts = [sums.get(unit.index, zero) for unit in units if unit.layer is not None and self._measures]
+        return torch.stack(parts) if parts else zero[None][:0]
 
     def statistics(
         self, stepped: Sequence[Unit], active: Sequence[Unit], everyone: Tensor
@@ -207,19 +178,19 @@ class ShardUpdater:
         Args:
             stepped: the units that were updated.
             active: all units that could have been.
-            everyone: the messages of all ranks in rank order `[ranks, layers * columns]`.
+            everyone: the messages of all ranks in rank order `[ranks, layers]`.
         """
-        if self._statistic is None:
+        if not self._measures:
             return {}
         layers = [unit.layer for unit in stepped if unit.layer is not None]
         # Added in rank order and in float64: the same bits on every rank.
-        totals = everyone.double().sum(0).view(-1, self._statistic.columns).tolist()
+        totals = everyone.double().sum(0).tolist()
         sizes = {
             unit.layer: unit.numel
             for unit in active
             if unit.layer is not None and float(self._options(unit)["lr"]) != 0.0
         }
-        return of_layers(self._statistic, dict(zip(layers, totals, strict=True)), sizes)
+        return of_units(dict(zip(layers, totals, strict=True)), sizes)
 
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""

@@ -26,24 +26,9 @@ from slimfit_ds.engine.optimizer import FreezeOptimizer
 from slimfit_ds.engine.sharding import PartitionedUnit, build_units, squared_norm
 from slimfit_ds.trainable.units import ParameterRoles
 
-__all__ = ["NEEDED", "FreezeZero3Optimizer", "Setting", "configure_zero3"]
+__all__ = ["FreezeZero3Optimizer", "Setting", "configure_zero3"]
 
 _REDUCE_BUCKET = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
-
-# Methods of DeepSpeed's class that are overridden or called here: if one of them is gone, frozen layers
-# would silently move.
-NEEDED = (
-    _REDUCE_BUCKET,
-    "_partition_all_parameters",
-    "_post_step",
-    "_pre_step",
-    "_setup_for_real_optimizer",
-    "get_param_comm_dtype",
-    "independent_gradient_partition_epilogue",
-    "partition_grads",
-    "reduce_ready_partitions_and_remove_grads",
-    "zero_grad",
-)
 
 
 @dataclass(frozen=True)
@@ -222,11 +207,6 @@ def configure_zero3(
         stock_configure: DeepSpeed's `_configure_zero_optimizer`.
         optimizer: the torch optimizer that carries the hyperparameters.
     """
-    missing = [name for name in NEEDED if not hasattr(DeepSpeedZeroOptimizer_Stage3, name)]
-    if missing:
-        raise RuntimeError(
-            f"DeepSpeedZeroOptimizer_Stage3 of this DeepSpeed lacks {missing}; install deepspeed==0.19.*"
-        )
     setting = Setting(
         engine.slimfit_config,
         engine.roles,

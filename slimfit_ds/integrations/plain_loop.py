@@ -8,16 +8,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimfit_ds import private_names
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
 from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
-from slimfit_ds.schedule.statistics import STATISTICS
+from slimfit_ds.schedule.statistics import of_units, sum_of_move
 from slimfit_ds.trainable.split import adopt_columns, unsplit_columns
 from slimfit_ds.trainable.units import discover
 
 __all__ = ["SlimHandle", "slim"]
+
+
+class _ScaledRates:
+    """Learning rates of single parameters for the length of a step, by parameter groups of their own."""
+
+    def __init__(self) -> None:
+        self._groups: list[dict[str, Any]] = []
+        self._split: list[list[dict[str, Any]]] = []
+
+    def scale(self, optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
+        """Multiply the learning rates of these parameters.
+
+        Raises:
+            ValueError: the optimizer has no learning rate to multiply.
+        """
+        self.restore(optimizer)
+        if not factors:
+            return
+        for group in optimizer.param_groups:
+            parts: dict[float, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                parts.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+            if group.get("lr") is None:
+                raise ValueError(
+                    f"{type(optimizer).__name__} works out its learning rate itself, so layers cannot have one of their "
+                    f"own: give it a rate, or set slimfit.freeze lr_scale, always_lr_scale and embedding_lr_scale to 1"
+                )
+            self._split.append(
+                [{**group, "params": part, "lr": group["lr"] * factor} for factor, part in parts.items()]
+            )
+        self._groups = list(optimizer.param_groups)
+        # In place: schedulers and wrappers hold the list.
+        optimizer.param_groups[:] = [part for parts in self._split for part in parts]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the groups back; what the optimizer has written into them (some count their steps there) stays."""
+        if not self._groups:
+            return
+        for group, parts in zip(self._groups, self._split, strict=True):
+            for part in parts:
+                group.update({key: value for key, value in part.items() if key not in ("params", "lr")})
+        optimizer.param_groups[:] = self._groups
+        self._groups, self._split = [], []
 
 
 class SlimHandle:
@@ -35,7 +79,6 @@ class SlimHandle:
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
-        self._statistic = STATISTICS["relative_update"]
         small = [model.get_parameter(name) for name in roles.small]
         self._biases, self._small = (small, []) if config.freeze.train_biases else ([], small)
         self.schedule = FreezeSchedule(roles, config.freeze)
@@ -47,9 +90,8 @@ class SlimHandle:
         self._host_states = HostStates(self._parameters) if inactive == "host" else None
         self._stale_moments = config.optimizer_states.stale_moments
         self._before: dict[int, Tensor] = {}
-        self._sums: dict[int, Tensor] = {}
-        self._stretched: list[tuple[nn.Parameter, Tensor, float]] = []
-        self._still: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        self._rates = _ScaledRates()
         self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
         self._hooks: list[Any] = []
         for parameter in self._small:
@@ -67,13 +109,13 @@ class SlimHandle:
         """Move on to the next active set after each step of an optimizer.
 
         Any optimizer that skips parameters without a gradient will do, as those of torch do: a frozen
-        layer has none. The active weights (not all of them) are copied for the length of a step, to
-        measure how far they moved and to give them a learning rate of their own; the DeepSpeed engine needs no copy.
+        layer has none. Where units are chosen by how far they moved, the active weights (not all of them) are copied
+        for the length of a step; the DeepSpeed engine needs no copy.
 
         Args:
             optimizer: steps this model.
-            combine: makes the sums of the statistic `[layers, columns]`, float32, of this process those of all
-                processes; None: this process is alone.
+            combine: makes the sums of the statistic `[layers]`, float32, of this process those of all processes;
+                None: this process is alone.
 
         Returns:
             This handle.
@@ -94,25 +136,22 @@ class SlimHandle:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        factors = self.schedule.lr_factors()
         active = sorted(self.schedule.active)
         present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
-        self._age(optimizer, present)
-        self._sums = {}
-        self._before = {layer: parameter.clone() for layer, parameter in present.items()}
-        self._stretched = [
-            (self._parameters[layer], old, factors[layer])
-            for layer, old in self._before.items()
-            if factors[layer] != 1.0
-        ]
+        factors = self.schedule.lr_factors()
+        scaled = {p: factors[layer] for layer, p in present.items() if factors[layer] != 1.0}
         if factors[None] != 1.0:
-            self._stretched += [(p, p.clone(), factors[None]) for p in self._biases if p.grad is not None]
-        self._still = {
-            id(parameter)
-            for group in optimizer.param_groups
-            if float(group["lr"]) == 0.0
-            for parameter in group["params"]
-        }
+            scaled |= {p: factors[None] for p in self._biases if p.grad is not None}
+        if not self.schedule.is_static:
+            self._age(optimizer, present)
+            self._before = {layer: parameter.clone() for layer, parameter in present.items()}
+            still = {p for g in optimizer.param_groups if float(g["lr"]) == 0.0 for p in g["params"]}
+            self._sizes = {
+                layer: self._parameters[layer].numel()
+                for layer in active
+                if self._parameters[layer] not in still
+            }
+        self._rates.scale(optimizer, scaled)
 
     def _age(self, optimizer: torch.optim.Optimizer, present: Mapping[int, nn.Parameter]) -> None:
         """What becomes of the moments of layers that have missed steps."""
@@ -134,28 +173,19 @@ class SlimHandle:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._rates.restore(optimizer)
         before, self._before = self._before, {}
-        stretched, self._stretched = self._stretched, []
         # A fused optimizer finds out on the device whether a loss scaler lets it step; a skipped step is tried
         # again with the same layers.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and float(overflow):
             return
-        # An update is proportional to the learning rate, so the step may be stretched after it was made.
-        for parameter, old, factor in stretched:
-            parameter.copy_(torch.lerp(old, parameter, factor))
-        self._sums = {
-            layer: self._statistic.of_move(old, self._parameters[layer]) for layer, old in before.items()
-        }
+        if self.schedule.is_static:
+            self.schedule.advance({})
+            return
+        sums = [sum_of_move(old, self._parameters[layer]) for layer, old in before.items()]
         # One transfer for all layers.
-        totals = self._combine(torch.stack([*self._sums.values()])).tolist() if self._sums else []
-        # A layer that took no part in the forward pass did not move.
-        statistics = dict.fromkeys(self.schedule.active - self._sums.keys(), 0.0)
-        for layer, total in zip(self._sums, totals, strict=True):
-            statistics[layer] = self._statistic.finish(total, self._parameters[layer].numel())
-        # A rate of zero (the first step of a warm-up) says nothing about how much a layer has to learn.
-        self.advance(
-            {layer: s for layer, s in statistics.items() if id(self._parameters[layer]) not in self._still}
-        )
+        totals = self._combine(torch.stack(sums)).tolist() if sums else []
+        self.advance(of_units(dict(zip(before, totals, strict=True)), self._sizes))
 
     def advance(self, statistics: Mapping[int, float]) -> None:
         """Count a step and freeze all but the next active set; `follow` calls this."""
@@ -215,4 +245,5 @@ def slim(model: nn.Module, config: SlimFitConfig | Mapping[str, Any] | None = No
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
         handle.follow(optimizer)
     """
+    private_names.check()
     return SlimHandle(model, SlimFitConfig.parse(config))

@@ -37,7 +37,7 @@ class UpdateRule:
     unsupported: tuple[str, ...] = ()
     """Options of the torch optimizer that must be off."""
     fused: Callable[..., Tensor] | None = None
-    """The update, its addition to the weights and the sums of statistics in one kernel: `triton_adam.adam_step`."""
+    """The update, its addition to the weights and the sums of the statistic in one kernel: `triton_adam.adam_step`."""
 
 
 def _adam_update(

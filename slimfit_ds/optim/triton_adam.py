@@ -2,7 +2,7 @@
 
 Unfused, a step is a dozen passes over the active layers and the statistic four more. Here each element of gradient,
 weight and moments is read once: the kernel finds the tensor of its block in a table of addresses, steps it in place
-and leaves one partial sum of each statistic per block.
+and leaves one partial sum of the statistic per block.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def _adam_kernel(
     # Elements outside have weight 0 and update 0: they add nothing.
     magnitude = tl.abs(update)
     share = magnitude / tl.maximum(tl.maximum(magnitude, tl.abs(weight)), tiny)
-    tl.store(sums_ptr + 3 * block, tl.sum(share))
-    tl.store(sums_ptr + 3 * block + 1, tl.sum(update * update))
-    tl.store(sums_ptr + 3 * block + 2, tl.sum(weight * weight))
+    tl.store(sums_ptr + block, tl.sum(share))
 
 
 def adam_step(
@@ -99,8 +97,8 @@ def adam_step(
         scales: of each tensor's update; default: all 1.
 
     Returns:
-        fp32 [tensors, 3] on the device: sums of |dW| / max(|W|, |dW|), dW^2 and W^2 over the elements, W before the
-        step (`Statistic.sums`). Nothing waits for the device.
+        fp32 [tensors] on the device: sum of |dW| / max(|W|, |dW|) over the elements, W before the step
+        (`schedule.statistics`). Nothing waits for the device.
     """
     beta1, beta2 = options["betas"]
     lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
@@ -117,7 +115,7 @@ def adam_step(
     ]
     lengths = torch.tensor(counts)
     owner = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(lengths)
-    sums = torch.empty(first_block, 3, device=device)
+    sums = torch.empty(first_block, device=device)
     with torch.cuda.device_of(gradients[0]):
         _adam_kernel[(first_block,)](
             _sent(torch.tensor(addresses), device),

@@ -157,8 +157,9 @@ def test_engine(one_rank, preset):
 
 @pytest.mark.parametrize("freeze", [{"policy": "auto", "rate": 0.5}, {"policy": "none"}])
 def test_what_is_static_is_not_measured(one_rank, freeze):
-    """The engine reads the norm of the gradients."""
+    """The engine reads the norm of the gradients, the plain loop nothing at all."""
     assert sum(reads_of_a_step(engine_step, 2, "exact", {"freeze": freeze}).values()) == 1
+    assert sum(reads_of_a_step(slim_step, 2, "exact", {"freeze": freeze}).values()) == 0
 
 
 @pytest.mark.parametrize("make", [slim_step, engine_step])

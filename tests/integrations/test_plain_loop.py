@@ -49,15 +49,16 @@ def test_frozen_layers_stay_and_all_layers_train_in_turn(preset):
 
 def test_the_statistic_is_how_far_the_weight_moved():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    handle = slimfit_ds.slim(model, {"freeze": {"policy": "none"}})
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "ils", "rate": 0.5}})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle.follow(optimizer)
-    old = model[0].weight.detach().clone().double()
+    (active,) = handle.schedule.active
+    old = model[active].weight.detach().clone().double()
     model(torch.randn(3, 4)).square().sum().backward()
     optimizer.step()
-    moved = (model[0].weight.detach().double() - old).abs()
+    moved = (model[active].weight.detach().double() - old).abs()
     expected = (moved / torch.maximum(moved, old.abs())).mean().item()
-    assert handle.schedule.statistics[0] == pytest.approx(expected, rel=1e-4)
+    assert handle.schedule.statistics == {active: pytest.approx(expected, rel=1e-4)}
 
 
 def test_remove_restores_the_model():
@@ -150,3 +151,47 @@ def test_moments_of_a_layer_that_returns(stale):
                 weight.data.copy_(kept)
     for name in references:
         torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def test_rates_of_single_layers_leave_the_groups_as_they_were():
+    """What schedulers hold stays; what the optimizer counts in its groups is kept; nothing is copied."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+            return super().step(closure)
+
+    model = two_layers()
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "none", "lr_scale": 2.0, "always_lr_scale": 0.5}})
+    optimizer = Counting(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    handle.follow(optimizer)
+    groups, parameters = optimizer.param_groups, list(optimizer.param_groups[0]["params"])
+    for step in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.ones(3, 4)).square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        rate = 0.1 * 0.5**step
+        for p, old, gradient in zip(model.parameters(), before, gradients, strict=True):
+            factor = 2.0 if p.dim() == 2 else 0.5
+            torch.testing.assert_close(p.detach(), old - rate * factor * gradient)
+        optimizer.zero_grad()
+        scheduler.step()
+        assert optimizer.param_groups is groups
+        assert len(groups) == 1
+        assert all(a is b for a, b in zip(groups[0]["params"], parameters, strict=True))
+        assert groups[0]["count"] == step + 1
+        assert groups[0]["lr"] == pytest.approx(rate / 2)
+
+
+def test_an_optimizer_without_a_rate_cannot_have_one_for_single_layers():
+    model = two_layers()
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "none", "lr_scale": 2.0}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    handle.follow(optimizer)
+    model(torch.ones(3, 4)).sum().backward()
+    with pytest.raises(ValueError, match="SGD works out its learning rate itself"):
+        optimizer.step()
