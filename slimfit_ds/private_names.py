@@ -256,11 +256,11 @@ TABLE: tuple[Name, ...] = (
         "ds_id",
         "ds_tensor",
         "ds_numel",
-        "ds_shape",
         "ds_status",
         "ds_process_group",
         "partition_numel",
     ),
+    *_fields(PARTITION, ("trainable",), "a cut weight is taken for a vector: it is not frozen", "ds_shape"),
     Name(
         "deepspeed.runtime.zero.linear",
         "zero3_linear_wrap",
