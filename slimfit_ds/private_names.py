@@ -294,7 +294,7 @@ TABLE: tuple[Name, ...] = (
     Name(
         "torch._C",
         "_current_graph_task_id",
-        ("memory", "activations"),
+        ("memory",),
         "phases of a step are told apart wrongly",
     ),
     Name(
@@ -313,9 +313,10 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch", "_softmax_backward_data", ("activations",), "an AttributeError in the backward pass"),
     *(
-        Name("torch", f"_foreach_{name}", ("optim", "engine"), "an AttributeError in the first step")
-        for name in (*("add_", "addcmul_", "copy_", "div_", "lerp_", "mul", "mul_", "norm", "sqrt"),)
+        Name("torch", f"_foreach_{name}", ("optim",), "an AttributeError in the first step")
+        for name in ("add_", "addcmul_", "copy_", "div_", "lerp_", "mul", "mul_", "sqrt")
     ),
+    Name("torch", "_foreach_norm", ("engine",), "an AttributeError in the first step"),
     *_fields(
         "torch.optim.lr_scheduler",
         ("engine",),
@@ -327,13 +328,6 @@ TABLE: tuple[Name, ...] = (
         "torch.nn.modules.module", ("activations",), "compiled blocks keep stale weights", "_parameters"
     ),
     Name(
-        "torch.nn:Module",
-        "_register_state_dict_hook",
-        ("trainable",),
-        "state dicts hold columns beside the weights",
-        ("self", "hook"),
-    ),
-    Name(
         "torch.nn:Module", "_apply", ("planner",), "`plan` allocates real memory", ("self", "fn", "recurse")
     ),
     Name("torch.nn.modules.conv", "_ConvNd", ("trainable",), "an AttributeError"),
@@ -343,6 +337,19 @@ TABLE: tuple[Name, ...] = (
         ("integrations",),
         "DDP sends gradients of frozen layers, or waits for them for ever",
         "_ddp_params_and_buffers_to_ignore",
+    ),
+    Name(
+        "torch.distributed.distributed_c10d",
+        "_set_pg_timeout",
+        ("integrations",),
+        "a hung rank is noticed after half an hour",
+        ("timeout", "group"),
+    ),
+    Name(
+        "torch.distributed.distributed_c10d",
+        "_world",
+        ("integrations",),
+        "a hung rank is noticed after half an hour",
     ),
     Name("torch.distributed", "_all_gather_base", ("memory",), "traffic of a collective is not counted"),
     Name("torch.distributed", "_reduce_scatter_base", ("memory",), "traffic of a collective is not counted"),
@@ -393,6 +400,12 @@ TABLE: tuple[Name, ...] = (
         ("integrations",),
         "problems of the slimfit block come one by one, and late",
         ("self", "args", "model", "num_training_steps"),
+    ),
+    Name(
+        "transformers.trainer:Trainer",
+        "_run_epoch",
+        ("integrations",),
+        "a finished run that resumes takes a step more",
     ),
     # torchao.
     Name("torchao.optim.quant_utils", "create_dynamic_map", ("optim",), "no 8-bit states", ("signed",)),

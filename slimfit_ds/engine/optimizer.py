@@ -73,7 +73,7 @@ class FreezeOptimizer:
         self.layer_statistics: dict[int, float] = {}
         self._group = group
         self._world = dist.get_world_size(group=group)
-        self._active = list(self.units)
+        self._active: list[Any] = list(self.units)
         self._reduced: dict[int, Tensor] = {}
         """Unit -> own shard of its reduced gradient."""
         self._must_be_finite = torch.zeros(())

@@ -127,6 +127,7 @@ class ShardUpdater:
         steps = [state.step for state in states]
         # Every rule's update is proportional to the learning rate.
         scales = [self.lr_factors.get(piece.unit.layer, 1.0) for piece in bucket]
+        found: Iterable[Tensor]
         if self._rule.fused is not None and runs_in_triton(updates[0]):
             found = self._rule.fused(updates, weights, moments, steps, options, factor=factor, scales=scales)
         else:
