@@ -21,7 +21,7 @@ from shapes import Shape
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slimfit_ds.activations.blocks import find_blocks
+from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded
 from slimfit_ds.memory.tracker import Roots, optimizer_tensors
 from slimfit_ds.planner.strategies import Strategy, slimfit_block

@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from slimfit_ds.activations.apply import compress
-from slimfit_ds.activations.blocks import find_blocks
 from slimfit_ds.activations.config import PRESETS, ActivationsConfig
+from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.memory.saved import SavedActivations
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

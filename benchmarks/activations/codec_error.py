@@ -2,7 +2,7 @@
 
     python benchmarks/activations/codec_error.py
 
-Softmax probabilities (`uint8`, `ufixed8`) are rows of softmax(3 N(0, 1)) over 128 positions; bytes are those of a bf16
+Softmax probabilities (`ufixed8`) are rows of softmax(3 N(0, 1)) over 128 positions; bytes are those of a bf16
 tensor. Adds what `benchmarks/results/codec_error.csv` (`--csv`) lacks.
 """
 
@@ -33,13 +33,8 @@ def cases(x: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor, dict[str, Any]]
             for function in ACTIVATIONS:
                 slope = ACTIVATIONS[function].derivative(x.double())
                 yield name, f"f'(N(0,1)), f = {function}", x, slope, {"activation": function}
-        elif name in ("uint8", "ufixed8"):
+        elif name == "ufixed8":
             yield name, "softmax(3 N(0,1))", probabilities, probabilities, {}
-        elif name == "mask":
-            yield name, "booleans", x > 0, x > 0, {}
-        elif name.startswith("int"):
-            for rounding in ("nearest", "stochastic"):
-                yield name, "N(0,1)", x, x, {"rounding": rounding}
         else:
             yield name, "N(0,1)", x, x, {}
 

@@ -51,16 +51,15 @@ def codecs() -> dict[str, Any]:
     names = [name for name in codec_names() if name != "exact"]
     found = {n: get_codec(n) for n in names if not n.startswith("step")}
     found |= {f"{n} (gelu)": get_codec(n, activation="gelu") for n in names if n.startswith("step")}
-    found |= {"int8 stochastic": get_codec("int8", rounding="stochastic")}
     return dict(sorted(found.items()))
 
 
-def measure(codec: Any, x: Tensor, boolean: bool, repeats: int) -> dict[str, float]:
+def measure(codec: Any, x: Tensor, repeats: int) -> dict[str, float]:
     """Return bytes per element and seconds of encoding and decoding `x` [tokens, hidden], in turns with copies."""
-    target, data = torch.empty_like(x), x > 0 if boolean else x
-    kept = codec.encode(data)
+    target = torch.empty_like(x)
+    kept = codec.encode(x)
     codec.decode(kept)
-    calls = (partial(target.copy_, x), x.clone, partial(codec.encode, data), partial(codec.decode, kept))
+    calls = (partial(target.copy_, x), x.clone, partial(codec.encode, x), partial(codec.decode, kept))
     times = [[once(call, x.device) for call in calls] for _ in range(repeats)]
     least = {
         f"{name}_seconds": min(column) for name, column in zip(TASKS, zip(*times, strict=True), strict=True)
@@ -103,7 +102,7 @@ def main() -> None:
         for name, codec in codecs().items():
             row = {"codec": name, "dtype": dtype, "device": args.device}
             if not study.has(row):
-                found = measure(codec, data.to(DTYPES[dtype]), name == "mask", args.repeats)
+                found = measure(codec, data.to(DTYPES[dtype]), args.repeats)
                 study.add(row | found | settings | machine(args.device))
     print(table(study.rows(device=args.device)))
 

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from slimfit_ds.activations.blocks import find_blocks
-from slimfit_ds.activations.checkpoint import resolve_codec
-from slimfit_ds.activations.codecs import codec_names
+from slimfit_ds.activations.checkpoint import make_checkpoint
+from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
+from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
-from slimfit_ds.activations.installer import Installer
+from slimfit_ds.activations.hf_attention import AttentionSetting, install_attention
 from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
-from slimfit_ds.activations.modules import MASKS_MADE_AGAIN
-from slimfit_ds.activations.patching import Patches
-from slimfit_ds.activations.report import Row, describe
+from slimfit_ds.activations.ops.norm import NormKind
+from slimfit_ds.activations.patch import (
+    DROPOUTS,
+    ActivationSetting,
+    BlockSetting,
+    ConsumerSetting,
+    DropoutSetting,
+    LinearSetting,
+    NormSetting,
+    Patches,
+    Setting,
+    install,
+)
+from slimfit_ds.activations.recognise import (
+    activation_name,
+    find_blocks,
+    find_consumers,
+    has_checkpoint_hook,
+    inside,
+    is_attention,
+    is_dropout,
+    norm_kind,
+    norm_width,
+    weighted_input_width,
+)
+from slimfit_ds.activations.saved_tensors import compress_saved
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.units import is_part
 
@@ -23,15 +49,40 @@ __all__ = ["CompressionHandle", "Row", "activation_problems", "compress"]
 
 
 @dataclass(frozen=True)
+class Row:
+    """One module and what its tensors are stored as.
+
+    Attributes:
+        module: its name in the model.
+        kind: the operation it was taken for.
+        codec: what its tensors are stored as; `exact`: left to autograd.
+        reason: how it was recognised, or why it was left alone.
+    """
+
+    module: str
+    kind: str
+    codec: str
+    reason: str
+
+
+def describe(spec: CodecSpec) -> str:
+    """Return a codec specification in one word: `int8(group=128)`."""
+    if isinstance(spec, str):
+        return spec
+    options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']}({options})"
+
+
+@dataclass(frozen=True)
 class CompressionHandle:
-    """What `compress` did to a model."""
+    """What `compress` changed in a model, and the way back."""
 
     patches: Patches
     rows: tuple[Row, ...]
     loss: ChunkedLoss | None = None
 
     def report(self) -> list[Row]:
-        """One row for each module that was recognised, changed or left as it is."""
+        """Return one row for each module that was recognised, changed or left as it is."""
         return list(self.rows)
 
     def remove(self) -> None:
@@ -61,7 +112,7 @@ def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
     """
     if problems := activation_problems(model, config):
         raise ConfigError(problems)
-    installer = Installer(model, config)
+    installer = _Installer(model, config)
     installer.run()
     rows, loss = tuple(installer.rows), None
     if config.chunk_loss_tokens is not None:
@@ -74,11 +125,12 @@ def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
 
 
 def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str]:
-    """What is wrong with a configuration for this model, before anything is changed; a line each."""
+    """Return what is wrong with a configuration for this model, before anything is changed; a line each."""
     problems = config.unmatched_layers(name for name, _ in model.named_modules())
     tables = [config.table(), *(config.table(name) for name, _ in model.named_modules())]
-    for spec in {describe(spec): spec for table in tables for _, spec in table if spec is not None}.values():
-        problems += _codec_problem(spec)
+    specs = {(name, describe(spec)): spec for table in tables for name, spec in table if spec is not None}
+    for (operation, _), spec in specs.items():
+        problems += [text for text in _codec_problem(operation, spec) if text not in problems]
     if config.compile and not _compiles_a_block(model, config, tables):
         problems.append(
             f"activations.compile is true, but no block is compiled: of preset {config.preset!r} none is recomputed "
@@ -109,15 +161,226 @@ def _misplaced(table: OperationTable) -> Iterator[str]:
             yield f"activations.operations.{operation}: {name!r} is for linear and wide_linear only"
 
 
-def _codec_problem(spec: CodecSpec) -> list[str]:
+def _codec_problem(operation: str, spec: CodecSpec) -> list[str]:
     name = spec if isinstance(spec, str) else spec["name"]
-    options = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
-    if name in {"recompute", "attention", *MASKS_MADE_AGAIN}:
+    words = {
+        "block": ("recompute",),
+        "probabilities": ("recompute",),
+        "consumers": ("recompute", "attention"),
+    }
+    if operation == "dropout":
+        if spec == "exact" or spec in DROPOUTS:
+            return []
+        return [f"activations: operation 'dropout' takes exact, replay or philox, got {describe(spec)!r}"]
+    if name in words.get(operation, ()):
         return []
-    if name.startswith("step"):
-        options = {"activation": "gelu", **options}
     try:
-        resolve_codec({"name": name, **options})
+        if name.startswith("step"):
+            resolve_codec({"activation": "gelu", **({"name": name} if isinstance(spec, str) else spec)})
+        else:
+            resolve_codec(spec)
     except (ValueError, TypeError) as error:
         return [f"activations: {error}"]
     return []
+
+
+# The derivative of these is a step function of one bit.
+_ONE_BIT = {"relu"}
+
+
+class _Installer:
+    """Patches one model by one configuration.
+
+    Args:
+        model: the model.
+        config: its activation settings.
+    """
+
+    def __init__(self, model: nn.Module, config: ActivationsConfig):
+        self._model, self._config = model, config
+        self.patches = Patches()
+        self.rows: list[Row] = []
+        self._blocks = find_blocks(model)
+        self._recomputed: dict[str, nn.Module] = {}
+        self._norms: dict[nn.Module, NormKind] = {}
+
+    def run(self) -> None:
+        """Patch blocks, then the modules outside recomputed parts, then attention."""
+        tables = {name: self._config.table(name) for name, _ in self._model.named_modules()}
+        if all(table == OperationTable() for table in tables.values()):
+            self.rows.append(Row("", "model", "exact", "the preset stores everything as autograd does"))
+            if self._config.compile:
+                for name, block in self._blocks.items():
+                    self._compile(name, block, _plain)
+            return
+        for name, block in self._blocks.items():
+            self._block(name, block, tables[name])
+        self._norms = {m: kind for _, m in self._model.named_modules() if (kind := norm_kind(m)) is not None}
+        for name, block in self._blocks.items():
+            if name not in self._recomputed and tables[name].consumers != "exact":
+                self._consumers(name, block, tables[name].consumers == "attention")
+        for name, module in self._model.named_modules():
+            if not inside(name, self._recomputed):
+                self._module(name, module, tables[name])
+        self._attention(tables)
+
+    def _install(
+        self, name: str, module: nn.Module, setting: Setting, kind: str, codec: str, reason: str
+    ) -> None:
+        install(self.patches, module, setting)
+        self.rows.append(Row(name, kind, codec, reason))
+
+    def _block(self, name: str, block: nn.Module, table: OperationTable) -> None:
+        reason = f"repeated block {type(block).__name__}"
+        if table.block == "exact":
+            codec = resolve_codec(table.product)
+            if has_checkpoint_hook(block):
+                # Also takes key-value caches out of training, which would keep what the codecs save.
+                run = _plain if codec is None else functools.partial(_run_hooked, codec, block)
+                _install_hook(self.patches, self._model, block, run)
+            elif codec is not None:
+                install(self.patches, block, BlockSetting(functools.partial(_run_hooked, codec, block)))
+            self.rows.append(Row(name, "product", describe(table.product), reason))
+            return
+        spec = "exact" if table.block == "recompute" else table.block
+        run = make_checkpoint(spec, self._config.chunk_tokens, self._config.chunk_forward)
+        if self._config.compile:
+            self._compile(name, block, run)
+        elif has_checkpoint_hook(block):
+            _install_hook(self.patches, self._model, block, run)
+        if not has_checkpoint_hook(block):
+            install(self.patches, block, BlockSetting(run))
+        self._recomputed[name] = block
+        self.rows.append(Row(name, "block", describe(table.block), reason))
+
+    def _compile(self, name: str, block: nn.Module, run: Callable) -> None:
+        """Let a block run compiled while it is at rest, through `run` where it has the hook."""
+        if has_checkpoint_hook(block):
+            _install_hook(self.patches, self._model, block, through_graph(run, block))
+        else:
+            compile_forward(self.patches, block)
+        self.rows.append(Row(name, "graph", "exact", "compiled while none of its weights trains"))
+
+    def _consumers(self, name: str, block: nn.Module, only_attention: bool) -> None:
+        widths = {m: width for m in self._norms if (width := norm_width(m)) is not None}
+        for part, module in find_consumers(block, widths).items():
+            if only_attention and not is_attention(module):
+                continue
+            full = f"{name}.{part}"
+            codec = resolve_codec(self._config.table(full).norm)
+            width = max(widths[m] for m in block.modules() if m in widths)
+            setting = ConsumerSetting(codec, width, self._config.chunk_tokens, self._config.chunk_forward)
+            reason = f"{type(module).__name__} holds weights and no norm of the block"
+            self._install(full, module, setting, "consumers", "recompute", reason)
+
+    def _module(self, name: str, module: nn.Module, table: OperationTable) -> None:
+        """Patch a norm, activation, dropout or weight layer, or say why not."""
+        if module in self._norms:
+            self._norm(name, module, table)
+        elif is_dropout(module):
+            if table.dropout != "exact":
+                setting = DropoutSetting(DROPOUTS[str(table.dropout)])
+                self._install(name, module, setting, "dropout", str(table.dropout), "nn.Dropout")
+        elif (widths := weighted_input_width(module)) is not None:
+            self._linear(name, module, table, widths)
+        elif (function := activation_name(module)) is not None:
+            self._activation(name, module, table, function)
+        elif _looks_like_norm(module):
+            self.rows.append(Row(name, "norm", "exact", f"{type(module).__name__} agrees with no known norm"))
+
+    def _norm(self, name: str, module: nn.Module, table: OperationTable) -> None:
+        kind = self._norms[module]
+        active = table.norm if table.active_norm is None else table.active_norm
+        share = table.consumers != "exact"
+        setting = NormSetting(kind, resolve_codec(table.norm), resolve_codec(active), share)
+        if setting.frozen is None and setting.active is None:
+            return
+        reason = f"{type(module).__name__} agrees with {'LayerNorm' if kind.centred else 'RMSNorm'}"
+        self._install(name, module, setting, "norm", describe(table.norm), reason)
+
+    def _linear(self, name: str, module: nn.Module, table: OperationTable, widths: tuple[int, int]) -> None:
+        kind = "wide_linear" if widths[0] > widths[1] else "linear"
+        spec: CodecSpec = getattr(table, kind)
+        if (codec := resolve_codec(spec)) is not None and inside(name, self._blocks):
+            reason = f"{type(module).__name__} {widths[0]} -> {widths[1]}, while it trains"
+            self._install(name, module, LinearSetting(codec), kind, describe(spec), reason)
+
+    def _activation(self, name: str, module: nn.Module, table: OperationTable, function: str) -> None:
+        gated = self._is_gate(name) and table.product != "exact"
+        spec = table.product if gated else table.activation
+        if spec == "exact":
+            return
+        reason = f"{type(module).__name__} agrees with {function}" + (
+            ", and gates a product" if gated else ""
+        )
+        setting = ActivationSetting(_activation_codec(spec, function), function, share=gated)
+        self._install(name, module, setting, "product" if gated else "activation", describe(spec), reason)
+
+    def _is_gate(self, name: str) -> bool:
+        """Return whether the activation's module has three linear layers beside it: gate, up and down."""
+        parent = self._model.get_submodule(name.rpartition(".")[0])
+        return sum(weighted_input_width(child) is not None for child in parent.children()) >= 3
+
+    def _attention(self, tables: dict[str, OperationTable]) -> None:
+        settings: dict[nn.Module, AttentionSetting] = {}
+        hooked = any(table.product != "exact" for table in tables.values())
+        for name, module in self._model.named_modules():
+            spec = tables[name].attention
+            if not inside(name, self._blocks) or inside(name, self._recomputed):
+                continue
+            if not is_attention(module) or not hasattr(module, "config"):
+                continue
+            codec = resolve_codec(spec)
+            if codec is None:
+                if hooked:
+                    settings[module] = AttentionSetting(None, None, None, None)
+                continue
+            stored = tables[name].probabilities
+            probabilities = None if stored == "recompute" else resolve_codec(stored)
+            values = codec if tables[name].values is None else resolve_codec(tables[name].values)
+            settings[module] = AttentionSetting(codec, values, probabilities, self._config.chunk_tokens)
+            reason = f"{type(module).__name__}, through transformers' attention interface"
+            self.rows.append(Row(name, "attention", describe(spec), reason))
+        install_attention(self.patches, self._model, settings)
+
+
+def _install_hook(patches: Patches, model: nn.Module, block: nn.Module, function: Callable) -> None:
+    """Let a block with transformers' checkpoint hook run through `function(forward, *args)` while it trains."""
+    patches.set(block, "gradient_checkpointing", True)
+    patches.set(block, "_gradient_checkpointing_func", function)
+    # Some models look at their own flag before they hand a cache to a block.
+    for module in model.modules():
+        if "gradient_checkpointing" in module.__dict__ and any(child is block for child in module.modules()):
+            patches.set(module, "gradient_checkpointing", True)
+
+
+def _activation_codec(spec: CodecSpec, function: str) -> Codec:
+    """Return the codec of an activation: step derivatives are made for its function."""
+    name = spec if isinstance(spec, str) else spec["name"]
+    if name.startswith("step"):
+        options = (
+            {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
+        )
+        name = "step1" if function in _ONE_BIT else name
+        spec = {"name": name, "activation": function, **options}
+    codec = resolve_codec(spec)
+    assert codec is not None
+    return codec
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+
+
+def _plain(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _run_hooked(codec: Codec, block: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run a block with a codec for what autograd saves in it."""
+    kwargs.pop("recompute", None)
+    hidden = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1), None)
+    if hidden is None or not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    with compress_saved(codec, hidden, block.parameters()):
+        return function(*args, **kwargs)

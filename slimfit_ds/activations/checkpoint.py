@@ -9,47 +9,53 @@ no input requires grad (frozen embeddings).
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
-from slimfit_ds.activations import channels as _registers_codecs  # noqa: F401
-from slimfit_ds.activations import graph, rng
-from slimfit_ds.activations.autocast import AutocastState
-from slimfit_ds.activations.batching import Chunks, Merged, plan_chunks
-from slimfit_ds.activations.codecs import Codec, get_codec
-from slimfit_ds.activations.forward_pass import Call, Outcome, as_leaves, run_forward
-from slimfit_ds.activations.storing import RECIPE, SHARED, SavedTensors, Stored
+from slimfit_ds.activations import replay
+from slimfit_ds.activations.codecs import Codec, resolve_codec
+from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_chunks
+from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
 
-__all__ = ["checkpoint", "make_checkpoint", "resolve_codec"]
+__all__ = ["checkpoint", "compresses", "make_checkpoint"]
 
 
-def resolve_codec(codec: Any) -> Codec | None:
-    """The codec that a name, a mapping `{"name": ..., option: ...}` or a codec stands for; `None` for exact.
+class _Depth(threading.local):
+    value = 0
 
-    Equal specifications give the same object, so that payloads can be shared between functions.
-    """
-    # Codecs fit their tables with real numbers, also while a memory estimate runs on fake tensors.
-    with unset_fake_temporarily():
-        if isinstance(codec, Mapping):
-            codec = get_codec(codec["name"], **{key: value for key, value in codec.items() if key != "name"})
-        elif isinstance(codec, str):
-            codec = get_codec(codec)
-    return None if codec is None or codec.name == "exact" else codec
+
+_depth = _Depth()
+
+
+@contextlib.contextmanager
+def recomputed_part() -> Iterator[None]:
+    """Mark code whose saved tensors are dropped at once (forward) or used at once (recomputation)."""
+    _depth.value += 1
+    try:
+        yield
+    finally:
+        _depth.value -= 1
+
+
+def compresses(module: nn.Module) -> bool:
+    """Return whether a patched module compresses what it keeps: training, with gradients, not inside a recomputed part."""
+    return module.training and torch.is_grad_enabled() and not _depth.value
 
 
 def make_checkpoint(
     codec: Any = "int8", chunk_tokens: int | None = None, chunk_forward: bool = False
 ) -> Callable:
-    """A checkpoint function with its options bound, for frameworks that call `fn(function, *args)`."""
+    """Return a checkpoint function with its options bound, for frameworks that call `fn(function, *args)`."""
     return functools.partial(checkpoint, codec=codec, chunk_tokens=chunk_tokens, chunk_forward=chunk_forward)
 
 
@@ -99,9 +105,9 @@ def checkpoint(
     while isinstance(function, functools.partial):
         args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
         function = function.func
-    call = Call(function, args, kwargs, recompute)
+    call = _Call(function, args, kwargs, recompute)
     plan = plan_chunks(call.tensors, chunk_tokens)
-    outcome = run_forward(call, plan, chunk_forward, preserve_rng_state)
+    outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
     if any(outcome.differentiable):
         mask = (select or _hidden_states)(call.tensors)
         chosen = resolve_codec(codec)
@@ -114,18 +120,149 @@ def checkpoint(
         outcome.values = _CheckpointFunction.apply(record, codecs, *call.tensors, *parameters)
         call.tensors = []
         if remember_output:
-            SHARED.remember(
-                outcome.values[0].detach(),
-                RECIPE,
-                _REPEATED,
-                _Repetition(tuple(record.kept), weakref.ref(record)),
-            )
+            again = functools.partial(_repeat, weakref.ref(record))
+            SHARED.remember_rebuilt(outcome.values[0], Rebuilt(tuple(record.kept), again))
         record.kept = []
     return outcome.take()
 
 
+# Functions and modules that drew random numbers when they last ran: they start out in chunks the next time.
+_DRAWING: weakref.WeakSet = weakref.WeakSet()
+# Those with a result that belongs to no sample: it must be that of the whole batch.
+_JOINT: weakref.WeakSet = weakref.WeakSet()
+
+
+class _Call:
+    """A function with its arguments taken apart into tensors and the rest."""
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
+        leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_opaque)
+        self._function, self._again = function, recompute or function
+        holders = (getattr(function, "__self__", None), *leaves)
+        self.owner = next((x for x in holders if isinstance(x, nn.Module)), function)
+        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the function's results for these tensors."""
+        return self._call(self._function, tensors)
+
+    def run_again(self, tensors: Sequence[Tensor]) -> Any:
+        """Do the same in the backward pass."""
+        return self._call(self._again, tensors)
+
+    def _call(self, function: Callable, tensors: Sequence[Tensor]) -> Any:
+        leaves = list(self._leaves)
+        for position, tensor in zip(self._positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        with recomputed_part():
+            return function(*args, **kwargs)
+
+
+def _is_opaque(value: Any) -> bool:
+    """Caches and other objects are passed on as they are, even if they are registered as trees."""
+    return not isinstance(value, (tuple, list, dict))
+
+
+class _Outcome:
+    """What a forward pass gave.
+
+    Attributes:
+        values: the tensors among the results, detached.
+        differentiable: which of them carry gradients.
+        parameters: the leaves that were used and are no arguments.
+        states: for each chunk that was run, the random state before it, or `None` where nothing was drawn.
+    """
+
+    def __init__(
+        self,
+        merged: list[Any],
+        differentiable: list[bool],
+        structure: Any,
+        parameters: list[Tensor],
+        states: list,
+    ):
+        self._positions = [i for i, value in enumerate(merged) if isinstance(value, Tensor)]
+        self.differentiable = [differentiable[i] for i in self._positions]
+        self.values: Sequence[Tensor] = [merged[i].detach() for i in self._positions]
+        self.parameters, self.states = parameters, states
+        self._rest = [None if isinstance(value, Tensor) else value for value in merged]
+        self._structure = structure
+
+    def take(self) -> Any:
+        """Return the results as the function would return them."""
+        leaves = list(self._rest)
+        for position, value in zip(self._positions, self.values, strict=True):
+            leaves[position] = value
+        self.values, self.parameters = [], []
+        return pytree.tree_unflatten(leaves, self._structure)
+
+
+def _run_forward(call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool) -> _Outcome:
+    """Run the function on exact values, keeping nothing for backward.
+
+    In chunks where it must be, and where it may be and every result has a row for each sample: any other may depend
+    on all of them (the load balance of a mixture of experts).
+    """
+    draws = preserve_rng_state and call.owner in _DRAWING
+    before = replay.capture(call.tensors) if preserve_rng_state else None
+    outcome = None
+    if chunk_forward and not draws and call.owner not in _JOINT:
+        try:
+            outcome = _run(call, plan, preserve_rng_state, by_row=True)
+        except _Joint:
+            _JOINT.add(call.owner)
+            replay.restore(before)
+    if outcome is None:
+        outcome = _run(call, plan if draws else plan.undivided(), preserve_rng_state)
+    if any(state is not None for state in outcome.states):
+        _DRAWING.add(call.owner)
+    else:
+        _DRAWING.discard(call.owner)
+    if len(outcome.states) < len(plan) and outcome.states[0] is not None:
+        # A chunk cannot repeat its part of a dropout mask drawn for the whole batch.
+        replay.restore(before)
+        outcome = _run(call, plan, preserve_rng_state)
+    return outcome
+
+
+class _Joint(Exception):
+    """A chunk gave a result without a row for each sample."""
+
+
+def _run(call: _Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = False) -> _Outcome:
+    merged, states = Merged(plan), []
+    differentiable: list[bool] = []
+    parameters: dict[int, Tensor] = {}
+    autocast = AutocastState.capture(call.tensors)
+    for index in range(len(plan)):
+        inputs = _as_leaves(plan.slice(call.tensors, index), [t.requires_grad for t in call.tensors])
+        before = replay.capture(inputs) if preserve_rng_state else None
+        start = _graph_position()
+        with autocast.entered(), _nothing_saved():
+            leaves, structure = pytree.tree_flatten(call.run(inputs))
+        states.append(before if replay.consumed_since(before, inputs) else None)
+        for leaf in _leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
+            if not any(leaf is tensor for tensor in inputs):
+                parameters.setdefault(id(leaf), leaf)
+        carry = [isinstance(v, Tensor) and v.requires_grad for v in leaves]
+        differentiable = [a or b for a, b in zip(differentiable or carry, carry, strict=True)]
+        with torch.no_grad():
+            merged.add(index, [v.detach() if isinstance(v, Tensor) else v for v in leaves])
+        if by_row and not merged.by_row:
+            raise _Joint
+        del leaves
+    return _Outcome(merged.values, differentiable, structure, list(parameters.values()), states)
+
+
+def _as_leaves(tensors: Sequence[Tensor], needs_gradient: Sequence[bool]) -> list[Tensor]:
+    return [t.detach().requires_grad_(needs) for t, needs in zip(tensors, needs_gradient, strict=True)]
+
+
 def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
-    """The first floating-point tensor of rank two or more, and those of its rank, batch and width."""
+    """Select the first floating-point tensor of rank two or more, and those of its rank, batch and width."""
     first = next((t for t in tensors if t.is_floating_point() and t.dim() >= 2), None)
     if first is None:
         return [False] * len(tensors)
@@ -141,9 +278,9 @@ def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
 class _Record:
     """What the backward pass needs besides tensors."""
 
-    def __init__(self, call: Call, plan: Chunks, outcome: Outcome, partitioned: list[Tensor] | None):
+    def __init__(self, call: _Call, plan: Chunks, outcome: _Outcome, partitioned: list[Tensor] | None):
         self.call, self.partitioned = call, partitioned
-        self.outcome: Outcome | None = outcome
+        self.outcome: _Outcome | None = outcome
         self.plan = plan
         self.states = outcome.states
         self.autocast = AutocastState.capture(call.tensors)
@@ -153,18 +290,18 @@ class _Record:
         self.kept: list[Tensor] = []
 
     def repeat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The first result of the function again, from what was saved."""
+        """Return the first result of the function again, from what was saved."""
         inputs = SavedTensors.restore(self.stored, tensors)
         plan = self.plan if len(self.states) == len(self.plan) else self.plan.undivided()
         merged = Merged(plan)
         for index, state in enumerate(self.states):
-            with torch.no_grad(), self.autocast.entered(), rng.replay(state):
+            with torch.no_grad(), self.autocast.entered(), replay.replayed(state):
                 leaves = pytree.tree_leaves(self.call.run_again(plan.slice(inputs, index)))
             merged.add(index, [next(leaf for leaf in leaves if isinstance(leaf, Tensor))])
         return merged.values[0]
 
-    def chunks_for(self, gradients: Sequence[Tensor | None]) -> tuple[Chunks, list[rng.RngState | None]]:
-        """The chunks to recompute, with the random state of each."""
+    def chunks_for(self, gradients: Sequence[Tensor | None]) -> tuple[Chunks, list[replay.RngState | None]]:
+        """Return the chunks to recompute, with the random state of each."""
         if len(self.states) == len(self.plan):
             return self.plan, self.states
         whole = any(g is not None and not self.plan.is_batched(g) for g in gradients)
@@ -179,7 +316,8 @@ class _CheckpointFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, record: _Record, codecs: list[Codec | None], *tensors: Tensor) -> tuple[Tensor, ...]:
         saved = SavedTensors()
-        saved.add_all(record.call.tensors, codecs)
+        for tensor, codec in zip(record.call.tensors, codecs, strict=True):
+            saved.add(tensor, codec)
         record.stored, record.kept = saved.records, saved.tensors
         ctx.record = record
         ctx.save_for_backward(*saved.tensors)
@@ -198,8 +336,8 @@ class _CheckpointFunction(torch.autograd.Function):
         plan, states = record.chunks_for(gradients)
         total = _Totals(inputs, record, plan)
         for index in range(len(plan)):
-            chunk = as_leaves(plan.slice(inputs, index), record.needs_gradient)
-            with torch.enable_grad(), record.autocast.entered(), rng.replay(states[index]):
+            chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient)
+            with torch.enable_grad(), record.autocast.entered(), replay.replayed(states[index]):
                 results = pytree.tree_leaves(record.call.run_again(chunk))
             results = [value for value in results if isinstance(value, Tensor)]
             heads, weights = [], []
@@ -218,31 +356,17 @@ class _CheckpointFunction(torch.autograd.Function):
         return (None, None, *total.gradients())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Repetition:
-    """How a checkpointed function's first result follows from what the checkpoint saved.
+def _repeat(record: weakref.ref[_Record], *tensors: Tensor) -> Tensor:
+    """Return the first result of a checkpointed function again, from what its checkpoint keeps.
 
-    The record belongs to the checkpoint's node of the graph; the memory of payloads must not keep the model alive.
+    The record belongs to the checkpoint's node of the graph: what is remembered of it must not keep the model alive.
     """
-
-    tensors: tuple[Tensor, ...]
-    record: weakref.ref[_Record]
-
-
-class _Repeated:
-    """Decodes a `_Repetition` to the result."""
-
-    @staticmethod
-    def decode(recipe: _Repetition) -> Tensor:
-        record = recipe.record()
-        if record is None:
-            raise RuntimeError(
-                "the graph of a checkpointed part was freed before the layer that reads its result"
-            )
-        return record.repeat(recipe.tensors)
-
-
-_REPEATED = _Repeated()
+    found = record()
+    if found is None:
+        raise RuntimeError(
+            "the graph of a checkpointed part was freed before the layer that reads its result"
+        )
+    return found.repeat(tensors)
 
 
 class _Totals:
@@ -261,11 +385,11 @@ class _Totals:
         parameters = self._record.parameters
         wanted = [chunk[i] for i in self._wanted]
         if self._record.partitioned is not None and index == len(self._plan) - 1:
-            with graph.add_to_gradients(parameters, self._parameters):
+            with _add_to_gradients(parameters, self._parameters):
                 torch.autograd.backward(heads, weights, inputs=[*wanted, *parameters])
             found: list[Tensor | None] = [t.grad for t in wanted]
         else:
-            with graph.without_tensor_hooks(parameters):
+            with _without_tensor_hooks(parameters):
                 found = list(torch.autograd.grad(heads, [*wanted, *parameters], weights, allow_unused=True))
             for i, gradient in enumerate(found[len(wanted) :]):
                 self._parameters[i] = _sum(self._parameters[i], gradient)
@@ -290,3 +414,81 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     if total is None or term is None:
         return term if total is None else total
     return total + term
+
+
+def _nothing_saved() -> torch.autograd.graph.saved_tensors_hooks:
+    """Build the graph but drop every tensor that it would keep for backward."""
+    return torch.autograd.graph.saved_tensors_hooks(_drop, _no_backward)
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _no_backward(nothing: None) -> Tensor:
+    raise RuntimeError("the graph of a checkpointed forward pass cannot be differentiated")
+
+
+def _graph_position() -> int:
+    """Return a number that nodes created from now on (by this thread) reach or exceed."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def _leaves_used(outputs: Iterable[Tensor], start: int) -> list[Tensor]:
+    """Return the leaf tensors that `outputs` were computed from, in a graph created since `start`.
+
+    Args:
+        outputs: results of the computation.
+        start: `_graph_position()` before the computation.
+
+    Raises:
+        ValueError: the computation used a tensor with an older graph, which is no leaf.
+    """
+    leaves: list[Tensor] = []
+    pending: list[Any] = [t.grad_fn if t.grad_fn is not None else t for t in outputs if t.requires_grad]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Tensor):
+            leaves.append(node)
+        elif hasattr(node, "variable"):
+            leaves.append(node.variable)
+        elif node._sequence_nr() < start:
+            raise ValueError(
+                "the checkpointed function uses a tensor that requires grad and that it was not given as an "
+                f"argument (made by {node.name()}); pass it as an argument so that its gradient is not lost"
+            )
+        else:
+            pending.extend(following for following, _ in node.next_functions if following is not None)
+    return leaves
+
+
+@contextlib.contextmanager
+def _without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Silence hooks that users registered on these leaves: they see the whole gradient later, once."""
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
+
+
+@contextlib.contextmanager
+def _add_to_gradients(tensors: Sequence[Tensor], extra: Sequence[Tensor | None]) -> Iterator[None]:
+    """Add `extra` to the gradients that reach these leaves within the context."""
+    handles: list[RemovableHandle] = [
+        tensor.register_hook(lambda gradient, term=term: gradient + term)
+        for tensor, term in zip(tensors, extra, strict=True)
+        if term is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

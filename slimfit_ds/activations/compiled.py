@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from slimfit_ds.activations.patching import Patches
+from slimfit_ds.activations.patch import Patches
 
 __all__ = ["at_rest", "compile_forward", "through_graph"]
 
@@ -27,7 +27,7 @@ _NORM_WEIGHTS = {"weight", "gamma", "scale"}
 
 
 def at_rest(block: nn.Module) -> bool:
-    """Whether no weight of a block trains: no matrix and no weight of a norm."""
+    """Return whether no weight of a block trains: no matrix and no weight of a norm."""
     return not any(
         parameter is not None and parameter.requires_grad and (parameter.dim() > 1 or name in _NORM_WEIGHTS)
         for module in block.modules()
@@ -36,11 +36,11 @@ def at_rest(block: nn.Module) -> bool:
 
 
 def through_graph(run: Callable, block: nn.Module) -> Callable:
-    """What to hand a block's checkpoint seam in place of `run`, so that the block runs compiled while it is at rest.
+    """Return what to hand a block's checkpoint hook in place of `run`, so that the block runs compiled while it is at rest.
 
     Args:
-        run: called as `run(function, *args)`, where the seam's function is a partial of the block's forward.
-        block: a block with transformers' checkpoint seam.
+        run: called as `run(function, *args)`, where the hook's function is a partial of the block's forward.
+        block: a block with transformers' checkpoint hook.
     """
     return functools.partial(_run_through_graph, run, block)
 
@@ -62,7 +62,7 @@ def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def compile_forward(patches: Patches, block: nn.Module) -> None:
-    """Let the forward of a block without a seam run compiled while the block is at rest."""
+    """Let the forward of a block without the hook run compiled while the block is at rest."""
     patches.set(block, _PLAIN, block.__dict__.get("forward"))
     patches.set(block, "forward", MethodType(_forward, block))
 
@@ -75,7 +75,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _compiles(block: nn.Module) -> bool:
-    """The same answer in the forward pass and in its repetition: both must draw the same random numbers.
+    """Give the same answer in the forward pass and in its repetition: both must draw the same random numbers.
 
     Under a dispatch mode (memory trackers, fake tensors) torch compiles nothing, and would not try the function again.
     """
@@ -84,5 +84,5 @@ def _compiles(block: nn.Module) -> bool:
 
 @functools.cache
 def _graph_of(forward: Callable) -> Callable:
-    """One for each function, so that blocks of a class share graphs."""
+    """Compile once for each function, so that blocks of a class share graphs."""
     return torch.compile(forward)

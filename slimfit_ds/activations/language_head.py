@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimfit_ds.activations.ops.linear_cross_entropy import linear_cross_entropy
-from slimfit_ds.activations.patching import Patches, original_forward
+from slimfit_ds.activations.ops.cross_entropy import linear_cross_entropy
+from slimfit_ds.activations.patch import Patches, original_forward
 
 __all__ = ["ChunkedLoss", "chunk_language_model_loss"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from slimfit_ds.activations.blocks import find_blocks
+from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.config import SlimFitConfig
 
 __all__ = ["config_problems"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.triton_support import runs_in_triton
+from slimfit_ds.activations.codecs.backend import runs_in_triton
 from slimfit_ds.engine.checkpoint_files import Shard, ShardReader
 from slimfit_ds.engine.sharding import Piece, Unit, pieces
 from slimfit_ds.optim.config import OptimizerStatesConfig

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -233,7 +233,6 @@ def _prepare() -> None:
     warnings.filterwarnings("ignore")
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    from slimfit_ds.activations.codecs import registry
     from slimfit_ds.engine.processes import skip_shm_build
 
     logging.disable(logging.ERROR)
@@ -241,7 +240,6 @@ def _prepare() -> None:
     skip_shm_build()
     # Compares lists of integers across ranks, and fake tensors carry none.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *_: None
-    registry._FACTORIES.update({name: _outside(made) for name, made in registry._FACTORIES.items()})
 
 
 def _free_port() -> int:
@@ -270,17 +268,6 @@ def _run(job: dict[str, Any], world_size: int, real: bool) -> dict[str, Any]:
         text = next((line for line in str(error).splitlines() if line.strip()), "")
         return {"error": f"{type(error).__name__}: {text}"[:500], "seconds": time.perf_counter() - started}
     return {"report": report.to_dict(), **facts, "seconds": time.perf_counter() - started}
-
-
-def _outside(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Make codecs outside of fake modes: they compute and check their tables, which needs real numbers."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    def made(**options: Any) -> Any:
-        with _disable_current_modes():
-            return factory(**options)
-
-    return made
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from slimfit_ds.activations.codecs.base import fakes_stand_for_a_cpu
+from slimfit_ds.activations.codecs.backend import fakes_stand_for_a_cpu
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded, shard_updater
 from slimfit_ds.memory.probe import StepProbe

@@ -15,9 +15,9 @@ from torch._dynamo.utils import counters
 import slimfit_ds
 from slimfit_ds.activations import compiled
 from slimfit_ds.activations.apply import compress
-from slimfit_ds.activations.blocks import find_blocks
 from slimfit_ds.activations.compiled import at_rest
 from slimfit_ds.activations.config import ActivationsConfig
+from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.memory.tracker import MemoryTracker
 

@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = [
-    "Codec",
-    "Encoded",
-    "FloatCodec",
-    "StorageLayout",
-    "chunks",
-    "fakes_stand_for_a_cpu",
-    "flatten",
-    "is_dense",
-    "is_fake",
-    "stands_for_device",
-    "unflatten",
-]
+from slimfit_ds.activations.codecs.backend import backend_of
+
+__all__ = ["Codec", "Encoded", "Exact", "FloatCodec", "StorageLayout", "chunks", "flatten", "unflatten"]
 
 StorageLayout = tuple[tuple[torch.dtype, int], ...]
 """dtype and number of elements of each stored tensor."""
@@ -47,13 +35,13 @@ class Encoded:
         tensors: the stored data, as the codec lays it out.
         shape: shape of the original.
         dtype: dtype of the original.
-        meta: the order of the dimensions in memory when the original was dense but not contiguous.
+        order: the order of the dimensions in memory when the original was dense but not contiguous.
     """
 
     tensors: tuple[Tensor, ...]
     shape: torch.Size
     dtype: torch.dtype
-    meta: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +50,7 @@ class Encoded:
 
 
 class Codec(ABC):
-    """Encodes a tensor into fewer bytes and decodes it to its original shape and dtype.
+    """Encode a tensor into fewer bytes and decode it to its original shape and dtype.
 
     Attributes:
         name: the registered name.
@@ -77,13 +65,8 @@ class Codec(ABC):
     linear_only: bool = False
 
     @abstractmethod
-    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
-        """Compress a tensor.
-
-        Args:
-            x: any shape, zero-size and 0-d included; any strides; any device.
-            generator: random bits for codecs that round stochastically, on the device of `x`. By default
-                such a codec draws from a generator of its own, never from the global one.
+    def encode(self, x: Tensor) -> Encoded:
+        """Compress a tensor of any shape (zero-size and 0-d included), strides and device.
 
         Raises:
             TypeError: the codec does not take tensors of this dtype.
@@ -91,26 +74,39 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, e: Encoded) -> Tensor:
-        """The tensor that `e` stands for, with the shape, dtype and (if it was dense) strides it had."""
-
-    def encode_all(self, tensors: Sequence[Tensor]) -> list[Encoded]:
-        """`encode` of each; a codec may do it at once."""
-        return [self.encode(x) for x in tensors]
-
-    def decode_all(self, encoded: Sequence[Encoded]) -> list[Tensor]:
-        """`decode` of each; a codec may do it at once."""
-        return [self.decode(e) for e in encoded]
+        """Return the tensor that `e` stands for, with its shape, dtype and (if it was dense) strides."""
 
     @abstractmethod
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
-        """dtype and length of each tensor that `encode` stores for `numel` elements of `dtype`."""
+        """Return dtype and length of each tensor that `encode` stores for `numel` elements of `dtype`."""
+
+    def row_parts(self, rows: int, width: int) -> list[tuple[int, int]]:
+        """Return first row and end of the parts of [rows, width] that can be encoded one after the other.
+
+        A codec that cannot store a tensor in parts has one part: the whole.
+        """
+        return [(0, rows)]
+
+    def encode_parts(self, make: Callable[[int], Tensor], count: int, shape: torch.Size) -> Encoded:
+        """Encode a contiguous tensor that never exists as a whole.
+
+        Args:
+            make: number of a part of `row_parts` -> its rows [n, width]; may be called again.
+            count: parts.
+            shape: of the whole tensor, [..., width].
+        """
+        return self.encode(make(0).view(shape))
+
+    def part(self, e: Encoded, start: int, stop: int) -> Encoded:
+        """Return what stands for the rows `start` to `stop`, one of the parts: [stop - start, width]."""
+        return Encoded(e.tensors, torch.Size([stop - start, e.shape[-1]]), e.dtype)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Exact bytes that `encode` stores for a tensor of this shape and dtype."""
+        """Return the exact bytes that `encode` stores for a tensor of this shape and dtype."""
         return sum(kept.itemsize * n for kept, n in self.storage(math.prod(shape), dtype))
 
     def bits_per_element(self, dtype: torch.dtype = torch.bfloat16) -> float:
-        """Stored bits per element of a large tensor, scales and indices included."""
+        """Return the stored bits per element of a large tensor, scales and indices included."""
         numel = 1 << 24
         return 8 * self.nbytes((numel,), dtype) / numel
 
@@ -118,103 +114,72 @@ class Codec(ABC):
         return f"{type(self).__name__}(name={self.name!r})"
 
 
-class FloatCodec(Codec):
-    """Template of the lossy codecs: they see a flat floating-point tensor and fill preallocated storage.
+class Exact(Codec):
+    """Keep the tensor itself, of any dtype, without a copy."""
 
-    Under FakeTensorMode and on `meta` only the outputs are made: a real device encodes in one fused pass
-    without temporaries, and that is what a memory estimate has to see.
-    """
+    name = "exact"
+    lossless = True
+    unbiased = True
 
-    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
-        return self._encode_each([x], generator)[0]
-
-    def encode_all(self, tensors: Sequence[Tensor]) -> list[Encoded]:
-        return self._encode_each(tensors, None)
-
-    @torch.no_grad()
-    def _encode_each(self, tensors: Sequence[Tensor], generator: torch.Generator | None) -> list[Encoded]:
-        encoded, jobs = [], []
-        for x in tensors:
-            if not x.is_floating_point():
-                raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
-            flat, order = flatten(x.detach())
-            kept = tuple(flat.new_empty(n, dtype=dtype) for dtype, n in self.storage(flat.numel(), x.dtype))
-            if flat.numel() and not is_fake(flat):
-                jobs.append((flat, kept))
-            encoded.append(Encoded(kept, x.shape, x.dtype, order))
-        self._encode_flat(jobs, generator)
-        return encoded
+    def encode(self, x: Tensor) -> Encoded:
+        return Encoded((x.detach(),), x.shape, x.dtype)
 
     def decode(self, e: Encoded) -> Tensor:
-        return self.decode_all([e])[0]
+        return e.tensors[0]
+
+    def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
+        return ((dtype, numel),)
+
+
+class FloatCodec(Codec):
+    """Template of the lossy codecs: they see a flat floating-point tensor and fill preallocated storage."""
 
     @torch.no_grad()
-    def decode_all(self, encoded: Sequence[Encoded]) -> list[Tensor]:
-        decoded, jobs = [], []
-        for e in encoded:
-            flat = e.tensors[0].new_empty(e.shape.numel(), dtype=e.dtype)
-            if flat.numel() and not is_fake(flat):
-                jobs.append((e.tensors, flat))
-            decoded.append(unflatten(flat, e.shape, e.meta))
-        self._decode_flat(jobs)
-        return decoded
+    def encode(self, x: Tensor) -> Encoded:
+        if not x.is_floating_point():
+            raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
+        flat, order = flatten(x.detach())
+        kept = tuple(flat.new_empty(n, dtype=dtype) for dtype, n in self.storage(flat.numel(), x.dtype))
+        backend = backend_of(flat)
+        if backend == "triton":
+            self._encode_in_triton(flat, kept)
+        elif backend == "torch":
+            self._encode(flat, kept)
+        return Encoded(kept, x.shape, x.dtype, order)
 
-    def _encode_flat(
-        self, jobs: Sequence[tuple[Tensor, tuple[Tensor, ...]]], generator: torch.Generator | None
-    ) -> None:
-        """Fill what is kept of each flat tensor."""
-        for flat, kept in jobs:
-            self._encode(flat, kept, generator)
-
-    def _decode_flat(self, jobs: Sequence[tuple[tuple[Tensor, ...], Tensor]]) -> None:
-        """Fill each flat tensor from what is kept of it."""
-        for kept, out in jobs:
-            self._decode(kept, out)
+    @torch.no_grad()
+    def decode(self, e: Encoded) -> Tensor:
+        flat = e.tensors[0].new_empty(e.shape.numel(), dtype=e.dtype)
+        backend = backend_of(flat)
+        if backend == "triton":
+            self._decode_in_triton(e.tensors, flat)
+        elif backend == "torch":
+            self._decode(e.tensors, flat)
+        return unflatten(flat, e.shape, e.order)
 
     @abstractmethod
-    def _encode(self, flat: Tensor, kept: tuple[Tensor, ...], generator: torch.Generator | None) -> None:
+    def _encode(self, flat: Tensor, kept: tuple[Tensor, ...]) -> None:
         """Fill `kept` (laid out as `storage` says) from `flat` [numel]."""
 
     @abstractmethod
     def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         """Fill `out` [numel] from `kept`."""
 
+    def _encode_in_triton(self, flat: Tensor, kept: tuple[Tensor, ...]) -> None:
+        """Do as `_encode`, to the same bits, in one kernel; by default `_encode` runs on the device."""
+        self._encode(flat, kept)
+
+    def _decode_in_triton(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        """Do as `_decode`, to the same bits, in one kernel; by default `_decode` runs on the device."""
+        self._decode(kept, out)
+
 
 def chunks(numel: int, device: torch.device, multiple: int) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive pieces of `numel` elements, each but the last a multiple of `multiple` long."""
+    """Yield the bounds of consecutive pieces of `numel` elements, each but the last a multiple of `multiple` long."""
     size = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
     size = max(size // multiple, 1) * multiple
     for start in range(0, numel, size):
         yield start, min(start + size, numel)
-
-
-def is_fake(x: Tensor) -> bool:
-    """True where there is no data: on `meta` and under FakeTensorMode."""
-    return x.is_meta or isinstance(x, FakeTensor)
-
-
-_fakes_on_cpu = False
-
-
-@contextmanager
-def fakes_stand_for_a_cpu() -> Iterator[None]:
-    """Inside, fake tensors take the ways of real ones of this CPU, not those of a device with kernels of its own."""
-    global _fakes_on_cpu
-    before, _fakes_on_cpu = _fakes_on_cpu, True
-    try:
-        yield
-    finally:
-        _fakes_on_cpu = before
-
-
-def stands_for_device(x: Tensor) -> bool:
-    """True for fake tensors that stand for those of a device with Triton's kernels."""
-    return is_fake(x) and not _fakes_on_cpu
-
-
-def is_dense(x: Tensor) -> bool:
-    """True where the elements fill their memory, in whatever order of the dimensions."""
-    return x.permute(_memory_order(x)).is_contiguous()
 
 
 def _memory_order(x: Tensor) -> tuple[int, ...]:
@@ -222,7 +187,7 @@ def _memory_order(x: Tensor) -> tuple[int, ...]:
 
 
 def flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The elements of `x` in memory order [numel] without a copy when it is dense, and its dimension order."""
+    """Return the elements of `x` in memory order [numel], without a copy when it is dense, and its dimension order."""
     if x.is_contiguous():
         return x.view(-1), ()
     order = _memory_order(x)
@@ -233,7 +198,7 @@ def flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def unflatten(flat: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:
-    """The view of `flat` [numel] that has this shape and, where there is one, dimension order in memory."""
+    """Return the view of `flat` [numel] of this shape and, where there is one, dimension order in memory."""
     if not order:
         return flat.view(shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.base import Codec, Encoded, StorageLayout, is_fake
-from slimfit_ds.activations.codecs.rounding import RandomBits
+from slimfit_ds.activations.codecs.backend import backend_of
+from slimfit_ds.activations.codecs.base import Codec, Encoded, StorageLayout
 
-__all__ = ["ColumnRowSampling", "SampledRows", "sample_rows"]
+__all__ = ["ColumnRowSampling", "sample_rows"]
 
 
 class ColumnRowSampling(Codec):
-    """Keeps some rows (tokens) of a linear layer's input; the others decode to zeros.
+    """Keep some rows (tokens) of a linear layer's input; the others decode to zeros.
 
     What it decodes has the input as its mean, so every gradient that is linear in the input, as that of a
     weight is, stays unbiased. A single row is far off: nothing but weight gradients may be computed from it.
@@ -43,22 +42,29 @@ class ColumnRowSampling(Codec):
         self.inner = inner
         self.unbiased = inner.unbiased
         self.keep = keep
-        self._random = RandomBits(seed)
+        self.seed = seed
+        # Of its own, so that the model's random numbers are left alone.
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     @torch.no_grad()
-    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Encoded:
+    def encode(self, x: Tensor) -> Encoded:
         if not x.is_floating_point():
             raise TypeError(f"codec {self.name!r} takes floating-point tensors, got {x.dtype}")
         tokens, kept, width = self._rows(x.shape)
-        if is_fake(x) or not x.numel():
-            rows = x.new_empty(kept, width)
+        if backend_of(x) == "none":
             index = x.new_empty(kept, dtype=torch.int32)
             weight = x.new_empty(kept, dtype=torch.float32)
+            rows = x.new_empty(kept, width)
         else:
-            generator = self._random.generator(x.device) if generator is None else generator
-            sampled = sample_rows(x.detach().reshape(tokens, width), kept, generator=generator)
-            rows, index, weight = sampled.rows, sampled.index, sampled.weight
+            flat = x.detach().reshape(tokens, width)
+            index, weight = sample_rows(flat, kept, self._generator(x.device))
+            rows = flat.index_select(0, index)
         return Encoded((*self.inner.encode(rows).tensors, index, weight), x.shape, x.dtype)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
 
     @torch.no_grad()
     def decode(self, e: Encoded) -> Tensor:
@@ -66,13 +72,13 @@ class ColumnRowSampling(Codec):
         tokens, kept, width = self._rows(e.shape)
         rows = self.inner.decode(Encoded(tuple(stored), torch.Size([kept, width]), e.dtype))
         out = rows.new_zeros(tokens, width)
-        if out.numel() and not is_fake(out):
+        if backend_of(out) != "none":
             # A row that was drawn twice stands twice among the rows.
             out.index_add_(0, index, (rows * weight[:, None]).to(e.dtype))
         return out.view(e.shape)
 
     def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
-        """Of one row; `nbytes` knows the shape."""
+        """Return those of one row; `nbytes` knows the shape."""
         return *self.inner.storage(numel, dtype), (torch.int32, 1), (torch.float32, 1)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -80,89 +86,39 @@ class ColumnRowSampling(Codec):
         return self.inner.nbytes((kept, width), dtype) + 8 * kept
 
     def bits_per_element(self, dtype: torch.dtype = torch.bfloat16) -> float:
-        """For wide rows: their index and weight, 64 bits a row kept, are left out."""
+        """Count wide rows: their index and weight, 64 bits a row kept, are left out."""
         return self.keep * self.inner.bits_per_element(dtype)
 
     def _rows(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Rows, rows kept and width of a tensor."""
+        """Return rows, rows kept and width of a tensor."""
         width = shape[-1] if len(shape) else 1
         tokens = math.prod(shape[:-1])
         return tokens, min(tokens, max(round(self.keep * tokens), 1)), width
 
 
-@dataclass(frozen=True)
-class SampledRows:
-    """Some rows of a linear layer's input, with the weights that keep sums over rows unbiased.
-
-    Attributes:
-        rows: the kept rows [keep, features]; a row that was drawn twice stands here twice.
-        index: where each stood, int32 [keep].
-        weight: its weight in a sum over all rows, fp32 [keep]; 1 for the winners.
-    """
-
-    rows: Tensor
-    index: Tensor
-    weight: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.rows, self.index, self.weight))
-
-    def weight_gradient(self, grad_output: Tensor) -> Tensor:
-        """Unbiased estimate of `grad_output^T x`.
-
-        Args:
-            grad_output: gradient of the layer's output [tokens, out].
-
-        Returns:
-            [out, features], in the dtype of the rows.
-        """
-        chosen = grad_output.index_select(0, self.index)
-        weighted = (chosen * self.weight[:, None]).to(self.rows.dtype)
-        return weighted.t() @ self.rows
-
-
 @torch.no_grad()
-def sample_rows(
-    x: Tensor, keep: int, *, generator: torch.Generator, importance: Tensor | None = None
-) -> SampledRows:
-    """Keep `keep` of the rows of `x`.
+def sample_rows(x: Tensor, keep: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose `keep` of the rows of `x` [tokens, features]; all of them when there are no more.
 
-    With probabilities p proportional to the importance, in descending order, the first c rows are kept for
+    With probabilities p proportional to the norms of the rows, in descending order, the first c rows are kept for
     certain; c minimises (1 - p_1 - ... - p_c) / (keep - c), which bounds the variance of the sampled rest.
-    The rest is drawn in strata, one row from each, which keeps the estimate unbiased and lowers the variance
-    further. Non-finite importance makes the weights, and so the gradient, NaN.
+    The rest is drawn in strata, one row from each, which keeps sums over rows unbiased and lowers the variance
+    further. A non-finite row makes the weights, and so the gradient, NaN.
 
-    Args:
-        x: the layer's input [tokens, features].
-        keep: how many rows to keep, at least 1; all of them when there are no more.
-        generator: for the draws, on the device of `x`; one of its own, so that no dropout mask changes.
-        importance: non-negative [tokens], positive wherever a row contributes. The best is
-            |x_i| |g_i|; by default |x_i|, all that is known in the forward pass.
-
-    Raises:
-        ValueError: `keep` is below 1, or a shape is wrong.
+    Returns:
+        Which rows, int32 [keep] (one that was drawn twice stands there twice), and their weights in a sum over all
+        rows, fp32 [keep].
     """
-    if x.dim() != 2:
-        raise ValueError(f"x must be [tokens, features], got shape {tuple(x.shape)}")
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
     tokens = len(x)
-    if importance is not None and importance.shape != (tokens,):
-        raise ValueError(f"importance must have shape ({tokens},), got {tuple(importance.shape)}")
     if keep >= tokens:
-        index = torch.arange(tokens, dtype=torch.int32, device=x.device)
-        return SampledRows(x.detach().clone(), index, torch.ones(tokens, device=x.device))
-    if importance is None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        importance = torch.linalg.vector_norm(x, dim=1, dtype=wide)
-    index, weight = _winners_and_samples(importance.to(torch.float64), keep, generator)
-    return SampledRows(x.index_select(0, index), index.to(torch.int32), weight.to(torch.float32))
+        return torch.arange(tokens, dtype=torch.int32, device=x.device), torch.ones(tokens, device=x.device)
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    index, weight = _winners_and_samples(norms.to(torch.float64), keep, generator)
+    return index.to(torch.int32), weight.to(torch.float32)
 
 
 def _winners_and_samples(importance: Tensor, keep: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Index int64 [keep] and weight float64 [keep]; no value leaves the device."""
+    """Return index int64 [keep] and weight float64 [keep]; no value leaves the device."""
     # Rows of no importance at all share equally.
     total = importance.sum()
     importance = torch.where(total > 0, importance, torch.where(total == 0, 1.0, importance))

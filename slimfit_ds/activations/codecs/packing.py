@@ -15,12 +15,11 @@ __all__ = [
     "pack_planes",
     "packed_bytes",
     "split_planes",
-    "unpack_bits",
     "unpack_planes",
 ]
 
 # Widths that do not divide a byte are stored as two planes, the low bits of all codes and then the high bits.
-PLANES: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 2: (2,), 1: (1,)}
+PLANES: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 1: (1,)}
 
 # Per width: the integer that spans the codes of one byte, and the multiplier that gathers them in the top
 # byte of that integer. For 2 bits, codes c0..c3 lie in bytes 0..3; the sum of shifts by 24, 18, 12 and 6
@@ -109,12 +108,6 @@ def pack(codes: Tensor, bits: int, out: Tensor) -> None:
         codes = codes.clone()
     gathered = codes.view(wide) * multiplier
     out.copy_(gathered.bitwise_right_shift_(8 * (wide.itemsize - 1)))
-
-
-def unpack_bits(packed: Tensor) -> Tensor:
-    """The bits of bytes, lowest first: bool [8 n] from uint8 [n]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> shifts) & 1).view(-1).to(torch.bool)
 
 
 def byte_table(levels: Tensor, bits: int) -> Tensor:

@@ -1,24 +1,37 @@
-"""The derivative of an activation function as a step function: 5, 4, 2 or 1 bits instead of the input.
+"""The derivative of an activation function as a step function: 5, 4 or 1 bits instead of the input.
 
 The backward of `f` needs only `f'(x)`. Storing which of a few cells `x` lies in, and multiplying by the mean
 of `f'` over that cell, costs fewer bits for the same error than storing `x` coarsely and evaluating `f'` there.
+
+Cells are given by thresholds on the magnitude. A bf16 value has 65,536 patterns, so a table over them finds the cell
+exactly for every set of thresholds that are bf16 numbers themselves, at one look-up per element; fp32 values are
+truncated to their upper 16 bits, which moves no value across such a threshold.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.magnitude_table import MagnitudeCells, MagnitudeTableCodec, bf16_pattern
+from slimfit_ds.activations.codecs.base import FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.packing import (
+    byte_table,
+    gather_bytes,
+    pack_planes,
+    packed_bytes,
+    split_planes,
+    unpack_planes,
+)
 
-__all__ = ["ACTIVATIONS", "Activation", "StepDerivative", "find_activation", "fit_cells"]
+__all__ = ["ACTIVATIONS", "Activation", "Cells", "StepDerivative", "find_activation", "fit_cells"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ _ALIASES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": 
 
 
 def find_activation(name: str) -> Activation:
-    """The activation of that name or alias.
+    """Return the activation of that name or alias.
 
     Raises:
         ValueError: the name is unknown.
@@ -77,33 +90,166 @@ def find_activation(name: str) -> Activation:
     return known[name]
 
 
-class StepDerivative(MagnitudeTableCodec):
-    """Encodes `x` as the cell it lies in; decodes to the approximate `f'(x)`.
+@dataclass(frozen=True)
+class Cells:
+    """Cells of a scalar quantiser and the value that each stands for.
+
+    Attributes:
+        bits: width of a code.
+        thresholds: ascending positive bf16 values; a value's interval is the number of thresholds that its
+            magnitude reaches.
+        levels: what each of the 2^bits codes decodes to.
+        cells: the cell of each interval; several intervals may share one.
+        signed: the sign bit selects the upper half of the codes. Otherwise negative values fall into interval 0.
+    """
+
+    bits: int
+    thresholds: tuple[float, ...]
+    levels: tuple[float, ...]
+    cells: tuple[int, ...]
+    signed: bool = True
+
+
+def bf16_pattern(value: float) -> int:
+    """Return the 16 bits of the bf16 number nearest to a value >= 0; they ascend with the value."""
+    return int(torch.tensor(value).to(torch.bfloat16).view(torch.int16))
+
+
+class StepDerivative(FloatCodec):
+    """Encode `x` as the cell it lies in; decode to the approximate `f'(x)`.
 
     Infinities and NaN saturate: they decode to the outermost level of their sign. For relu2, whose derivative
-    scales with its input, the root mean square of the tensor is stored beside the cells, and a tensor with a
-    non-finite element decodes to NaN.
+    scales with its input, cells and levels are in units of the tensor's root mean square, which is stored as fp32 beside
+    the cells; a tensor with a non-finite element then decodes to NaN.
 
     Args:
         activation: a name in `ACTIVATIONS` or an alias of transformers (gelu_new, swish).
-        bits: 1, 2, 4 or 5.
+        bits: 1, 4 or 5.
         scale: standard deviation of the inputs that the cells are fitted to, N(0, scale^2).
     """
 
     def __init__(self, activation: str, bits: int = 4, scale: float = 1.0):
         function = find_activation(activation)
-        if bits not in (1, 2, 4, 5):
-            raise ValueError(f"bits must be 1, 2, 4 or 5, got {bits}")
+        if bits not in (1, 4, 5):
+            raise ValueError(f"bits must be 1, 4 or 5, got {bits}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.activation = _ALIASES.get(activation, activation)
-        cells = fit_cells(function, bits, float(scale))
-        super().__init__(f"{activation}_step{bits}", cells, rms_scaled=function.scales_with_input)
+        self.name = f"{activation}_step{bits}"
+        self.cells = fit_cells(function, bits, float(scale))
+        self.rms_scaled = function.scales_with_input
+        self._tables: dict[Hashable, Tensor] = {}
+
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether kernels that compute something else too can pack by it: no sum over the tensor comes first."""
+        return not self.rms_scaled
+
+    def storage(self, numel: int, dtype: torch.dtype) -> StorageLayout:
+        codes = (torch.uint8, packed_bytes(numel, self.cells.bits))
+        return (codes, (torch.float32, 1)) if self.rms_scaled else (codes,)
+
+    def _encode(self, flat: Tensor, kept: tuple[Tensor, ...]) -> None:
+        packed = kept[0]
+        bits = self.cells.bits
+        inverse = self._store_rms(flat, kept)
+        table = self._code_table(flat.device)
+        planes = split_planes(packed, flat.numel(), bits)
+        for start, stop in chunks(flat.numel(), flat.device, 8):
+            block = flat[start:stop] if inverse is None else flat[start:stop] * inverse
+            codes = table.index_select(0, _upper_half(block).to(torch.int32))
+            pack_planes(F.pad(codes, (0, -len(codes) % 8)), start, stop, planes)
+
+    def _decode(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        planes = split_planes(kept[0], out.numel(), self.cells.bits)
+        for start, stop in chunks(out.numel(), out.device, 8):
+            whole = -(-(stop - start) // 8) * 8
+            target = out[start:stop] if whole == stop - start else out.new_empty(whole)
+            self._gather(planes, start, stop, target)
+            if self.rms_scaled:
+                target.mul_(kept[1])
+            if whole != stop - start:
+                out[start:stop] = target[: stop - start]
+
+    def _gather(self, planes: tuple[tuple[int, Tensor], ...], start: int, stop: int, target: Tensor) -> None:
+        """Fill `target`, at least `stop - start` long, with the levels of the elements `start` to `stop`."""
+        if len(planes) > 1:
+            codes = unpack_planes(planes, start, stop).to(torch.int32)
+            torch.index_select(self.levels(target.device, target.dtype), 0, codes, out=target)
+            return
+        width, plane = planes[0]
+        block = plane[start * width // 8 : -(-stop * width // 8)]
+        gather_bytes(block, self._byte_table(target.device, target.dtype), target[: len(block) * 8 // width])
+
+    def _store_rms(self, flat: Tensor, kept: tuple[Tensor, ...]) -> Tensor | None:
+        """Store the root mean square and return its inverse, fp32 [1], where the codec is scaled by it."""
+        if not self.rms_scaled:
+            return None
+        norm = torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+        kept[1].copy_(norm / math.sqrt(flat.numel()))
+        return torch.where(kept[1] > 0, kept[1].reciprocal(), 0.0)
+
+    def _encode_in_triton(self, flat: Tensor, kept: tuple[Tensor, ...]) -> None:
+        from slimfit_ds.activations.codecs.triton_table import encode_table
+
+        encode_table(flat, kept[0], self, self._store_rms(flat, kept))
+
+    def _decode_in_triton(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        from slimfit_ds.activations.codecs.triton_table import decode_table
+
+        decode_table(kept[0], out, self, kept[1] if self.rms_scaled else None)
+
+    def search_tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return what a binary search of k steps needs: bf16 patterns of the thresholds, int32 [2^k - 1], filled up with
+        what no magnitude reaches; cell of each interval, int32 [2^k], or None where each is its own."""
+        key = device, "search"
+        if key not in self._tables:
+            patterns = [bf16_pattern(t) for t in self.cells.thresholds]
+            intervals = 1 << len(patterns).bit_length()
+            patterns += [1 << 15] * (intervals - 1 - len(patterns))
+            self._tables[key] = torch.tensor(patterns, dtype=torch.int32, device=device)
+            cells = [*self.cells.cells, *[0] * (intervals - len(self.cells.cells))]
+            self._tables[device, "cells"] = torch.tensor(cells, dtype=torch.int32, device=device)
+        own = self.cells.cells == tuple(range(len(self.cells.cells)))
+        return self._tables[key], None if own else self._tables[device, "cells"]
+
+    def levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the levels [2^bits], rounded once."""
+        key = device, dtype
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self.cells.levels, dtype=torch.float64).to(dtype).to(device)
+        return self._tables[key]
+
+    def _code_table(self, device: torch.device) -> Tensor:
+        """Return the code of each bf16 pattern, uint8 [65536]."""
+        key = device, "codes"
+        if key not in self._tables:
+            magnitude = torch.arange(1 << 15)
+            thresholds = torch.tensor([bf16_pattern(t) for t in self.cells.thresholds], dtype=torch.int64)
+            interval = torch.bucketize(magnitude, thresholds, right=True)
+            code = torch.tensor(self.cells.cells, dtype=torch.uint8)[interval]
+            negative = code + (1 << (self.cells.bits - 1)) if self.cells.signed else torch.zeros_like(code)
+            self._tables[key] = torch.cat([code, negative]).to(device)
+        return self._tables[key]
+
+    def _byte_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the levels in each packed byte [256, 8 / bits]."""
+        key = device, dtype, "bytes"
+        if key not in self._tables:
+            self._tables[key] = byte_table(self.levels(device, dtype), self.cells.bits)
+        return self._tables[key]
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """Return the upper 16 bits of each value as fp32: uint16 [n], strided for fp32."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.uint16)
+    return x.float().view(torch.uint16)[1::2]
 
 
 @cache
-def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> MagnitudeCells:
-    """The cells of least mean squared error of f' for x ~ N(0, scale^2) among all with bf16 thresholds.
+def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> Cells:
+    """Return the cells of least mean squared error of f' for x ~ N(0, scale^2) among all with bf16 thresholds.
 
     The optimal quantiser of the value f'(x): by dynamic programming over the intervals between the bf16 numbers
     from 2^-6 to 8 standard deviations, sorted by their mean of f'. Where f' rises and falls (GELU has its peak at
@@ -111,7 +257,7 @@ def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> Magnitud
 
     Args:
         activation: the function.
-        bits: 1, 2, 4 or 5.
+        bits: 1, 4 or 5.
         scale: standard deviation of the inputs.
     """
     candidates = _bf16_range(scale * 2.0**-6, scale * 8)
@@ -134,23 +280,22 @@ def fit_cells(activation: Activation, bits: int, scale: float = 1.0) -> Magnitud
     thresholds = [float(edges[i]) for i in changes]
     cells = [int(cell_of[0]), *(int(cell_of[i]) for i in changes)]
     if activation.antisymmetric:
-        return MagnitudeCells(
-            bits, tuple(thresholds), tuple(means + [1 - m for m in means]), cells=tuple(cells)
-        )
+        levels = means + [1 - m for m in means]
+        return Cells(bits, tuple(thresholds), tuple(levels), tuple(cells))
+    # Not antisymmetric: f' is 0 for x <= 0, which takes the first cell.
     smallest = float(torch.tensor([1], dtype=torch.int16).view(torch.bfloat16))
-    return MagnitudeCells(
-        bits, (smallest, *thresholds), (0.0, *means), signed=False, cells=(0, *(cell + 1 for cell in cells))
-    )
+    shifted = (0, *(cell + 1 for cell in cells))
+    return Cells(bits, (smallest, *thresholds), (0.0, *means), shifted, signed=False)
 
 
 def _bf16_range(low: float, high: float) -> Tensor:
-    """Every bf16 number from `low` to `high`, as float64."""
+    """Return every bf16 number from `low` to `high`, as float64."""
     patterns = torch.arange(bf16_pattern(low), bf16_pattern(high) + 1, dtype=torch.int16)
     return patterns.view(torch.bfloat16).to(torch.float64)
 
 
 def _moments(derivative: Callable[[Tensor], Tensor], edges: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Integrals of p, p f' and p f'^2 over each interval between `edges` [n + 1], p the density of N(0, scale^2).
+    """Return the integrals of p, p f' and p f'^2 over each interval between `edges` [n + 1], p the density of N(0, scale^2).
 
     By Gauss's rule with three nodes, whose error is far below fp32 resolution on intervals this narrow.
     """
@@ -164,7 +309,7 @@ def _moments(derivative: Callable[[Tensor], Tensor], edges: Tensor, scale: float
 
 
 def _best_partition(weight: Tensor, first: Tensor, second: Tensor, cells: int) -> list[int]:
-    """Bounds [cells + 1] of the consecutive cells with the least summed squared error.
+    """Return the bounds [cells + 1] of the consecutive cells with the least summed squared error.
 
     Args:
         weight, first, second: cumulated moments [n + 1] of the n elementary intervals.

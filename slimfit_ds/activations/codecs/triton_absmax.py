@@ -1,4 +1,4 @@
-"""Triton twins of the absmax codecs: one pass over the data, bit for bit equal to the torch version.
+"""Triton kernels of the absmax codecs: one pass over the data, bit for bit equal to the torch version.
 
 Equal only without fused multiply-adds, which round once where torch rounds twice: hence `enable_fp_fusion`.
 """
@@ -10,29 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
+from slimfit_ds.activations.codecs.absmax import TINY_PEAK, AbsmaxCodec
+from slimfit_ds.activations.codecs.channels import ChannelAffine
 from slimfit_ds.activations.codecs.packing import low_and_high
-from slimfit_ds.activations.codecs.triton_channels import apply_channels, channel_arguments
-from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
-from slimfit_ds.activations.codecs.triton_rounding import round_to
+from slimfit_ds.activations.codecs.triton_common import (
+    apply_channels,
+    channel_arguments,
+    load_plane,
+    round_to,
+    store_plane,
+)
 
-__all__ = [
-    "TILE",
-    "decode_absmax",
-    "decode_kernel",
-    "encode_absmax",
-    "encode_kernel",
-    "step_of",
-    "to_nearest",
-]
+__all__ = ["decode_absmax", "encode_absmax", "load_groups", "store_groups", "to_nearest"]
 
-TILE = 4096
-"""Elements of a program."""
+# Elements of a program.
+_TILE = 4096
 
 
 @triton.jit
-def step_of(x, reciprocal, tiny_peak, ROWS: tl.constexpr):
-    """fp32 step (a bf16 value) and inverse step [ROWS] of fp32 groups `x` [ROWS, BLOCK]."""
+def _step_of(x, reciprocal, tiny_peak, ROWS: tl.constexpr):
+    """Return the fp32 step (a bf16 value) and inverse step [ROWS] of fp32 groups `x` [ROWS, BLOCK]."""
     # The largest pattern without the sign bit: as an integer maximum it lets NaN and infinity win.
     pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     peak = tl.max(pattern, axis=1).to(tl.float32, bitcast=True)
@@ -47,15 +44,72 @@ def step_of(x, reciprocal, tiny_peak, ROWS: tl.constexpr):
 
 @triton.jit
 def to_nearest(y):
-    """int32 of fp32 values below 2^22."""
+    """Round fp32 values below 2^22 to int32."""
     # Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest, ties to even.
     return ((y + 12582912.0) - 12582912.0).to(tl.int32)
 
 
 @triton.jit
-def encode_kernel(
+def store_groups(
+    x,
+    codes_ptr,
+    high_ptr,
+    steps_ptr,
+    row,
+    real,
+    stored_bytes,
+    high_bytes,
+    reciprocal,
+    tiny_peak,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+):
+    """Store codes and steps of the groups `row` [ROWS] with the fp32 values `x` [ROWS, BLOCK], where they are `real`."""
+    step, inverse = _step_of(x, reciprocal, tiny_peak, ROWS)
+    tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=real)
+    code = to_nearest(x * inverse[:, None]) + ZERO
+    if BITS == 8:
+        column = tl.arange(0, BLOCK)[None, :]
+        offset = row[:, None] * GROUP + column
+        inside = (offset < stored_bytes) & (column < GROUP)
+        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
+    else:
+        store_plane(codes_ptr, code, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
+        if HIGH_BITS > 0:
+            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, ROWS, GROUP, BLOCK)
+
+
+@triton.jit
+def load_groups(
+    codes_ptr,
+    high_ptr,
+    steps_ptr,
+    row,
+    real,
+    stored_bytes,
+    high_bytes,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+):
+    """Return the fp32 values [ROWS, BLOCK] of the groups `row` [ROWS]; 0 in those that are not `real`."""
+    code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
+    if HIGH_BITS > 0:
+        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, ROWS, GROUP, BLOCK) << BITS
+    step = tl.load(steps_ptr + row, mask=real, other=0.0).to(tl.float32)
+    return (code.to(tl.float32) - ZERO) * step[:, None]
+
+
+@triton.jit
+def _encode_kernel(
     x_ptr,
-    noise_ptr,
     codes_ptr,
     high_ptr,
     steps_ptr,
@@ -69,25 +123,19 @@ def encode_kernel(
     offset_ptr,
     head_stride,
     width_stride,
+    ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     offset = row[:, None] * GROUP + column
-    inside = offset < numel
-    if GROUP < BLOCK:
-        inside = inside & (column < GROUP)
+    inside = (offset < numel) & (column < GROUP)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if WIDTH > 0:
         x = apply_channels(
@@ -102,28 +150,28 @@ def encode_kernel(
             WIDTH,
             x_ptr.dtype.element_ty,
         )
-
-    step, inverse = step_of(x, reciprocal, tiny_peak, ROWS)
-    tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=row < groups)
-
-    y = x * inverse[:, None]
-    if FRACTION != 0.0:
-        y = y + FRACTION
-    if STOCHASTIC:
-        noise = tl.load(noise_ptr + offset, mask=inside, other=0).to(tl.float32)
-        y = y + noise * (1.0 / 65536.0)
-        y = tl.minimum(tl.maximum(y, LOW - WHOLE), HIGH - WHOLE)
-    code = to_nearest(y) + WHOLE
-    if BITS == 8:
-        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
-    else:
-        store_plane(codes_ptr, code, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
-        if HIGH_BITS > 0:
-            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, ROWS, GROUP, BLOCK)
+    store_groups(
+        x,
+        codes_ptr,
+        high_ptr,
+        steps_ptr,
+        row,
+        row < groups,
+        stored_bytes,
+        high_bytes,
+        reciprocal,
+        tiny_peak,
+        ZERO,
+        GROUP,
+        BLOCK,
+        ROWS,
+        BITS,
+        HIGH_BITS,
+    )
 
 
 @triton.jit
-def decode_kernel(
+def _decode_kernel(
     codes_ptr,
     high_ptr,
     steps_ptr,
@@ -146,20 +194,27 @@ def decode_kernel(
     WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP, BLOCK)
-    if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, ROWS, GROUP, BLOCK) << BITS
-    step = tl.load(steps_ptr + row, mask=row < groups, other=0.0).to(tl.float32)
-    value = (code.to(tl.float32) - ZERO) * step[:, None]
+    value = load_groups(
+        codes_ptr,
+        high_ptr,
+        steps_ptr,
+        row,
+        row < groups,
+        stored_bytes,
+        high_bytes,
+        ZERO,
+        GROUP,
+        BLOCK,
+        ROWS,
+        BITS,
+        HIGH_BITS,
+    )
     column = tl.arange(0, BLOCK)[None, :]
     offset = row[:, None] * GROUP + column
-    inside = offset < numel
-    if GROUP < BLOCK:
-        inside = inside & (column < GROUP)
+    inside = (offset < numel) & (column < GROUP)
     if WIDTH > 0:
-        value = round_to(value, out_ptr.dtype.element_ty).to(tl.float32)
         value = apply_channels(
-            value,
+            round_to(value, out_ptr.dtype.element_ty).to(tl.float32),
             offset,
             inside,
             scale_ptr,
@@ -174,92 +229,60 @@ def decode_kernel(
 
 
 def encode_absmax(
-    flat: Tensor,
-    codes: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    channels: ChannelAffine | None,
-    *,
-    group: int,
-    bits: int,
-    zero: float,
-    half_width: float,
-    tiny_peak: float,
+    flat: Tensor, kept: tuple[Tensor, ...], codec: AbsmaxCodec, channels: ChannelAffine | None = None
 ) -> None:
-    """Fill `codes` and `steps` from `flat`.
-
-    Args:
-        flat: fp32, bf16 or fp16 [numel].
-        codes: int8 or uint8, as `packing.packed_bytes` counts them.
-        steps: bf16 [ceil(numel / group)].
-        noise: odd int16 [numel or more] for stochastic rounding, None for nearest.
-        channels: applied to `flat` first, or None.
-        group: elements per step, a multiple of 8.
-        bits, zero, half_width: the integer grid.
-        tiny_peak: groups whose absmax is below get step 0.
-    """
-    whole, fraction = divmod(zero, 1)
-    (width, low), (high_width, high) = low_and_high(codes, flat.numel(), bits)
-    block = triton.next_power_of_2(group)
-    rows = max(TILE // block, 1)
+    """Fill `kept` (laid out as `codec.storage` says) from `flat` [numel], to which `channels` are applied first."""
+    steps = kept[1]
+    block, rows, planes, sizes, widths = _layout(kept, flat.numel(), codec)
     with torch.cuda.device_of(flat):
-        encode_kernel[(triton.cdiv(steps.numel(), rows),)](
+        _encode_kernel[(triton.cdiv(steps.numel(), rows),)](
             flat,
-            flat if noise is None else noise,
-            low,
-            high,
+            *planes,
             steps,
             flat.numel(),
-            low.numel(),
-            high.numel(),
+            *sizes,
             steps.numel(),
-            1.0 / half_width,
-            tiny_peak,
-            GROUP=group,
+            1.0 / codec.half_width,
+            TINY_PEAK,
+            ZERO=codec.zero,
+            GROUP=codec.group,
             BLOCK=block,
             ROWS=rows,
-            BITS=width,
-            HIGH_BITS=high_width,
-            WHOLE=int(whole),
-            FRACTION=fraction,
-            LOW=round(zero - half_width),
-            HIGH=round(zero + half_width),
-            STOCHASTIC=noise is not None,
+            **widths,
             **channel_arguments(channels, steps),
             enable_fp_fusion=False,
         )
 
 
 def decode_absmax(
-    codes: Tensor,
-    steps: Tensor,
-    out: Tensor,
-    channels: ChannelAffine | None,
-    *,
-    group: int,
-    bits: int,
-    zero: float,
+    kept: tuple[Tensor, ...], out: Tensor, codec: AbsmaxCodec, channels: ChannelAffine | None = None
 ) -> None:
-    """Fill `out` [numel] from what `encode_absmax` stored; `channels` are applied to it last, if given."""
-    block = triton.next_power_of_2(group)
-    rows = max(TILE // block, 1)
-    (width, low), (high_width, high) = low_and_high(codes, out.numel(), bits)
+    """Fill `out` [numel] from what `encode_absmax` stored; `channels` are applied to it last."""
+    steps = kept[1]
+    block, rows, planes, sizes, widths = _layout(kept, out.numel(), codec)
     with torch.cuda.device_of(out):
-        decode_kernel[(triton.cdiv(steps.numel(), rows),)](
-            low,
-            high,
+        _decode_kernel[(triton.cdiv(steps.numel(), rows),)](
+            *planes,
             steps,
             out,
             out.numel(),
-            low.numel(),
-            high.numel(),
+            *sizes,
             steps.numel(),
-            ZERO=zero,
-            GROUP=group,
+            ZERO=codec.zero,
+            GROUP=codec.group,
             BLOCK=block,
             ROWS=rows,
-            BITS=width,
-            HIGH_BITS=high_width,
+            **widths,
             **channel_arguments(channels, steps),
             enable_fp_fusion=False,
         )
+
+
+def _layout(
+    kept: tuple[Tensor, ...], numel: int, codec: AbsmaxCodec
+) -> tuple[int, int, tuple[Tensor, Tensor], tuple[int, int], dict[str, int]]:
+    """Return columns and rows of a tile, the low and high plane, their bytes, and their widths in bits."""
+    block = triton.next_power_of_2(codec.group)
+    (width, low), (high_width, high) = low_and_high(kept[0], numel, codec.bits)
+    widths = {"BITS": width, "HIGH_BITS": high_width}
+    return block, max(_TILE // block, 1), (low, high), (low.numel(), high.numel()), widths

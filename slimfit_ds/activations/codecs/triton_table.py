@@ -1,25 +1,26 @@
-"""Triton twins of the magnitude tables (Lloyd-Max codebooks, step derivatives): one pass, equal bit for bit."""
+"""Triton kernels of the step derivatives: one pass over the data, bit for bit equal to the torch version."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.channel_affine import ChannelAffine
 from slimfit_ds.activations.codecs.packing import low_and_high
-from slimfit_ds.activations.codecs.triton_channels import apply_channels, channel_arguments
-from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
-from slimfit_ds.activations.codecs.triton_rounding import round_to
+from slimfit_ds.activations.codecs.step_derivative import StepDerivative
+from slimfit_ds.activations.codecs.triton_common import load_plane, round_to, store_plane
 
-__all__ = ["cell_of", "decode_table", "encode_table"]
+__all__ = ["TILE", "decode_table", "encode_arguments", "encode_table", "load_levels", "store_cells"]
 
-_TILE = 4096
+TILE = 4096
+"""Elements of a program."""
 
 
 @triton.jit
-def cell_of(
+def _cell_of(
     x,
     thresholds_ptr,
     cells_ptr,
@@ -28,7 +29,7 @@ def cell_of(
     SIGN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """int32 code [1, TILE] of each fp32 value in `x` [1, TILE]."""
+    """Return the int32 code [1, TILE] of each fp32 value in `x` [1, TILE]."""
     pattern = x.to(tl.int32, bitcast=True)
     magnitude = (pattern & 0x7FFFFFFF) >> 16
     # Binary search for the number of thresholds reached: one bit of it per comparison.
@@ -49,20 +50,59 @@ def cell_of(
 
 
 @triton.jit
-def _encode_kernel(
-    x_ptr,
+def load_levels(
+    codes_ptr,
+    high_ptr,
+    levels_ptr,
+    row,
+    stored_bytes,
+    high_bytes,
+    BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Return the levels [1, TILE] of the codes in the tile `row` [1]."""
+    code = load_plane(codes_ptr, row, stored_bytes, BITS, 1, TILE, TILE)
+    if HIGH_BITS > 0:
+        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, 1, TILE, TILE) << BITS
+    return tl.load(levels_ptr + code)
+
+
+@triton.jit
+def store_cells(
+    x,
     thresholds_ptr,
     cells_ptr,
+    codes_ptr,
+    high_ptr,
+    row,
+    stored_bytes,
+    high_bytes,
+    STEPS: tl.constexpr,
+    SHARED_CELLS: tl.constexpr,
+    SIGN: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Store the cells of the fp32 values `x` [1, TILE] of the tile `row` [1]."""
+    code = _cell_of(x, thresholds_ptr, cells_ptr, STEPS, SHARED_CELLS, SIGN, TILE)
+    store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE, TILE)
+    if HIGH_BITS > 0:
+        store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE, TILE)
+
+
+@triton.jit
+def _encode_kernel(
+    x_ptr,
     inverse_ptr,
+    thresholds_ptr,
+    cells_ptr,
     codes_ptr,
     high_ptr,
     numel,
     stored_bytes,
     high_bytes,
-    scale_ptr,
-    offset_ptr,
-    head_stride,
-    width_stride,
     STEPS: tl.constexpr,
     SHARED_CELLS: tl.constexpr,
     SIGN: tl.constexpr,
@@ -70,32 +110,28 @@ def _encode_kernel(
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     offset = row[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = offset < numel
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    if WIDTH > 0:
-        x = apply_channels(
-            x,
-            offset,
-            inside,
-            scale_ptr,
-            offset_ptr,
-            head_stride,
-            width_stride,
-            HEADS,
-            WIDTH,
-            x_ptr.dtype.element_ty,
-        )
+    x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
     if SCALED:
         x = x * tl.load(inverse_ptr)
-    code = cell_of(x, thresholds_ptr, cells_ptr, STEPS, SHARED_CELLS, SIGN, TILE)
-    store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE, TILE)
-    if HIGH_BITS > 0:
-        store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE, TILE)
+    store_cells(
+        x,
+        thresholds_ptr,
+        cells_ptr,
+        codes_ptr,
+        high_ptr,
+        row,
+        stored_bytes,
+        high_bytes,
+        STEPS,
+        SHARED_CELLS,
+        SIGN,
+        BITS,
+        HIGH_BITS,
+        TILE,
+    )
 
 
 @triton.jit
@@ -108,112 +144,57 @@ def _decode_kernel(
     numel,
     stored_bytes,
     high_bytes,
-    scale_ptr,
-    offset_ptr,
-    head_stride,
-    width_stride,
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, 1, TILE, TILE)
-    if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, 1, TILE, TILE) << BITS
-    value = tl.load(levels_ptr + code)
+    value = load_levels(codes_ptr, high_ptr, levels_ptr, row, stored_bytes, high_bytes, BITS, HIGH_BITS, TILE)
     if SCALED:
         value = round_to(value.to(tl.float32) * tl.load(rms_ptr), out_ptr.dtype.element_ty)
     offset = row[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = offset < numel
-    if WIDTH > 0:
-        value = apply_channels(
-            value.to(tl.float32),
-            offset,
-            inside,
-            scale_ptr,
-            offset_ptr,
-            head_stride,
-            width_stride,
-            HEADS,
-            WIDTH,
-            out_ptr.dtype.element_ty,
-        )
-        value = value.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset, value, mask=inside)
+    tl.store(out_ptr + offset, value, mask=offset < numel)
 
 
-def encode_table(
-    flat: Tensor,
-    packed: Tensor,
-    thresholds: Tensor,
-    cells: Tensor | None,
-    inverse: Tensor | None,
-    channels: ChannelAffine | None,
-    *,
-    bits: int,
-    signed: bool,
-) -> None:
-    """Fill `packed` from `flat`.
-
-    Args:
-        flat: fp32, bf16 or fp16 [numel].
-        packed: uint8, as `packing.packed_bytes` counts them.
-        thresholds: bf16 patterns of the thresholds in ascending order, int32 [2^k - 1].
-        cells: code of each interval, int32 [2^k], or None where that is its number.
-        inverse: fp32 [1], multiplied into the data first, or None.
-        channels: applied to `flat` before that, or None.
-        bits: width of a code: 1, 2, 4 or 5.
-        signed: the sign bit selects the upper half of the codes; otherwise negative values get code 0.
-    """
-    (width, low), (high_width, high) = low_and_high(packed, flat.numel(), bits)
+def encode_table(flat: Tensor, packed: Tensor, codec: StepDerivative, inverse: Tensor | None) -> None:
+    """Fill `packed` (laid out as `codec.storage` says) from `flat` [numel], times `inverse`, fp32 [1], if given."""
+    arguments, constants = encode_arguments(codec, packed, flat)
     with torch.cuda.device_of(flat):
-        _encode_kernel[(triton.cdiv(flat.numel(), _TILE),)](
+        _encode_kernel[(triton.cdiv(flat.numel(), TILE),)](
             flat,
-            thresholds,
-            thresholds if cells is None else cells,
-            thresholds if inverse is None else inverse,
-            low,
-            high,
-            flat.numel(),
-            low.numel(),
-            high.numel(),
-            STEPS=thresholds.numel().bit_length(),
-            SHARED_CELLS=cells is not None,
-            SIGN=1 << (bits - 1) if signed else 0,
+            flat if inverse is None else inverse,
+            *arguments,
             SCALED=inverse is not None,
-            BITS=width,
-            HIGH_BITS=high_width,
-            TILE=_TILE,
-            **channel_arguments(channels, thresholds),
+            **constants,
+            TILE=TILE,
             enable_fp_fusion=False,
         )
 
 
-def decode_table(
-    packed: Tensor,
-    levels: Tensor,
-    rms: Tensor | None,
-    out: Tensor,
-    channels: ChannelAffine | None,
-    *,
-    bits: int,
-) -> None:
-    """Fill `out` from `packed`.
+def encode_arguments(codec: StepDerivative, packed: Tensor, flat: Tensor) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a kernel that stores cells of `flat` [numel], from `thresholds_ptr` to `high_bytes`, and
+    its constants."""
+    cells = codec.cells
+    thresholds, cell_table = codec.search_tables(flat.device)
+    (width, low), (high_width, high) = low_and_high(packed, flat.numel(), cells.bits)
+    arguments = [thresholds, thresholds if cell_table is None else cell_table, low, high]
+    constants = {
+        "STEPS": thresholds.numel().bit_length(),
+        "SHARED_CELLS": cell_table is not None,
+        "SIGN": 1 << (cells.bits - 1) if cells.signed else 0,
+        "BITS": width,
+        "HIGH_BITS": high_width,
+    }
+    return [*arguments, flat.numel(), low.numel(), high.numel()], constants
 
-    Args:
-        packed: uint8, as `packing.packed_bytes` counts them.
-        levels: what each code stands for, [2^bits] in the dtype of `out`.
-        rms: fp32 [1], multiplied into the levels, or None.
-        out: fp32, bf16 or fp16 [numel].
-        channels: applied to `out` last, or None.
-        bits: width of a code: 1, 2, 4 or 5.
-    """
-    (width, low), (high_width, high) = low_and_high(packed, out.numel(), bits)
+
+def decode_table(packed: Tensor, out: Tensor, codec: StepDerivative, rms: Tensor | None) -> None:
+    """Fill `out` [numel] from `packed`, times `rms`, fp32 [1], if given."""
+    (width, low), (high_width, high) = low_and_high(packed, out.numel(), codec.cells.bits)
+    levels = codec.levels(out.device, out.dtype)
     with torch.cuda.device_of(out):
-        _decode_kernel[(triton.cdiv(out.numel(), _TILE),)](
+        _decode_kernel[(triton.cdiv(out.numel(), TILE),)](
             low,
             high,
             levels,
@@ -225,7 +206,6 @@ def decode_table(
             SCALED=rms is not None,
             BITS=width,
             HIGH_BITS=high_width,
-            TILE=_TILE,
-            **channel_arguments(channels, levels),
+            TILE=TILE,
             enable_fp_fusion=False,
         )

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from slimfit_ds.activations.checkpoint import checkpoint
 from slimfit_ds.activations.codecs import Codec
-from slimfit_ds.activations.storing import SavedTensors
+from slimfit_ds.activations.saved_tensors import SavedTensors
 
 __all__ = ["recomputed_attention", "stored_probabilities"]
 
@@ -108,7 +108,8 @@ class _StoredProbabilities(torch.autograd.Function):
         elif mask is not None:
             scores = scores + mask.to(scores.dtype)
         saved = SavedTensors()
-        saved.add_all((query, key, value), (codec, codec, value_codec))
+        for tensor, how in ((query, codec), (key, codec), (value, value_codec)):
+            saved.add(tensor, how)
         saved.add(scores.softmax(-1), probability_codec)
         ctx.records, ctx.scale, ctx.repeats = saved.records, scale, repeats
         ctx.save_for_backward(*saved.tensors)

@@ -5,14 +5,16 @@ With y = scale * x_hat + bias and g = scale * dy, row by row (Ba et al. 2016; Zh
     LayerNorm:  dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
     RMSNorm:    dx = rstd * (g - x_hat * mean(g * x_hat))
 
-and dscale = sum(dy * x_hat), dbias = sum(dy) over the rows.
+and dscale = sum(dy * x_hat), dbias = sum(dy) over the rows. On a GPU one kernel normalises and packs, and one reads the packed
+x_hat backward. Elsewhere some rows are worked on at a time, where the codec allows it: what is in fp32 is then a few MiB,
+whatever the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +22,12 @@ from torch.autograd.function import once_differentiable
 
 from slimfit_ds.activations.codecs import Codec, Encoded
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
-from slimfit_ds.activations.codecs.base import is_fake, stands_for_device
-from slimfit_ds.activations.codecs.triton_support import runs_in_triton
-from slimfit_ds.activations.ops.norm_rows import (
-    decode_rows,
-    encode_rows,
-    gradients_of_rows,
-    layer_norm_gradients,
-    rms_norm_gradients,
-)
-from slimfit_ds.activations.storing import RECIPE, SHARED, Payload, SavedTensors
+from slimfit_ds.activations.codecs.backend import backend_of, has_fused_kernels
+from slimfit_ds.activations.saved_tensors import SHARED, Payload, Rebuilt, SavedTensors
 
 __all__ = ["NormKind", "compressed_norm"]
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +45,13 @@ class NormKind:
     offset: float = 0.0
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x_hat and the reciprocal deviation, both fp32 (fp64 for fp64), of x [..., hidden]: [..., hidden], [..., 1]."""
-        x = x.to(_working_dtype(x))
+        """Return x_hat [..., hidden] and the reciprocal deviation [..., 1] of x, both fp32 (fp64 for fp64)."""
+        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         if self.centred:
             x_hat, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
             return x_hat, rstd
         rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return x * rstd, rstd
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def compressed_norm(
@@ -69,9 +61,9 @@ def compressed_norm(
     bias: Tensor | None,
     kind: NormKind,
     codec: Codec,
-    recipe: bool = False,
+    share: bool = False,
 ) -> Tensor:
-    """A norm layer whose backward pass sees x_hat through a codec.
+    """Apply a norm layer whose backward pass sees x_hat through a codec.
 
     Args:
         forward: the layer itself; its result is returned as it is.
@@ -80,41 +72,31 @@ def compressed_norm(
         bias: [hidden] or `None`.
         kind: what `forward` computes.
         codec: stores x_hat.
-        recipe: let functions that store the result share the stored x_hat.
+        share: let operations that keep the result compute it from the stored x_hat.
     """
-    kept: list[Any] = []
     # DeepSpeed empties a partitioned parameter between uses, so keep its values.
     affine = [t.detach().clone() if hasattr(t, "ds_id") else t for t in (weight, bias) if t is not None]
+    kept: list[Encoded] = []
     y = _Norm.apply(x, weight, bias, forward, kind, codec, affine, kept)
-    if recipe and kept and y.requires_grad:
-        (encoded,) = kept
-        output = _NormOutput(
-            (*encoded.tensors, *affine),
-            dataclasses.replace(encoded, tensors=()),
-            codec,
-            kind.offset,
-            weight is not None,
-            bias is not None,
-            y.dtype,
+    if share and y.requires_grad:
+        stored = Payload(codec, kept[0], x.shape)
+        build = functools.partial(
+            _output, stored.with_tensors(()), kind.offset, weight is not None, bias is not None, y.dtype
         )
-        SHARED.remember(y.detach(), RECIPE, _FROM_X_HAT, output)
+        SHARED.remember_rebuilt(y, Rebuilt((*stored.tensors, *affine), build))
     return y
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, affine, kept: list[Any]):
+    def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, affine, kept: list[Encoded]):
         y = forward(x)
-        ctx.fused = _runs_fused(x, codec)
-        if ctx.fused:
-            encoded, rstd = _encode_fused(x, kind, codec)
-        else:
-            encoded, rstd = encode_rows(x, kind.statistics, codec)
+        ctx.fused = _packs_in_kernel(x, codec)
+        encoded, rstd = (_encode_in_kernel if ctx.fused else _encode_rows)(x, kind, codec)
         kept.append(encoded)
         saved = SavedTensors()
         saved.add_payload(Payload(codec, encoded, x.shape))
-        saved.add(rstd)
-        for tensor in affine:
+        for tensor in (rstd, *affine):
             saved.add(tensor)
         ctx.records, ctx.kind, ctx.dtype = saved.records, kind, x.dtype
         ctx.has_weight = weight is not None
@@ -124,15 +106,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if ctx.fused:
-            return *_gradients_fused(ctx, dy), None, None, None, None, None
-        payload, encoded = _payload(ctx)
+        stored = ctx.records[0].payload_of(ctx.saved_tensors)
         rstd, *affine = SavedTensors.restore(ctx.records[1:], ctx.saved_tensors)
-        # In fp32, or fp64 with an fp64 x_hat; the offset of Gemma's norms would be lost in bf16.
-        scale = affine[0].to(encoded.dtype) + ctx.kind.offset if ctx.has_weight else None
-        formulas = layer_norm_gradients if ctx.kind.centred else rms_norm_gradients
-        dx, dweight, dbias = gradients_of_rows(
-            formulas, dy, encoded, payload.codec, rstd, scale, ctx.needs_input_grad[:3], ctx.dtype
+        gradients = _gradients_in_kernel if ctx.fused else _gradients_of_rows
+        weight = affine[0] if ctx.has_weight else None
+        dx, dweight, dbias = gradients(
+            dy, stored, rstd, weight, ctx.kind, ctx.needs_input_grad[:3], ctx.dtype
         )
         if dweight is not None:
             dweight = dweight.to(affine[0].dtype)
@@ -141,104 +120,149 @@ class _Norm(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None, None
 
 
-def _payload(ctx: Any) -> tuple[Payload, Encoded]:
-    """How x_hat is stored, and what is stored."""
-    record = ctx.records[0]
-    kept = tuple(ctx.saved_tensors[: record.count])
-    return record.payload, dataclasses.replace(record.payload.encoded, tensors=kept)
+def _encode_rows(x: Tensor, kind: NormKind, codec: Codec) -> tuple[Encoded, Tensor]:
+    """Return what `codec` keeps of x_hat, and the reciprocal deviation [..., 1]."""
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    parts = codec.row_parts(len(rows), width)
+    deviations: dict[int, Tensor] = {}
+
+    def x_hat(index: int) -> Tensor:
+        values, deviations[index] = kind.statistics(rows[slice(*parts[index])])
+        return values
+
+    encoded = codec.encode_parts(x_hat, len(parts), x.shape)
+    rstd = deviations[0] if len(parts) == 1 else torch.cat([deviations[i] for i in range(len(parts))])
+    return encoded, rstd.view(*x.shape[:-1], 1)
 
 
-def _runs_fused(x: Tensor, codec: Codec) -> bool:
-    """Whether one kernel normalises and packs: groups of integers, a power of two long, that do not cross rows.
+def _gradients_of_rows(
+    dy: Tensor,
+    stored: Payload,
+    rstd: Tensor,
+    weight: Tensor | None,
+    kind: NormKind,
+    needed: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> _Gradients:
+    """Return dx in `dtype`, and the gradients of scale and bias in the dtype of x_hat, those that are needed."""
+    encoded, codec = stored.encoded, stored.codec
+    formulas = _layer_norm_gradients if kind.centred else _rms_norm_gradients
+    # In fp32, or fp64 with an fp64 x_hat; the offset of Gemma's norms would be lost in bf16.
+    scale = None if weight is None else weight.to(encoded.dtype) + kind.offset
+    width = dy.shape[-1]
+    flat, rstd = dy.reshape(-1, width), rstd.view(-1, 1)
+    parts = codec.row_parts(len(flat), width)
+    whole: Tensor | None = None
+    if needed[0] and len(parts) > 1:
+        whole = torch.empty(flat.shape, dtype=dtype, device=dy.device)
+    sums: list[Tensor | None] = [None, None]
+    for start, stop in parts:
+        x_hat = codec.decode(codec.part(encoded, start, stop)).view(-1, width)
+        dx, *terms = formulas(flat[start:stop].to(x_hat.dtype), x_hat, scale, needed)
+        if dx is not None:
+            dx = dx.mul_(rstd[start:stop])
+            if whole is None:
+                whole = dx.to(dtype)
+            else:
+                whole[start:stop] = dx
+        for i, term in enumerate(terms):
+            total = sums[i]
+            sums[i] = term if term is None or total is None else total.add_(term)
+    return None if whole is None else whole.view(dy.shape), sums[0], sums[1]
 
-    Fake tensors stand for a device with the kernels.
-    """
+
+def _output(
+    stored: Payload, offset: float, has_weight: bool, has_bias: bool, dtype: torch.dtype, *tensors: Tensor
+) -> Tensor:
+    """Return the output of a norm again, from what is stored of x_hat, then scale and bias if any."""
+    count = len(tensors) - has_weight - has_bias
+    encoded, codec = stored.with_tensors(tensors[:count]).encoded, stored.codec
+    weight = tensors[count].to(encoded.dtype) + offset if has_weight else None
+    bias = tensors[-1].to(encoded.dtype) if has_bias else None
+    width = encoded.shape[-1]
+    parts = codec.row_parts(encoded.shape[:-1].numel(), width)
+    whole: Tensor | None = None
+    for start, stop in parts:
+        y = codec.decode(codec.part(encoded, start, stop)).view(-1, width)
+        y = y if weight is None else y * weight
+        y = y if bias is None else y + bias
+        if len(parts) == 1:
+            return y.to(dtype).view(encoded.shape)
+        whole = torch.empty(encoded.shape, dtype=dtype, device=y.device) if whole is None else whole
+        whole.view(-1, width)[start:stop] = y
+    assert whole is not None
+    return whole
+
+
+def _layer_norm_gradients(
+    dy: Tensor, x_hat: Tensor, scale: Tensor | None, needed: tuple[bool, bool, bool]
+) -> _Gradients:
+    """Return dx / rstd, dscale and dbias (where needed) of LayerNorm, in one pass: x_hat is its own normalised input."""
+    zeros = dy.new_zeros((*dy.shape[:-1], 1))
+    # Where the scale is needed it is there; PyTorch's kernel wants one for the gradient of the bias too.
+    bias = scale if scale is not None or not needed[2] else torch.ones_like(dy[(0,) * (dy.dim() - 1)])
+    return torch.ops.aten.native_layer_norm_backward(
+        dy.contiguous(), x_hat, dy.shape[-1:], zeros, zeros + 1, scale, bias, list(needed)
+    )
+
+
+def _rms_norm_gradients(
+    dy: Tensor, x_hat: Tensor, scale: Tensor | None, needed: tuple[bool, bool, bool]
+) -> _Gradients:
+    """Return the same of RMSNorm."""
+    rows = tuple(range(dy.dim() - 1))
+    dx = dscale = dbias = None
+    if needed[1]:
+        dscale = (dy * x_hat).sum(rows)
+    if needed[2]:
+        dbias = dy.sum(rows)
+    if needed[0]:
+        g = dy if scale is None else dy * scale
+        dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+    return dx, dscale, dbias
+
+
+def _packs_in_kernel(x: Tensor, codec: Codec) -> bool:
+    """Return whether one kernel normalises and packs: groups of integers, a power of two long, that do not cross rows."""
     return (
         isinstance(codec, AbsmaxCodec)
         and codec.fits_kernels
         and x.shape[-1] % codec.group == 0
         and x.is_contiguous()
-        and x.numel() > 0
-        and (runs_in_triton(x) or (stands_for_device(x) and x.dtype != torch.float64))
+        and has_fused_kernels(x)
     )
 
 
-def _encode_fused(x: Tensor, kind: NormKind, codec: Codec) -> tuple[Encoded, Tensor]:
-    """The payload of x_hat, as fp32, and the reciprocal deviation [..., 1]."""
-    assert isinstance(codec, AbsmaxCodec)
+def _encode_in_kernel(x: Tensor, kind: NormKind, codec: AbsmaxCodec) -> tuple[Encoded, Tensor]:
+    """Do as `_encode_rows`, in one kernel."""
     layout = codec.storage(x.numel(), torch.float32)
-    codes, steps = (x.new_empty(n, dtype=dtype) for dtype, n in layout)
+    kept = tuple(x.new_empty(n, dtype=dtype) for dtype, n in layout)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    if not is_fake(x):
+    if backend_of(x) != "none":
         from slimfit_ds.activations.ops.triton_norm import encode_norm
 
-        encode_norm(
-            x.view(-1, x.shape[-1]),
-            codes,
-            steps,
-            rstd,
-            centred=kind.centred,
-            eps=kind.eps,
-            grid=codec.grid,
-            group=codec.group,
-        )
-    return Encoded((codes, steps), x.shape, torch.float32), rstd
+        encode_norm(x.view(-1, x.shape[-1]), kept, rstd, kind, codec)
+    return Encoded(kept, x.shape, torch.float32), rstd
 
 
-def _gradients_fused(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dscale and dbias, where needed, without writing x_hat out."""
-    codes, steps, rstd, *affine = ctx.saved_tensors
-    kind, codec = ctx.kind, ctx.records[0].payload.codec
-    to_input, to_scale, to_bias = ctx.needs_input_grad[:3]
-    dx = torch.empty_like(dy, dtype=ctx.dtype, memory_format=torch.contiguous_format) if to_input else None
+def _gradients_in_kernel(
+    dy: Tensor,
+    stored: Payload,
+    rstd: Tensor,
+    weight: Tensor | None,
+    kind: NormKind,
+    needed: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> _Gradients:
+    """Do as `_gradients_of_rows`, without writing x_hat out."""
+    to_input, to_scale, to_bias = needed
+    dx = torch.empty_like(dy, dtype=dtype, memory_format=torch.contiguous_format) if to_input else None
     dy = dy.contiguous().view(-1, dy.shape[-1])
     sums = dy.new_empty((to_scale + to_bias, dy.shape[-1]), dtype=torch.float32)
-    if not is_fake(dy):
-        stored = dy, codes, steps, rstd, affine[0] if ctx.has_weight else None
+    if backend_of(dy) != "none":
+        from slimfit_ds.activations.ops.triton_norm import norm_gradients
+
         rows = None if dx is None else dx.view_as(dy)
-        how = {"centred": kind.centred, "offset": kind.offset, "grid": codec.grid, "group": codec.group}
-        if to_scale or to_bias:
-            from slimfit_ds.activations.ops.triton_norm_weights import norm_gradients
-
-            sums = norm_gradients(*stored, rows, to_scale=to_scale, to_bias=to_bias, **how)
-        elif rows is not None:
-            from slimfit_ds.activations.ops.triton_norm import norm_gradient
-
-            norm_gradient(*stored, rows, **how)
-    dscale = sums[0].to(affine[0].dtype) if to_scale else None
-    dbias = sums[-1].to(affine[-1].dtype) if to_bias else None
-    return dx, dscale, dbias
-
-
-@dataclasses.dataclass(frozen=True)
-class _NormOutput:
-    """How a norm's output follows from the stored x_hat; `tensors`: the payload, then scale and bias if any."""
-
-    tensors: tuple[Tensor, ...]
-    x_hat: Any
-    codec: Codec
-    offset: float
-    has_weight: bool
-    has_bias: bool
-    dtype: torch.dtype
-
-
-class _FromXHat:
-    """Decodes a `_NormOutput` to the norm's output."""
-
-    @staticmethod
-    def decode(recipe: _NormOutput) -> Tensor:
-        count = len(recipe.tensors) - recipe.has_weight - recipe.has_bias
-        affine = list(recipe.tensors[count:])
-        encoded = dataclasses.replace(recipe.x_hat, tensors=recipe.tensors[:count])
-        weight = affine.pop(0).to(encoded.dtype) + recipe.offset if recipe.has_weight else None
-        bias = affine.pop(0).to(encoded.dtype) if recipe.has_bias else None
-
-        def output(x_hat: Tensor) -> Tensor:
-            y = x_hat if weight is None else x_hat * weight
-            return y if bias is None else y + bias
-
-        return decode_rows(encoded, recipe.codec, recipe.dtype, output)
-
-
-_FROM_X_HAT = _FromXHat()
+        sums = norm_gradients(dy, stored.tensors, rstd, weight, rows, to_scale, to_bias, kind, stored.codec)
+    return dx, sums[0] if to_scale else None, sums[-1] if to_bias else None

@@ -2,6 +2,10 @@
 
 Forward reads x once and writes y and the code; backward reads dy and the code and writes dx. Apart, that is two kernels
 and two reads of x forward, and a derivative (or an input) written out and read again backward.
+
+A function is written the way PyTorch evaluates it on a device, rounding where PyTorch rounds: a module made of several
+operations (transformers' `NewGELUActivation`) rounds each of them to the tensor's dtype. `ops.activation` finds out by
+trying which form is a module's own.
 """
 
 from __future__ import annotations
@@ -12,18 +16,132 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from slimfit_ds.activations.codecs.absmax import TINY_PEAK, AbsmaxCodec
-from slimfit_ds.activations.codecs.magnitude_table import MagnitudeTableCodec
 from slimfit_ds.activations.codecs.packing import low_and_high
-from slimfit_ds.activations.codecs.triton_absmax import step_of, to_nearest
-from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
-from slimfit_ds.activations.codecs.triton_rounding import round_to
-from slimfit_ds.activations.codecs.triton_table import cell_of
+from slimfit_ds.activations.codecs.step_derivative import StepDerivative
+from slimfit_ds.activations.codecs.triton_absmax import load_groups, store_groups
+from slimfit_ds.activations.codecs.triton_common import INTERPRETED, round_to
+from slimfit_ds.activations.codecs.triton_table import TILE, encode_arguments, load_levels, store_cells
 
-__all__ = ["apply", "integer_forward", "integer_gradient", "table_forward", "table_gradient"]
+__all__ = ["FORMS", "apply", "forward_and_pack", "gradient"]
 
-_TILE = 4096
+
+# The interpreter has no libdevice; compiled, only libdevice rounds as CUDA's own functions do.
+@triton.jit
+def _exp(x):
+    if INTERPRETED:
+        y = tl.exp(x)
+    else:
+        y = libdevice.exp(x)
+    return y
+
+
+@triton.jit
+def _tanh(x):
+    if INTERPRETED:
+        # Of the magnitude: the exponential must not overflow.
+        shrunk = tl.exp(-2.0 * tl.abs(x))
+        y = tl.where(x < 0, -1.0, 1.0) * (1.0 - shrunk) / (1.0 + shrunk)
+    else:
+        y = libdevice.tanh(x)
+    return y
+
+
+@triton.jit
+def _sigmoid(x):
+    denominator = 1.0 + _exp(-x)
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), denominator)
+
+
+@triton.jit
+def _as(value, dtype: tl.constexpr):
+    """Round as if stored in `dtype`."""
+    return round_to(value, dtype).to(tl.float32)
+
+
+@triton.jit
+def gelu(x, dtype: tl.constexpr):
+    return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(x, dtype: tl.constexpr):
+    inner = 0.7978845608028654 * tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x)
+    return 0.5 * x * (1.0 + _tanh(inner))
+
+
+@triton.jit
+def gelu_tanh_unfused(x, dtype: tl.constexpr):
+    cube = _as(_as(x * x, dtype) * x, dtype)
+    inner = _as(0.7978845608028654 * _as(x + _as(0.044715 * cube, dtype), dtype), dtype)
+    return _as(0.5 * x, dtype) * _as(1.0 + _as(_tanh(inner), dtype), dtype)
+
+
+@triton.jit
+def silu(x, dtype: tl.constexpr):
+    return tl.div_rn(x, 1.0 + _exp(-x))
+
+
+@triton.jit
+def quick_gelu_unfused(x, dtype: tl.constexpr):
+    return x * _as(_sigmoid(_as(1.702 * x, dtype)), dtype)
+
+
+@triton.jit
+def relu(x, dtype: tl.constexpr):
+    return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
+def _gelu_slope(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * _exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
+def _gelu_tanh_slope(x):
+    square = x * x
+    tanh = _tanh(0.7978845608028654 * x * (1.0 + 0.044715 * square))
+    # Where tanh is 1 the square of x may be infinite.
+    rest = 1.0 - tanh * tanh
+    bend = 0.5 * x * rest * 0.7978845608028654 * (1.0 + 0.134145 * square)
+    return 0.5 * (1.0 + tanh) + tl.where(rest > 0.0, bend, 0.0)
+
+
+@triton.jit
+def _silu_slope(x):
+    gate = _sigmoid(x)
+    return gate * (1.0 + x * (1.0 - gate))
+
+
+@triton.jit
+def _quick_gelu_slope(x):
+    gate = _sigmoid(1.702 * x)
+    return gate * (1.0 + 1.702 * x * (1.0 - gate))
+
+
+@triton.jit
+def _relu_slope(x):
+    return tl.where(x > 0.0, 1.0, 0.0)
+
+
+FORMS = {
+    "gelu": (gelu,),
+    "gelu_tanh": (gelu_tanh, gelu_tanh_unfused),
+    "silu": (silu,),
+    "quick_gelu": (quick_gelu_unfused,),
+    "relu": (relu,),
+}
+"""Name -> the ways the function is evaluated in the wild, on fp32 values; the last rounding is the caller's."""
+
+_SLOPES = {
+    "gelu": _gelu_slope,
+    "gelu_tanh": _gelu_tanh_slope,
+    "silu": _silu_slope,
+    "quick_gelu": _quick_gelu_slope,
+    "relu": _relu_slope,
+}
 
 
 @triton.jit
@@ -59,10 +177,22 @@ def _table_forward_kernel(
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     y = FUNCTION(x, y_ptr.dtype.element_ty)
     tl.store(y_ptr + offset, round_to(y, y_ptr.dtype.element_ty), mask=inside)
-    code = cell_of(x, thresholds_ptr, cells_ptr, STEPS, SHARED_CELLS, SIGN, TILE)
-    store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE, TILE)
-    if HIGH_BITS > 0:
-        store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE, TILE)
+    store_cells(
+        x,
+        thresholds_ptr,
+        cells_ptr,
+        codes_ptr,
+        high_ptr,
+        row,
+        stored_bytes,
+        high_bytes,
+        STEPS,
+        SHARED_CELLS,
+        SIGN,
+        BITS,
+        HIGH_BITS,
+        TILE,
+    )
 
 
 @triton.jit
@@ -80,13 +210,10 @@ def _table_gradient_kernel(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, 1, TILE, TILE)
-    if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, 1, TILE, TILE) << BITS
+    slope = load_levels(codes_ptr, high_ptr, levels_ptr, row, stored_bytes, high_bytes, BITS, HIGH_BITS, TILE)
     offset = row[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = offset < numel
-    dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    dx = dy * tl.load(levels_ptr + code).to(tl.float32)
+    dx = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32) * slope.to(tl.float32)
     tl.store(dx_ptr + offset, round_to(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -104,11 +231,11 @@ def _integer_forward_kernel(
     reciprocal,
     tiny_peak,
     FUNCTION: tl.constexpr,
+    ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -116,15 +243,24 @@ def _integer_forward_kernel(
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     y = FUNCTION(x, y_ptr.dtype.element_ty)
     tl.store(y_ptr + offset, round_to(y, y_ptr.dtype.element_ty), mask=inside)
-    step, inverse = step_of(x, reciprocal, tiny_peak, ROWS)
-    tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=row < groups)
-    code = to_nearest(x * inverse[:, None]) + WHOLE
-    if BITS == 8:
-        tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=inside)
-    else:
-        store_plane(codes_ptr, code, row, stored_bytes, BITS, ROWS, GROUP, GROUP)
-        if HIGH_BITS > 0:
-            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, ROWS, GROUP, GROUP)
+    store_groups(
+        x,
+        codes_ptr,
+        high_ptr,
+        steps_ptr,
+        row,
+        row < groups,
+        stored_bytes,
+        high_bytes,
+        reciprocal,
+        tiny_peak,
+        ZERO,
+        GROUP,
+        GROUP,
+        ROWS,
+        BITS,
+        HIGH_BITS,
+    )
 
 
 @triton.jit
@@ -146,12 +282,23 @@ def _integer_gradient_kernel(
     HIGH_BITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, ROWS, GROUP, GROUP)
-    if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, ROWS, GROUP, GROUP) << BITS
-    step = tl.load(steps_ptr + row, mask=row < groups, other=0.0).to(tl.float32)
+    x = load_groups(
+        codes_ptr,
+        high_ptr,
+        steps_ptr,
+        row,
+        row < groups,
+        stored_bytes,
+        high_bytes,
+        ZERO,
+        GROUP,
+        GROUP,
+        ROWS,
+        BITS,
+        HIGH_BITS,
+    )
     # The slope is taken where the decoded input, rounded to its dtype, would lie.
-    x = round_to((code.to(tl.float32) - ZERO) * step[:, None], dx_ptr.dtype.element_ty).to(tl.float32)
+    x = round_to(x, dx_ptr.dtype.element_ty).to(tl.float32)
     offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = offset < numel
     dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -159,135 +306,103 @@ def _integer_gradient_kernel(
 
 
 def apply(x: Tensor, y: Tensor, form: Any) -> None:
-    """Fill `y` with `form` of `x`, both [numel] and contiguous.
-
-    Args:
-        form: one of `triton_elementwise.FORMS`.
-    """
+    """Fill `y` with `form`, one of `FORMS`, of `x`, both [numel] and contiguous."""
     with torch.cuda.device_of(x):
-        _apply_kernel[(triton.cdiv(x.numel(), _TILE),)](
-            x, y, x.numel(), FUNCTION=form, TILE=_TILE, enable_fp_fusion=False
+        _apply_kernel[(triton.cdiv(x.numel(), TILE),)](
+            x, y, x.numel(), FUNCTION=form, TILE=TILE, enable_fp_fusion=False
         )
 
 
-def table_forward(
-    x: Tensor, y: Tensor, kept: tuple[Tensor, ...], codec: MagnitudeTableCodec, form: Any
+def forward_and_pack(
+    x: Tensor, y: Tensor, kept: tuple[Tensor, ...], codec: StepDerivative | AbsmaxCodec, form: Any
 ) -> None:
-    """Fill `y` with `form` of `x`, and `kept` (laid out as `codec.storage` says) with its cells.
+    """Fill `y` with `form`, one of `FORMS`, of `x`, and `kept` (laid out as `codec.storage` says) from `x`.
 
     Args:
         x: fp32, bf16 or fp16 [numel].
         y: as `x`.
-        codec: without a stored root mean square.
-        form: one of `triton_elementwise.FORMS`.
+        codec: one that `fits_kernels`.
     """
-    cells = codec.cells
-    thresholds, cell_table = codec.search_tables(x.device)
-    (width, low), (high_width, high) = low_and_high(kept[0], x.numel(), cells.bits)
     with torch.cuda.device_of(x):
-        _table_forward_kernel[(triton.cdiv(x.numel(), _TILE),)](
+        if isinstance(codec, StepDerivative):
+            arguments, constants = encode_arguments(codec, kept[0], x)
+            _table_forward_kernel[(triton.cdiv(x.numel(), TILE),)](
+                x, y, *arguments, FUNCTION=form, **constants, TILE=TILE, enable_fp_fusion=False
+            )
+            return
+        grid, arguments, constants = _groups(kept, x.numel(), codec)
+        _integer_forward_kernel[grid](
             x,
             y,
-            thresholds,
-            thresholds if cell_table is None else cell_table,
-            low,
-            high,
-            x.numel(),
-            low.numel(),
-            high.numel(),
-            FUNCTION=form,
-            STEPS=thresholds.numel().bit_length(),
-            SHARED_CELLS=cell_table is not None,
-            SIGN=1 << (cells.bits - 1) if cells.signed else 0,
-            BITS=width,
-            HIGH_BITS=high_width,
-            TILE=_TILE,
-            enable_fp_fusion=False,
-        )
-
-
-def table_gradient(dy: Tensor, kept: tuple[Tensor, ...], dx: Tensor, codec: MagnitudeTableCodec) -> None:
-    """Fill `dx` with `dy` times the stored derivative, both [numel], contiguous and of one dtype."""
-    (width, low), (high_width, high) = low_and_high(kept[0], dy.numel(), codec.cells.bits)
-    with torch.cuda.device_of(dy):
-        _table_gradient_kernel[(triton.cdiv(dy.numel(), _TILE),)](
-            dy,
-            low,
-            high,
-            codec.levels(dy.device, dy.dtype),
-            dx,
-            dy.numel(),
-            low.numel(),
-            high.numel(),
-            BITS=width,
-            HIGH_BITS=high_width,
-            TILE=_TILE,
-            enable_fp_fusion=False,
-        )
-
-
-def integer_forward(x: Tensor, y: Tensor, kept: tuple[Tensor, ...], codec: AbsmaxCodec, form: Any) -> None:
-    """Fill `y` with `form` of `x`, and `kept` with the input in groups of integers.
-
-    Args:
-        x: fp32, bf16 or fp16 [numel].
-        y: as `x`.
-        codec: rounds to nearest, has a whole zero and groups of a power of two.
-        form: one of `triton_elementwise.FORMS`.
-    """
-    codes, steps = kept
-    grid, rows = codec.grid, max(_TILE // codec.group, 1)
-    (width, low), (high_width, high) = low_and_high(codes, x.numel(), grid.bits)
-    with torch.cuda.device_of(x):
-        _integer_forward_kernel[(triton.cdiv(steps.numel(), rows),)](
-            x,
-            y,
-            low,
-            high,
-            steps,
-            x.numel(),
-            low.numel(),
-            high.numel(),
-            steps.numel(),
-            1.0 / grid.half_width,
+            *arguments,
+            1.0 / codec.half_width,
             TINY_PEAK,
             FUNCTION=form,
-            GROUP=codec.group,
-            ROWS=rows,
-            BITS=width,
-            HIGH_BITS=high_width,
-            WHOLE=int(grid.zero),
+            **constants,
             enable_fp_fusion=False,
         )
 
 
-def integer_gradient(
-    dy: Tensor, kept: tuple[Tensor, ...], dx: Tensor, codec: AbsmaxCodec, slope: Any
+def gradient(
+    dy: Tensor,
+    kept: tuple[Tensor, ...],
+    dx: Tensor,
+    codec: StepDerivative | AbsmaxCodec,
+    function: str,
 ) -> None:
-    """Fill `dx` with `dy` times the derivative at the stored input, both [numel], contiguous and of one dtype.
+    """Fill `dx` with `dy` times the derivative of the function, stored or at the stored input.
 
     Args:
-        slope: one of `triton_elementwise.SLOPES`.
+        dy: fp32, bf16 or fp16 [numel].
+        kept: what `forward_and_pack` or the codec stored.
+        dx: as `dy`.
+        function: name in `FORMS`.
     """
-    codes, steps = kept
-    grid, rows = codec.grid, max(_TILE // codec.group, 1)
-    (width, low), (high_width, high) = low_and_high(codes, dy.numel(), grid.bits)
     with torch.cuda.device_of(dy):
-        _integer_gradient_kernel[(triton.cdiv(steps.numel(), rows),)](
+        if isinstance(codec, StepDerivative):
+            (width, low), (high_width, high) = low_and_high(kept[0], dy.numel(), codec.cells.bits)
+            _table_gradient_kernel[(triton.cdiv(dy.numel(), TILE),)](
+                dy,
+                low,
+                high,
+                codec.levels(dy.device, dy.dtype),
+                dx,
+                dy.numel(),
+                low.numel(),
+                high.numel(),
+                BITS=width,
+                HIGH_BITS=high_width,
+                TILE=TILE,
+                enable_fp_fusion=False,
+            )
+            return
+        grid, (low, high, steps, *sizes), constants = _groups(kept, dy.numel(), codec)
+        _integer_gradient_kernel[grid](
             dy,
             low,
             high,
             steps,
             dx,
-            dy.numel(),
-            low.numel(),
-            high.numel(),
-            steps.numel(),
-            SLOPE=slope,
-            ZERO=grid.zero,
-            GROUP=codec.group,
-            ROWS=rows,
-            BITS=width,
-            HIGH_BITS=high_width,
+            *sizes,
+            SLOPE=_SLOPES[function],
+            **constants,
             enable_fp_fusion=False,
         )
+
+
+def _groups(
+    kept: tuple[Tensor, ...], numel: int, codec: AbsmaxCodec
+) -> tuple[tuple[int], list[Any], dict[str, int]]:
+    """Return programs, arguments from `codes_ptr` to `groups` and constants of a kernel over groups of integers."""
+    codes, steps = kept
+    rows = max(TILE // codec.group, 1)
+    (width, low), (high_width, high) = low_and_high(codes, numel, codec.bits)
+    constants = {
+        "ZERO": codec.zero,
+        "GROUP": codec.group,
+        "ROWS": rows,
+        "BITS": width,
+        "HIGH_BITS": high_width,
+    }
+    arguments = [low, high, steps, numel, low.numel(), high.numel(), steps.numel()]
+    return (triton.cdiv(steps.numel(), rows),), arguments, constants

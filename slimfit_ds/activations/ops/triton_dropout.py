@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.triton_rounding import round_to
+from slimfit_ds.activations.codecs.triton_common import round_to
 
 __all__ = ["counters_for", "drop"]
 
@@ -38,7 +38,7 @@ def _drop_kernel(x_ptr, y_ptr, numel, seed, first, threshold, scale, TILE: tl.co
 
 
 def counters_for(numel: int) -> int:
-    """How many counters of the generator a mask of `numel` elements takes."""
+    """Return how many counters of the generator a mask of `numel` elements takes."""
     return triton.cdiv(numel, 4 * _TILE) * _TILE
 
 

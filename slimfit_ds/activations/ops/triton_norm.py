@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm with x_hat in groups of absmax integers: a pass over x forward, a pass over dy backward.
 
-Forward normalises a row and packs its x_hat without writing it out; backward unpacks it in registers. The torch way
-writes x_hat in fp32 and reads it again, both times.
+Forward normalises a row and packs its x_hat without writing it out; backward unpacks it in registers. While scale or bias
+train, each program goes through rows that lie far apart and adds up in registers what they give to both; the sums of the
+programs are added by torch. Without atomics, so that equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.absmax import TINY_PEAK, IntegerGrid
+from slimfit_ds.activations.codecs.absmax import TINY_PEAK, AbsmaxCodec
 from slimfit_ds.activations.codecs.packing import low_and_high
-from slimfit_ds.activations.codecs.triton_absmax import step_of, to_nearest
-from slimfit_ds.activations.codecs.triton_packing import load_plane, store_plane
+from slimfit_ds.activations.codecs.triton_absmax import load_groups, store_groups
+from slimfit_ds.activations.ops.norm import NormKind
 
-__all__ = ["NOWHERE", "encode_norm", "input_gradient", "load_x_hat", "norm_gradient", "warps_for"]
+__all__ = ["encode_norm", "norm_gradients"]
 
-NOWHERE = tl.constexpr(1 << 40)
-"""The number of a group that is in no tensor."""
+# The number of a group that is in no tensor.
+_NOWHERE = tl.constexpr(1 << 40)
+
+# Programs that add up gradients of scale and bias: the same on every device, so that sums are formed in the same order.
+_PROGRAMS = 512
 
 
 @triton.jit
@@ -36,11 +40,11 @@ def _encode_kernel(
     tiny_peak,
     CENTRED: tl.constexpr,
     WIDTH: tl.constexpr,
+    ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
@@ -51,81 +55,11 @@ def _encode_kernel(
         x = tl.where(inside, x - tl.sum(x) / WIDTH, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x) / WIDTH + eps)
     tl.store(rstd_ptr + token, rstd)
-    x_hat = x * rstd
-    step, inverse = step_of(x_hat, reciprocal, tiny_peak, GROUPS)
     # Groups beyond the width are this program's alone: they go nowhere.
     real = group < WIDTH // GROUP
-    row = tl.where(real, token * (WIDTH // GROUP) + group, NOWHERE)
-    tl.store(steps_ptr + row, step.to(tl.bfloat16), mask=real)
-    code = to_nearest(x_hat * inverse[:, None]) + WHOLE
-    if BITS == 8:
-        tl.store(codes_ptr + token * WIDTH + column, code.to(codes_ptr.dtype.element_ty), mask=inside)
-    else:
-        store_plane(codes_ptr, code, row, stored_bytes, BITS, GROUPS, GROUP, GROUP)
-        if HIGH_BITS > 0:
-            store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, GROUPS, GROUP, GROUP)
-
-
-@triton.jit
-def load_x_hat(
-    codes_ptr,
-    high_ptr,
-    steps_ptr,
-    row,
-    real,
-    stored_bytes,
-    high_bytes,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-):
-    """fp32 x_hat [GROUPS, GROUP] of the groups `row`; 0 in those that are not `real`."""
-    code = load_plane(codes_ptr, row, stored_bytes, BITS, GROUPS, GROUP, GROUP)
-    if HIGH_BITS > 0:
-        code += load_plane(high_ptr, row, high_bytes, HIGH_BITS, GROUPS, GROUP, GROUP) << BITS
-    step = tl.load(steps_ptr + row, mask=real, other=0.0).to(tl.float32)
-    return (code.to(tl.float32) - ZERO) * step[:, None]
-
-
-@triton.jit
-def input_gradient(g, x_hat, rstd, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
-    """fp32 dx of a row from `g`, the scaled dy; both 0 beyond the width, where dx is not defined."""
-    dx = g - x_hat * (tl.sum(g * x_hat) / WIDTH)
-    if CENTRED:
-        dx = dx - tl.sum(g) / WIDTH
-    return dx * rstd
-
-
-@triton.jit
-def _gradient_kernel(
-    dy_ptr,
-    codes_ptr,
-    high_ptr,
-    steps_ptr,
-    rstd_ptr,
-    scale_ptr,
-    dx_ptr,
-    stored_bytes,
-    high_bytes,
-    ZERO: tl.constexpr,
-    OFFSET: tl.constexpr,
-    CENTRED: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = column < WIDTH
-    real = group < WIDTH // GROUP
-    row = tl.where(real, token * (WIDTH // GROUP) + group, NOWHERE)
-    x_hat = load_x_hat(
+    row = tl.where(real, token * (WIDTH // GROUP) + group, _NOWHERE)
+    store_groups(
+        x * rstd,
         codes_ptr,
         high_ptr,
         steps_ptr,
@@ -133,47 +67,111 @@ def _gradient_kernel(
         real,
         stored_bytes,
         high_bytes,
+        reciprocal,
+        tiny_peak,
         ZERO,
+        GROUP,
         GROUP,
         GROUPS,
         BITS,
         HIGH_BITS,
     )
-    g = tl.load(dy_ptr + token * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _input_gradient(g, x_hat, rstd, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the fp32 dx of a row from `g`, the scaled dy; both 0 beyond the width, where dx is not defined."""
+    dx = g - x_hat * (tl.sum(g * x_hat) / WIDTH)
+    if CENTRED:
+        dx = dx - tl.sum(g) / WIDTH
+    return dx * rstd
+
+
+@triton.jit
+def _gradients_kernel(
+    dy_ptr,
+    codes_ptr,
+    high_ptr,
+    steps_ptr,
+    rstd_ptr,
+    scale_ptr,
+    dx_ptr,
+    partial_ptr,
+    tokens,
+    programs,
+    stored_bytes,
+    high_bytes,
+    OFFSET: tl.constexpr,
+    CENTRED: tl.constexpr,
+    SCALED: tl.constexpr,
+    TO_INPUT: tl.constexpr,
+    TO_SCALE: tl.constexpr,
+    TO_BIAS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = column < WIDTH
+    real = group < WIDTH // GROUP
+    scale = tl.zeros([GROUPS, GROUP], tl.float32)
     if SCALED:
-        g = g * (tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET)
-    dx = input_gradient(g, x_hat, tl.load(rstd_ptr + token), CENTRED, WIDTH)
-    tl.store(dx_ptr + token * WIDTH + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-def warps_for(width: int) -> int:
-    """Warps for a row, so that a thread holds at most 16 elements of it, in a few copies, in registers."""
-    return min(max(triton.next_power_of_2(width) // 512, 4), 32)
+        scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    to_scale = tl.zeros([GROUPS, GROUP], tl.float32)
+    to_bias = tl.zeros([GROUPS, GROUP], tl.float32)
+    token = program.to(tl.int64)
+    for _ in range(program, tokens, programs):
+        row = tl.where(real, token * (WIDTH // GROUP) + group, _NOWHERE)
+        x_hat = load_groups(
+            codes_ptr,
+            high_ptr,
+            steps_ptr,
+            row,
+            real,
+            stored_bytes,
+            high_bytes,
+            ZERO,
+            GROUP,
+            GROUP,
+            GROUPS,
+            BITS,
+            HIGH_BITS,
+        )
+        g = tl.load(dy_ptr + token * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        if TO_SCALE:
+            to_scale += g * x_hat
+        if TO_BIAS:
+            to_bias += g
+        if TO_INPUT:
+            if SCALED:
+                g = g * scale
+            dx = _input_gradient(g, x_hat, tl.load(rstd_ptr + token), CENTRED, WIDTH)
+            tl.store(dx_ptr + token * WIDTH + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        token += programs
+    place = program.to(tl.int64) * WIDTH + column
+    if TO_SCALE:
+        tl.store(partial_ptr + place, to_scale, mask=inside)
+        place += programs * WIDTH
+    if TO_BIAS:
+        tl.store(partial_ptr + place, to_bias, mask=inside)
 
 
 def encode_norm(
-    x: Tensor,
-    codes: Tensor,
-    steps: Tensor,
-    rstd: Tensor,
-    *,
-    centred: bool,
-    eps: float,
-    grid: IntegerGrid,
-    group: int,
+    x: Tensor, kept: tuple[Tensor, ...], rstd: Tensor, kind: NormKind, codec: AbsmaxCodec
 ) -> None:
-    """Fill `codes` and `steps` with x_hat of `x`, and `rstd`.
+    """Fill `kept` (laid out as `codec.storage` says) with x_hat of `x`, and `rstd`.
 
     Args:
-        x: fp32, bf16 or fp16 [tokens, width], contiguous; `width` is a multiple of `group`.
-        codes: int8 or uint8, and `steps`: bf16, as `AbsmaxCodec.storage` lays them out.
-        rstd: fp32 [tokens].
-        centred: LayerNorm; otherwise RMSNorm.
-        eps: added to the variance or mean square.
-        grid: of the codes, with a whole zero.
-        group: elements per step, a power of two of at least 8.
+        x: fp32, bf16 or fp16 [tokens, width], contiguous; `width` is a multiple of the codec's group.
+        rstd: fp32, `tokens` elements.
     """
-    (low_bits, low), (high_bits, high) = low_and_high(codes, x.numel(), grid.bits)
+    codes, steps = kept
+    (low_bits, low), (high_bits, high) = low_and_high(codes, x.numel(), codec.bits)
     with torch.cuda.device_of(x):
         _encode_kernel[(x.shape[0],)](
             x,
@@ -181,62 +179,76 @@ def encode_norm(
             high,
             steps,
             rstd,
-            eps,
+            kind.eps,
             low.numel(),
             high.numel(),
-            1.0 / grid.half_width,
+            1.0 / codec.half_width,
             TINY_PEAK,
-            CENTRED=centred,
-            WIDTH=x.shape[1],
-            GROUP=group,
-            GROUPS=triton.next_power_of_2(x.shape[1]) // group,
-            BITS=low_bits,
-            HIGH_BITS=high_bits,
-            WHOLE=int(grid.zero),
+            CENTRED=kind.centred,
+            **_constants(x.shape[1], codec, low_bits, high_bits),
             enable_fp_fusion=False,
-            num_warps=warps_for(x.shape[1]),
         )
 
 
-def norm_gradient(
+def norm_gradients(
     dy: Tensor,
-    codes: Tensor,
-    steps: Tensor,
+    kept: tuple[Tensor, ...],
     rstd: Tensor,
     scale: Tensor | None,
-    dx: Tensor,
-    *,
-    centred: bool,
-    offset: float,
-    grid: IntegerGrid,
-    group: int,
-) -> None:
-    """Fill `dx` [tokens, width] from `dy` [tokens, width], both contiguous, and what `encode_norm` stored.
+    dx: Tensor | None,
+    to_scale: bool,
+    to_bias: bool,
+    kind: NormKind,
+    codec: AbsmaxCodec,
+) -> Tensor:
+    """Fill `dx` (if there is one), and return the gradients of scale and bias that are wanted: fp32 [0 to 2, width].
 
     Args:
+        dy: [tokens, width], contiguous; so is `dx`.
+        kept, rstd: what `encode_norm` stored.
         scale: the norm's weight [width], or `None`.
-        offset: added to it (1 for Gemma's RMSNorm).
+        to_scale, to_bias: which gradients are wanted.
     """
-    (low_bits, low), (high_bits, high) = low_and_high(codes, dy.numel(), grid.bits)
+    tokens, width = dy.shape
+    # Without sums each row has a program of its own.
+    sums = to_scale or to_bias
+    programs = min(tokens, _PROGRAMS) if sums else tokens
+    partial = dy.new_empty((to_scale + to_bias, programs, width), dtype=torch.float32)
+    codes, steps = kept
+    (low_bits, low), (high_bits, high) = low_and_high(codes, dy.numel(), codec.bits)
     with torch.cuda.device_of(dy):
-        _gradient_kernel[(dy.shape[0],)](
+        _gradients_kernel[(programs,)](
             dy,
             low,
             high,
             steps,
             rstd,
             dy if scale is None else scale,
-            dx,
+            dy if dx is None else dx,
+            partial if sums else dy,
+            tokens,
+            programs,
             low.numel(),
             high.numel(),
-            ZERO=grid.zero,
-            OFFSET=offset,
-            CENTRED=centred,
+            OFFSET=kind.offset,
+            CENTRED=kind.centred,
             SCALED=scale is not None,
-            WIDTH=dy.shape[1],
-            GROUP=group,
-            GROUPS=triton.next_power_of_2(dy.shape[1]) // group,
-            BITS=low_bits,
-            HIGH_BITS=high_bits,
-            num_warps=warps_for(dy.shape[1]),
+            TO_INPUT=dx is not None,
+            TO_SCALE=to_scale,
+            TO_BIAS=to_bias,
+            **_constants(width, codec, low_bits, high_bits),
         )
+    return partial.sum(1)
+
+
+def _constants(width: int, codec: AbsmaxCodec, low_bits: int, high_bits: int) -> dict[str, int]:
+    return {
+        "WIDTH": width,
+        "ZERO": codec.zero,
+        "GROUP": codec.group,
+        "GROUPS": triton.next_power_of_2(width) // codec.group,
+        "BITS": low_bits,
+        "HIGH_BITS": high_bits,
+        # A thread holds at most 16 elements of a row, in a few copies, in registers.
+        "num_warps": min(max(triton.next_power_of_2(width) // 512, 4), 32),
+    }

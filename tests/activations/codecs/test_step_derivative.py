@@ -55,7 +55,7 @@ def test_the_symmetry_that_the_cells_use(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("bits", [1, 2, 4, 5])
+@pytest.mark.parametrize("bits", [1, 4, 5])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_levels_are_the_means_of_their_cells(name: str, bits: int, scale: float) -> None:
     cells = fit_cells(find_activation(name), bits, scale)
@@ -91,9 +91,7 @@ def _k_means(values: np.ndarray, count: int, starts: int) -> float:
     return best
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"), [("gelu", 2), ("gelu", 4), ("gelu", 5), ("silu", 4), ("quick_gelu", 4)]
-)
+@pytest.mark.parametrize(("name", "bits"), [("gelu", 4), ("gelu", 5), ("silu", 4), ("quick_gelu", 4)])
 def test_cells_are_as_good_as_lloyds_iteration_from_many_starts(name: str, bits: int) -> None:
     found = _k_means(_slope(name, _normal(30_000)).numpy(), 1 << bits, starts=10)
     assert _mse(StepDerivative(name, bits), name, _normal(60_000)) <= found * 1.02
@@ -102,11 +100,11 @@ def test_cells_are_as_good_as_lloyds_iteration_from_many_starts(name: str, bits:
 @pytest.mark.parametrize("name", SMOOTH)
 def test_error_falls_with_the_bits_and_beats_the_paper(name: str) -> None:
     x = _normal(60_000)
-    errors = [_mse(StepDerivative(name, bits), name, x) for bits in (1, 2, 4, 5)]
-    assert errors[0] > 3 * errors[1] > 9 * errors[2] > 27 * errors[3]
+    errors = [_mse(StepDerivative(name, bits), name, x) for bits in (1, 4, 5)]
+    assert errors[0] > 9 * errors[1] > 27 * errors[2]
     fixed = get_codec("fixed4")
     paper = (_slope(name, fixed.decode(fixed.encode(x))) - _slope(name, x)).square().mean().item()
-    assert errors[2] < 0.25 * paper
+    assert errors[1] < 0.25 * paper
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
@@ -117,7 +115,7 @@ def test_fitting_to_the_data_helps(scale: float) -> None:
     )
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_relu_is_exact(bits: int, dtype: torch.dtype) -> None:
     x = torch.randn(1000).to(dtype)
@@ -158,3 +156,25 @@ def test_gelu_saturates() -> None:
 def test_aliases() -> None:
     assert find_activation("gelu_new") is ACTIVATIONS["gelu_tanh"]
     assert get_codec("step4", activation="swish").cells == get_codec("step4", activation="silu").cells
+
+
+@pytest.mark.parametrize(("name", "bits"), [("gelu", 5), ("gelu", 1), ("relu", 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_number_falls_into_its_cell(name: str, bits: int, dtype: torch.dtype) -> None:
+    """All bf16 numbers, and for fp32 the neighbours of every threshold: by comparing with each threshold."""
+    codec = StepDerivative(name, bits)
+    cells = codec.cells
+    if dtype == torch.bfloat16:
+        x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        x = x[~x.isnan()]
+    else:
+        near = torch.tensor(cells.thresholds)
+        x = torch.cat([near, near.nextafter(torch.tensor(0.0)), near.nextafter(torch.tensor(99.0))])
+        x = torch.cat([x, -x])
+    interval = sum((x.double().abs() >= t).long() for t in cells.thresholds) + torch.zeros(len(x)).long()
+    cell = torch.tensor(cells.cells)[interval]
+    if cells.signed:
+        cell = cell + x.signbit() * (1 << (bits - 1))
+    else:
+        cell = torch.where(x.signbit(), 0, cell)
+    assert torch.equal(codec.decode(codec.encode(x)), torch.tensor(cells.levels)[cell].to(dtype))

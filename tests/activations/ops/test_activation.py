@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from slimfit_ds.activations.codecs import get_codec
 from slimfit_ds.activations.ops.activation import compressed_activation
-from slimfit_ds.activations.storing import RECIPE, SHARED
+from slimfit_ds.activations.saved_tensors import SHARED
 
 FUNCTIONS = {
     "gelu": F.gelu,
@@ -47,6 +47,6 @@ def test_step_derivative(name, bits, bound):
 
 def test_the_output_can_be_made_again_from_the_stored_input():
     x = torch.randn(8, 64, requires_grad=True)
-    y = compressed_activation(F.silu, x, get_codec("int8"), recipe=True)
-    payload = SHARED.find(y.detach(), RECIPE)
+    y = compressed_activation(F.silu, x, get_codec("int8"), share=True)
+    payload = SHARED.find_rebuilt(y)
     torch.testing.assert_close(payload.decode(), y.detach(), rtol=0, atol=0.05)

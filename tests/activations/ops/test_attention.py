@@ -84,7 +84,7 @@ def test_int8_operands_are_renormalised():
 def test_values_may_have_a_codec_of_their_own():
     """The gradient of the values does not depend on the values; the others do, by dO V^T."""
     expected = gradients(sdpa, operands())
-    for codec, values, wrong in (("exact", get_codec("int2"), {0, 1}), ("int2", False, {0, 1, 2})):
+    for codec, values, wrong in (("exact", get_codec("fixed4"), {0, 1}), ("fixed4", False, {0, 1, 2})):
         found = gradients(
             lambda q, k, v, c=codec, w=values: recomputed_attention(sdpa, q, k, v, codec=c, value_codec=w),
             operands(),

@@ -1,0 +1,128 @@
+"""What several Triton kernels share: bit planes laid out as in `packing`, rounding, and scale and offset per channel."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimfit_ds.activations.codecs.channels import ChannelAffine
+
+__all__ = ["INTERPRETED", "apply_channels", "channel_arguments", "load_plane", "round_to", "store_plane"]
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """Round fp32 `value` to the nearest `dtype` number, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter's own cast truncates.
+        pattern = value.to(tl.int32, bitcast=True)
+        nearest = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
+        # The sum would carry NaN patterns into other numbers.
+        nearest = tl.where(value == value, nearest, 0x7FC0)
+        rounded = nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = value.to(dtype)
+    return rounded
+
+
+@triton.jit
+def store_plane(
+    plane_ptr,
+    codes,
+    row,
+    stored_bytes,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pack the lowest `BITS` bits of the first `GROUP` columns of int32 `codes` [ROWS, BLOCK], the first code lowest."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    codes = tl.reshape(codes & ((1 << BITS) - 1), [ROWS, BLOCK // PER_BYTE, PER_BYTE])
+    shift = tl.arange(0, PER_BYTE) * BITS
+    packed = tl.sum(codes << shift[None, None, :], axis=2)
+    column = tl.arange(0, BLOCK // PER_BYTE)[None, :]
+    byte = row[:, None] * (GROUP // PER_BYTE) + column
+    inside = byte < stored_bytes
+    if GROUP < BLOCK:
+        inside = inside & (column < GROUP // PER_BYTE)
+    tl.store(plane_ptr + byte, packed.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def load_plane(
+    plane_ptr,
+    row,
+    stored_bytes,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return int32 codes [ROWS, BLOCK], `GROUP` of each row stored in `BITS` bits; 8 bits keep the sign of the stored type."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    column = tl.arange(0, BLOCK // PER_BYTE)[None, :]
+    byte = row[:, None] * (GROUP // PER_BYTE) + column
+    inside = byte < stored_bytes
+    if GROUP < BLOCK:
+        inside = inside & (column < GROUP // PER_BYTE)
+    codes = tl.load(plane_ptr + byte, mask=inside, other=0).to(tl.int32)
+    if BITS < 8:
+        shift = tl.arange(0, PER_BYTE) * BITS
+        codes = (codes[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
+        codes = tl.reshape(codes, [ROWS, BLOCK])
+    return codes
+
+
+@triton.jit
+def apply_channels(
+    value,
+    element,
+    inside,
+    scale_ptr,
+    offset_ptr,
+    head_stride,
+    width_stride,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Return `value * scale + offset` of the elements at positions `element` in memory, rounded to fp32, then to `dtype`.
+
+    Elements that are not `inside` become 0.
+    """
+    channel = (element // width_stride) % WIDTH
+    if HEADS > 1:
+        channel += (element // head_stride) % HEADS * WIDTH
+    scale = tl.load(scale_ptr + channel).to(tl.float32)
+    offset = tl.load(offset_ptr + channel).to(tl.float32)
+    # Fused by hand, as torch.addcmul is.
+    value = round_to(tl.fma(value, scale, offset), dtype).to(tl.float32)
+    return tl.where(inside, value, 0.0)
+
+
+def channel_arguments(channels: ChannelAffine | None, placeholder: Tensor) -> dict[str, Any]:
+    """Return the arguments of `apply_channels`; without `channels` a width of 0, and `placeholder` for pointers that are not read."""
+    if channels is None:
+        return {
+            "scale_ptr": placeholder,
+            "offset_ptr": placeholder,
+            "head_stride": 1,
+            "width_stride": 1,
+            "HEADS": 1,
+            "WIDTH": 0,
+        }
+    return {
+        "scale_ptr": channels.scale,
+        "offset_ptr": channels.offset,
+        "head_stride": channels.head_stride,
+        "width_stride": channels.width_stride,
+        "HEADS": channels.heads,
+        "WIDTH": channels.width,
+    }

@@ -1,0 +1,251 @@
+"""What a function needs to run again and give the same: its random numbers, its autocast setting, and, in chunks of the
+batch, its arguments taken apart and its results joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = [
+    "AutocastState",
+    "Chunks",
+    "Merged",
+    "RngState",
+    "capture",
+    "consumed_since",
+    "plan_chunks",
+    "replayed",
+    "restore",
+    "take_counters",
+]
+
+
+@dataclass(frozen=True)
+class RngState:
+    """States of the CPU generator and of the generators of some accelerator devices."""
+
+    cpu: Tensor
+    devices: tuple[tuple[torch.device, Tensor], ...] = ()
+
+
+def capture(tensors: Iterable[Tensor]) -> RngState | None:
+    """Return the states of every generator that an operation on `tensors` could draw from.
+
+    Returns:
+        The states, or `None` for fake and meta tensors, which draw nothing.
+    """
+    devices: dict[torch.device, None] = {}
+    for tensor in tensors:
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            return None
+        if tensor.device.type != "cpu":
+            devices.setdefault(tensor.device)
+    states = tuple((device, _module_of(device).get_rng_state(device)) for device in devices)
+    return RngState(torch.get_rng_state(), states)
+
+
+def consumed_since(before: RngState | None, tensors: Iterable[Tensor]) -> bool:
+    """Return whether a generator has moved since `before` was captured."""
+    after = capture(tensors) if before is not None else None
+    if before is None or after is None:
+        return False
+    pairs = zip(before.devices, after.devices, strict=True)
+    return not torch.equal(before.cpu, after.cpu) or any(not torch.equal(b[1], a[1]) for b, a in pairs)
+
+
+def restore(state: RngState | None) -> None:
+    """Set the generators back to `state`."""
+    if state is not None:
+        torch.set_rng_state(state.cpu)
+        for device, value in state.devices:
+            _module_of(device).set_rng_state(value, device)
+
+
+@contextlib.contextmanager
+def replayed(state: RngState | None) -> Iterator[None]:
+    """Draw the random numbers that followed `state` again; the generators are left as they were found."""
+    if state is None:
+        yield
+        return
+    devices = tuple((device, _module_of(device).get_rng_state(device)) for device, _ in state.devices)
+    found = RngState(torch.get_rng_state(), devices)
+    restore(state)
+    try:
+        yield
+    finally:
+        restore(found)
+
+
+def take_counters(device: torch.device, count: int) -> tuple[int, int]:
+    """Return seed and first of `count` counters of Philox that nothing else draws from, taken from the device's generator.
+
+    The generator moves on, so that a recomputation which puts its state back takes the same ones. The host waits for
+    nothing. Where the generator is no Philox (a CPU's), the seed is drawn from it and the first counter is 0.
+    """
+    if device.type != "cuda":
+        return int(torch.randint(1 << 62, (), device=device)), 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    # PyTorch counts numbers of 32 bits, of which a counter gives four.
+    first = -(-generator.get_offset() // 4)
+    generator.set_offset(4 * (first + count))
+    return generator.initial_seed(), first
+
+
+def _module_of(device: torch.device):
+    """Return `torch.cuda` for a CUDA device, and likewise for the others."""
+    return getattr(torch, device.type)
+
+
+@dataclass(frozen=True)
+class AutocastState:
+    """Device type, whether autocast is on, and its dtype, for each device type in use."""
+
+    settings: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def capture(cls, tensors: Iterable[Tensor]) -> AutocastState:
+        """Return the settings in force for the devices of `tensors`."""
+        kinds = sorted({t.device.type for t in tensors} - {"meta"} | {"cpu"})
+        return cls(
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        )
+
+    @contextlib.contextmanager
+    def entered(self):
+        """Run under these settings, without autocast's cache of cast weights.
+
+        The cache would hand a cast weight, with its place in a graph that is thrown away, to a later user of the
+        same (tied) weight.
+        """
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.settings:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+            yield
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Row ranges of the batch, and which arguments have a row for each sample.
+
+    Attributes:
+        batch: rows of the whole batch.
+        bounds: first row and end of each chunk.
+        divided: for each argument, whether it is split.
+    """
+
+    batch: int
+    bounds: tuple[tuple[int, int], ...]
+    divided: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def undivided(self) -> Chunks:
+        """Return the same arguments in one chunk."""
+        return Chunks(self.batch, ((0, self.batch),), (False,) * len(self.divided))
+
+    def slice(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
+        """Return the arguments of one chunk."""
+        start, stop = self.bounds[index]
+        return [t[start:stop] if split else t for t, split in zip(tensors, self.divided, strict=True)]
+
+    def is_batched(self, whole: Tensor) -> bool:
+        """Return whether a result of the whole batch has a row for each sample."""
+        return whole.dim() > 0 and whole.shape[0] == self.batch
+
+
+class Merged:
+    """Results of the whole batch, filled in chunk by chunk, so that no chunk's own result outlives it.
+
+    A tensor with a row for each sample of its chunk is joined; of anything else the first chunk's is kept.
+
+    Args:
+        plan: the chunks.
+    """
+
+    def __init__(self, plan: Chunks):
+        self._plan = plan
+        self._joins: list[bool] = []
+        self.values: list[Any] = []
+
+    @property
+    def by_row(self) -> bool:
+        """Whether every tensor so far has a row for each sample, or there is one chunk only."""
+        return len(self._plan) == 1 or all(
+            joins or not isinstance(value, Tensor)
+            for value, joins in zip(self.values, self._joins, strict=True)
+        )
+
+    def add(self, index: int, results: Sequence[Any]) -> None:
+        """Take in the results of chunk `index`; the chunks come in order.
+
+        Raises:
+            ValueError: results of two chunks differ in more than their rows.
+        """
+        start, stop = self._plan.bounds[index]
+        if not index:
+            self._joins = [len(self._plan) > 1 and _has_rows(v, stop - start) for v in results]
+            self.values = [
+                v.new_empty((self._plan.batch, *v.shape[1:])) if joins else v
+                for v, joins in zip(results, self._joins, strict=True)
+            ]
+        for i, value in enumerate(results):
+            if not self._joins[i]:
+                continue
+            whole = self.values[i]
+            if not _has_rows(value, stop - start):
+                # Its length was that of the first chunk by chance.
+                self._joins[i], self.values[i] = False, whole[: self._plan.bounds[0][1]]
+                continue
+            if value.shape[1:] != whole.shape[1:]:
+                raise ValueError(
+                    f"results of two chunks differ: shapes {[*whole.shape[1:]]} and {[*value.shape[1:]]} of a sample"
+                )
+            whole[start:stop] = value
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+
+
+def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None) -> Chunks:
+    """Return chunks of about `chunk_tokens` tokens.
+
+    The first floating-point tensor is the hidden state. Only one of rank three or more, `[batch, tokens, hidden]`,
+    is split: rows of a matrix may be tokens of one packed sequence that attend to each other.
+
+    Args:
+        tensors: the arguments of a function.
+        chunk_tokens: target size of a chunk in tokens; `None`: one chunk.
+
+    Raises:
+        ValueError: `chunk_tokens` is not positive.
+    """
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be a positive number of tokens or None, got {chunk_tokens}")
+    hidden = next((t for t in tensors if t.is_floating_point() and t.dim() >= 2), None)
+    if hidden is None:
+        return Chunks(1, ((0, 1),), (False,) * len(tensors))
+    batch = hidden.shape[0]
+    whole = Chunks(batch, ((0, batch),), (False,) * len(tensors))
+    if chunk_tokens is None or hidden.dim() < 3 or batch < 2 or not hidden.numel():
+        return whole
+    tokens = hidden.numel() // hidden.shape[-1]
+    rows = max(1, chunk_tokens * batch // tokens)
+    # A [sequence, ...] table cannot be told from a [batch, ...] one when both lengths agree.
+    ambiguous = batch == hidden.shape[1] and any(t.dim() == 2 and t.shape[0] == batch for t in tensors)
+    if rows >= batch or ambiguous:
+        return whole
+    bounds = tuple((start, min(start + rows, batch)) for start in range(0, batch, rows))
+    return Chunks(batch, bounds, tuple(t.dim() >= 2 and t.shape[0] == batch for t in tensors))
