@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimfit_ds.activations.codecs import get_codec, registry
+from slimfit_ds.activations import codecs
+from slimfit_ds.activations.codecs import get_codec
 from slimfit_ds.schedule.config import FreezeConfig
 from slimfit_ds.schedule.policies import POLICIES, Policy
 from slimfit_ds.schedule.schedule import FreezeSchedule
@@ -26,7 +27,7 @@ def names():
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(block, found)
     yield found
-    registry._FACTORIES.pop("half", None)
+    codecs._CODECS.pop("half", None)
 
 
 def test_the_policy_takes_layers_in_turns(names, monkeypatch):
