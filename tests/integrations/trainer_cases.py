@@ -32,16 +32,16 @@ class Sentences(Dataset):
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def classifier() -> nn.Module:
+def classifier(hidden_size: int = 16) -> nn.Module:
     """Two blocks without dropout, so that the order of random numbers does not matter."""
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=WORDS,
-            hidden_size=16,
+            hidden_size=hidden_size,
             num_hidden_layers=2,
             num_attention_heads=2,
-            intermediate_size=32,
+            intermediate_size=2 * hidden_size,
             max_position_embeddings=TOKENS,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
