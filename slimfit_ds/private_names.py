@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,6 @@ SUPPORTED = {
     "torchao": ">=0.14,<0.19",
 }
 """The versions that pyproject.toml allows."""
-
-ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
-STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
-PARTITION = "deepspeed.runtime.zero.partition_parameters"
 
 
 @dataclass(frozen=True)
@@ -113,316 +109,298 @@ def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _overridden(owner: str, room: str, breaks: str, **methods: str) -> list[Name]:
-    """Return a row for each method: name -> its parameters after `self`, separated by spaces."""
-    return [
-        Name(owner, n, (room,), breaks, ("self", *parameters.split())) for n, parameters in methods.items()
-    ]
-
-
-def _fields(owner: str, rooms: tuple[str, ...], breaks: str, *names: str) -> list[Name]:
-    return [Name(owner, name, rooms, breaks, in_source=True) for name in names]
+def _names(owner: str, rooms: str, breaks: str, *texts: str) -> Iterator[Name]:
+    """Yield rows: `name`, `name(parameters, relied, on)`, or `.name` of what is set on instances."""
+    for text in texts:
+        name, call, parameters = text.removeprefix(".").rstrip(")").partition("(")
+        relied_on = tuple(parameters.replace(",", "").split()) if call else None
+        yield Name(owner, name, tuple(rooms.split()), breaks, relied_on, in_source=text.startswith("."))
 
 
 TABLE: tuple[Name, ...] = (
-    # DeepSpeed: the engine.
-    *_overridden(
-        ENGINE,
+    # deepspeed
+    *_names(
+        "deepspeed.runtime.engine:DeepSpeedEngine",
         "engine",
         "a method that is overridden and never called: frozen layers move, or the norm is wrong",
-        _configure_basic_optimizer="model_parameters",
-        _configure_zero_optimizer="optimizer",
-        _do_optimizer_sanity_check="basic_optimizer",
-        _scheduler_from_config="optimizer",
-        _take_model_step="lr_kwargs",
-        allreduce_gradients="bucket_size",
-        clip_fp32_gradients="",
-        zero_force_ds_cpu_optimizer="",
-        zero_grad="",
+        "_configure_basic_optimizer(self, model_parameters)",
+        "_configure_zero_optimizer(self, optimizer)",
+        "_do_optimizer_sanity_check(self, basic_optimizer)",
+        "_scheduler_from_config(self, optimizer)",
+        "_take_model_step(self, lr_kwargs)",
+        "allreduce_gradients(self, bucket_size)",
+        "clip_fp32_gradients(self)",
+        "zero_force_ds_cpu_optimizer(self)",
+        "zero_grad(self)",
     ),
-    *_overridden(
-        ENGINE,
+    *_names(
+        "deepspeed.runtime.engine:DeepSpeedEngine",
         "engine",
         "the linear function of ZeRO 3 is not in force when blocks are recomputed: more memory, or an error",
-        _backward_prologue="",
-        _backward_epilogue="",
-        backward="loss",
-        forward="inputs kwargs",
+        "_backward_prologue(self)",
+        "_backward_epilogue(self)",
+        "backward(self, loss)",
+        "forward(self, inputs, kwargs)",
     ),
-    *_overridden(
-        ENGINE,
+    *_names(
+        "deepspeed.runtime.engine:DeepSpeedEngine",
         "engine",
         "checkpoints in DeepSpeed's format, or weights without their trained columns",
-        _zero3_consolidated_16bit_state_dict="exclude_frozen_parameters",
-        save_checkpoint="save_dir tag client_state save_latest exclude_frozen_parameters",
-        load_checkpoint="load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states "
-        "load_module_only custom_load_fn",
+        "_zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters)",
+        "save_checkpoint(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)",
+        "load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn)",
     ),
-    *_fields(
+    *_names(
         "deepspeed.runtime.engine:DeepSpeedEngine",
-        ("engine",),
+        "engine",
         "an AttributeError while the engine is made",
-        "_config",
-        "basic_optimizer",
-        "seq_data_parallel_group",
-        "gradient_average",
-        "communication_data_type",
+        "._config",
+        ".basic_optimizer",
+        ".seq_data_parallel_group",
+        ".gradient_average",
+        ".communication_data_type",
     ),
-    Name("deepspeed", "DeepSpeedEngine", ("engine",), "the engine is a stock one: nothing freezes"),
-    Name("deepspeed", "initialize", ("integrations",), "the Trainer makes a stock engine: nothing freezes"),
-    Name("deepspeed.runtime.engine", "ZERO_OPTIMIZATION", ("engine",), "an ImportError"),
-    Name(
+    *_names("deepspeed", "engine", "the engine is a stock one: nothing freezes", "DeepSpeedEngine"),
+    *_names("deepspeed", "integrations", "the Trainer makes a stock engine: nothing freezes", "initialize"),
+    *_names("deepspeed.runtime.engine", "engine", "an ImportError", "ZERO_OPTIMIZATION"),
+    *_names(
         "deepspeed.runtime.fp16.loss_scaler",
-        "CreateLossScaler",
-        ("engine",),
+        "engine",
         "fp16 trains with a wrong loss scale",
-        ("dtype", "static_loss_scale", "dynamic_scaling", "dynamic_loss_args"),
+        "CreateLossScaler(dtype, static_loss_scale, dynamic_scaling, dynamic_loss_args)",
     ),
-    *_fields(
+    *_names(
         "deepspeed.runtime.fp16.loss_scaler",
-        ("engine",),
+        "engine",
         "a resumed fp16 run starts with another loss scale",
-        "cur_scale",
-        "cur_iter",
-        "last_overflow_iter",
-        "cur_hysteresis",
+        ".cur_scale",
+        ".cur_iter",
+        ".last_overflow_iter",
+        ".cur_hysteresis",
     ),
-    Name(
+    *_names(
         "deepspeed.runtime.tensor_parallel.init_utils",
-        "load_ds_config",
-        ("engine",),
+        "engine",
         "configurations as hjson or base64 are not read",
-        ("config",),
+        "load_ds_config(config)",
     ),
-    Name("deepspeed.ops", "__compatible_ops__", ("engine",), "half a minute of compiling at the first start"),
-    # DeepSpeed: the optimizer of ZeRO 3.
-    Name("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", ("engine",), "a stock optimizer"),
-    Name("deepspeed.runtime.zero.stage3", "IPGBucketZ3", ("engine",), "gradients have no bucket"),
-    Name("deepspeed.runtime.torch_autocast", "sort_dtypes", ("engine",), "an ImportError", ("dtypes",)),
-    *_overridden(
-        STAGE3,
+    *_names("deepspeed.ops", "engine", "half a minute of compiling at the first start", "__compatible_ops__"),
+    *_names("deepspeed.runtime.zero.stage3", "engine", "a stock optimizer", "DeepSpeedZeroOptimizer_Stage3"),
+    *_names("deepspeed.runtime.zero.stage3", "engine", "gradients have no bucket", "IPGBucketZ3"),
+    *_names("deepspeed.runtime.torch_autocast", "engine", "an ImportError", "sort_dtypes(dtypes)"),
+    *_names(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
         "engine",
         "a method that is overridden and never called: frozen layers move, or memory of all layers is held",
-        _setup_for_real_optimizer="",
-        get_param_comm_dtype="param",
-        independent_gradient_partition_epilogue="",
-        partition_grads="params_to_release grad_partitions",
-        reduce_ready_partitions_and_remove_grads="param",
-        step="closure",
-        zero_grad="set_to_none",
+        "_setup_for_real_optimizer(self)",
+        "get_param_comm_dtype(self, param)",
+        "independent_gradient_partition_epilogue(self)",
+        "partition_grads(self, params_to_release, grad_partitions)",
+        "reduce_ready_partitions_and_remove_grads(self, param)",
+        "step(self, closure)",
+        "zero_grad(self, set_to_none)",
     ),
-    *_overridden(
-        STAGE3,
+    *_names(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
         "engine",
         "an AttributeError in the first step",
-        _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads="communication_data_type",
-        _partition_all_parameters="",
-        _post_step="timer_names",
-        _pre_step="",
+        "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(self, communication_data_type)",
+        "_partition_all_parameters(self)",
+        "_post_step(self, timer_names)",
+        "_pre_step(self)",
     ),
-    *_fields(
-        STAGE3,
-        ("engine",),
+    *_names(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+        "engine",
         "gradients of the last bucket are lost, or memory is counted wrongly",
-        "_epilogue_ran_this_backward",
-        "ipg_buckets",
-        "offload_optimizer",
-        "reduce_and_partition_stream",
-        "fp32_partitioned_groups_flat",
-        "grad_partitions_flat_buffer",
-        "averaged_gradients",
+        "._epilogue_ran_this_backward",
+        ".ipg_buckets",
+        ".offload_optimizer",
+        ".reduce_and_partition_stream",
+        ".fp32_partitioned_groups_flat",
+        ".grad_partitions_flat_buffer",
+        ".averaged_gradients",
     ),
-    *_fields(
+    *_names(
         "deepspeed.runtime.zero.stage_1_and_2",
-        ("engine",),
+        "engine",
         "an error of the memory report of a stock engine",
-        "single_partition_of_fp32_groups",
-        "param_buffer_of_bit16_for_cpu_offload_groups",
-        "temp_grad_buffer_for_cpu_offload",
-        "accumulated_grads_in_cpu",
-        "cpu_offload",
+        ".single_partition_of_fp32_groups",
+        ".param_buffer_of_bit16_for_cpu_offload_groups",
+        ".temp_grad_buffer_for_cpu_offload",
+        ".accumulated_grads_in_cpu",
+        ".cpu_offload",
     ),
-    *_fields(
+    *_names(
         "deepspeed.runtime.bf16_optimizer",
-        ("engine",),
+        "engine",
         "an error of the memory report of a stock engine",
-        "fp32_groups_flat_partition",
-        "fp32_groups_gradients",
+        ".fp32_groups_flat_partition",
+        ".fp32_groups_gradients",
     ),
-    *_fields(
-        PARTITION,
-        ("engine",),
+    *_names(
+        "deepspeed.runtime.zero.partition_parameters",
+        "engine",
         "a weight that ZeRO 3 has cut is taken for a whole one of no elements",
-        "ds_id",
-        "ds_tensor",
-        "ds_numel",
-        "ds_status",
-        "ds_process_group",
-        "partition_numel",
+        ".ds_id",
+        ".ds_tensor",
+        ".ds_numel",
+        ".ds_status",
+        ".ds_process_group",
+        ".partition_numel",
     ),
-    *_fields(PARTITION, ("trainable",), "a cut weight is taken for a vector: it is not frozen", "ds_shape"),
-    Name(
+    *_names(
+        "deepspeed.runtime.zero.partition_parameters",
+        "trainable",
+        "a cut weight is taken for a vector: it is not frozen",
+        ".ds_shape",
+    ),
+    *_names(
         "deepspeed.runtime.zero.linear",
-        "zero3_linear_wrap",
-        ("engine",),
+        "engine",
         "an ImportError, or DeepSpeed's linear function, which keeps the input of frozen layers",
-        ("input", "weight", "bias"),
+        "zero3_linear_wrap(input, weight, bias)",
     ),
-    Name(
+    *_names(
         "deepspeed.runtime.zero.partitioned_param_coordinator",
-        "assert_ints_same_as_other_ranks",
-        ("planner",),
+        "planner",
         "an error of `plan` under ZeRO 3",
+        "assert_ints_same_as_other_ranks",
     ),
-    # torch: autograd.
-    Name("torch._C._nn", "linear", ("engine",), "an ImportError"),
-    Name(
-        "torch._C._autograd",
-        "_get_sequence_nr",
-        ("activations",),
-        "compressed blocks do not find their graph",
+    # torch
+    *_names("torch._C._nn", "engine", "an ImportError", "linear"),
+    *_names(
+        "torch._C._autograd", "activations", "compressed blocks do not find their graph", "_get_sequence_nr"
     ),
-    Name(
-        "torch._C._autograd", "_top_saved_tensors_default_hooks", ("activations",), "hooks of others are lost"
+    *_names(
+        "torch._C._autograd", "activations", "hooks of others are lost", "_top_saved_tensors_default_hooks"
     ),
-    Name(
-        "torch._C:_FunctionBase",
-        "_sequence_nr",
-        ("activations",),
-        "compressed blocks do not find their graph",
+    *_names(
+        "torch._C:_FunctionBase", "activations", "compressed blocks do not find their graph", "_sequence_nr"
     ),
-    Name(
-        "torch._C",
-        "_current_graph_task_id",
-        ("memory",),
-        "phases of a step are told apart wrongly",
+    *_names("torch._C", "memory", "phases of a step are told apart wrongly", "_current_graph_task_id"),
+    *_names(
+        "torch:Tensor", "activations trainable", "a changed tensor is taken for the kept one", "_version"
     ),
-    Name(
-        "torch:Tensor", "_version", ("activations", "trainable"), "a changed tensor is taken for the kept one"
+    *_names("torch:Tensor", "memory", "views are counted twice", "_base"),
+    *_names(
+        "torch:Tensor", "activations", "hooks on inputs of recomputed blocks are lost", "_backward_hooks"
     ),
-    Name("torch:Tensor", "_base", ("memory",), "views are counted twice"),
-    Name(
-        "torch:Tensor", "_backward_hooks", ("activations",), "hooks on inputs of recomputed blocks are lost"
+    *_names("torch:UntypedStorage", "activations memory", "one storage is kept or counted twice", "_cdata"),
+    *_names(
+        "torch.autograd:Variable", "integrations", "DDP ranks do not average gradients", "_execution_engine"
     ),
-    Name("torch:UntypedStorage", "_cdata", ("activations", "memory"), "one storage is kept or counted twice"),
-    Name(
-        "torch.autograd:Variable",
-        "_execution_engine",
-        ("integrations",),
-        "DDP ranks do not average gradients",
+    *_names("torch", "activations", "an AttributeError in the backward pass", "_softmax_backward_data"),
+    *_names(
+        "torch",
+        "optim",
+        "an AttributeError in the first step",
+        "_foreach_add_",
+        "_foreach_addcmul_",
+        "_foreach_copy_",
+        "_foreach_div_",
+        "_foreach_lerp_",
+        "_foreach_mul",
+        "_foreach_mul_",
+        "_foreach_sqrt",
     ),
-    Name("torch", "_softmax_backward_data", ("activations",), "an AttributeError in the backward pass"),
-    *(
-        Name("torch", f"_foreach_{name}", ("optim",), "an AttributeError in the first step")
-        for name in ("add_", "addcmul_", "copy_", "div_", "lerp_", "mul", "mul_", "sqrt")
+    *_names("torch", "engine", "an AttributeError in the first step", "_foreach_norm"),
+    *_names(
+        "torch.optim.lr_scheduler", "engine", "a warning of torch's schedulers at each start", "._opt_called"
     ),
-    Name("torch", "_foreach_norm", ("engine",), "an AttributeError in the first step"),
-    *_fields(
-        "torch.optim.lr_scheduler",
-        ("engine",),
-        "a warning of torch's schedulers at each start",
-        "_opt_called",
-    ),
-    # torch: modules and distributed.
-    *_fields(
-        "torch.nn.modules.module", ("activations",), "compiled blocks keep stale weights", "_parameters"
-    ),
-    Name(
-        "torch.nn:Module", "_apply", ("planner",), "`plan` allocates real memory", ("self", "fn", "recurse")
-    ),
-    Name("torch.nn.modules.conv", "_ConvNd", ("trainable",), "an AttributeError"),
-    Name("torch.nn.modules.dropout", "_DropoutNd", ("activations",), "an ImportError"),
-    *_fields(
+    *_names("torch.nn.modules.module", "activations", "compiled blocks keep stale weights", "._parameters"),
+    *_names("torch.nn:Module", "planner", "`plan` allocates real memory", "_apply(self, fn, recurse)"),
+    *_names("torch.nn.modules.conv", "trainable", "an AttributeError", "_ConvNd"),
+    *_names("torch.nn.modules.dropout", "activations", "an ImportError", "_DropoutNd"),
+    *_names(
         "torch.nn.parallel.distributed",
-        ("integrations",),
+        "integrations",
         "DDP sends gradients of frozen layers, or waits for them for ever",
-        "_ddp_params_and_buffers_to_ignore",
+        "._ddp_params_and_buffers_to_ignore",
     ),
-    Name(
+    *_names(
         "torch.distributed.distributed_c10d",
-        "_set_pg_timeout",
-        ("integrations",),
+        "integrations",
         "a hung rank is noticed after half an hour",
-        ("timeout", "group"),
-    ),
-    Name(
-        "torch.distributed.distributed_c10d",
+        "_set_pg_timeout(timeout, group)",
         "_world",
-        ("integrations",),
-        "a hung rank is noticed after half an hour",
     ),
-    Name("torch.distributed", "_all_gather_base", ("memory",), "traffic of a collective is not counted"),
-    Name("torch.distributed", "_reduce_scatter_base", ("memory",), "traffic of a collective is not counted"),
-    # torch: fake tensors and the planner.
-    Name("torch._subclasses.fake_tensor", "FakeTensor", ("activations", "planner"), "an ImportError"),
-    Name("torch._subclasses.fake_tensor", "FakeTensorMode", ("planner",), "an ImportError"),
-    Name("torch._subclasses.fake_tensor", "unset_fake_temporarily", ("activations",), "an ImportError", ()),
-    Name("torch.utils._python_dispatch", "TorchDispatchMode", ("memory", "planner"), "an ImportError"),
-    Name("torch.utils._python_dispatch", "_disable_current_modes", ("planner",), "an ImportError", ()),
-    Name("torch.utils._python_dispatch", "is_in_torch_dispatch_mode", ("activations",), "an ImportError"),
-    Name(
-        "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", ("memory",), "an ImportError", ("t",)
+    *_names(
+        "torch.distributed",
+        "memory",
+        "traffic of a collective is not counted",
+        "_all_gather_base",
+        "_reduce_scatter_base",
     ),
-    Name("torch.utils._pytree", "tree_iter", ("memory", "engine", "planner"), "an ImportError", ("tree",)),
-    Name("torch.testing._internal.distributed.fake_pg", "FakeStore", ("planner",), "an ImportError"),
-    Name("torch.cuda.memory", "_record_memory_history", ("memory",), "no allocation history of a step"),
-    Name("torch.cuda.memory", "_dump_snapshot", ("memory",), "no allocation history of a step"),
-    # transformers.
-    Name(
+    *_names("torch._subclasses.fake_tensor", "activations planner", "an ImportError", "FakeTensor"),
+    *_names("torch._subclasses.fake_tensor", "planner", "an ImportError", "FakeTensorMode"),
+    *_names("torch._subclasses.fake_tensor", "activations", "an ImportError", "unset_fake_temporarily()"),
+    *_names("torch.utils._python_dispatch", "memory planner", "an ImportError", "TorchDispatchMode"),
+    *_names("torch.utils._python_dispatch", "planner", "an ImportError", "_disable_current_modes()"),
+    *_names("torch.utils._python_dispatch", "activations", "an ImportError", "is_in_torch_dispatch_mode"),
+    *_names("torch.utils._python_dispatch", "memory", "an ImportError", "is_traceable_wrapper_subclass(t)"),
+    *_names("torch.utils._pytree", "memory engine planner", "an ImportError", "tree_iter(tree)"),
+    *_names("torch.testing._internal.distributed.fake_pg", "planner", "an ImportError", "FakeStore"),
+    *_names(
+        "torch.cuda.memory",
+        "memory",
+        "no allocation history of a step",
+        "_record_memory_history",
+        "_dump_snapshot",
+    ),
+    # transformers
+    *_names(
         "transformers.modeling_utils:PreTrainedModel",
-        "_set_gradient_checkpointing",
-        ("activations", "planner"),
+        "activations planner",
         "blocks are not recomputed",
-        ("self", "enable", "gradient_checkpointing_func"),
+        "_set_gradient_checkpointing(self, enable, gradient_checkpointing_func)",
     ),
-    *_fields(
+    *_names(
         "transformers.modeling_layers",
-        ("activations",),
+        "activations",
         "blocks are not recomputed: more memory than planned",
-        "_gradient_checkpointing_func",
+        "._gradient_checkpointing_func",
     ),
-    *_fields(
+    *_names(
         "transformers.configuration_utils",
-        ("activations",),
+        "activations",
         "attention keeps all that it kept before",
-        "_attn_implementation_internal",
-        "_attn_implementation",
+        "._attn_implementation_internal",
+        "._attn_implementation",
     ),
-    *_fields(
+    *_names(
         "transformers.modeling_utils",
-        ("activations", "planner"),
+        "activations planner",
         "the loss is not made in chunks",
-        "_loss_function",
+        "._loss_function",
     ),
-    Name(
+    *_names(
         "transformers.integrations.deepspeed:HfTrainerDeepSpeedConfig",
-        "trainer_config_finalize",
-        ("integrations",),
+        "integrations",
         "problems of the slimfit block come one by one, and late",
-        ("self", "args", "model", "num_training_steps"),
+        "trainer_config_finalize(self, args, model, num_training_steps)",
     ),
-    Name(
+    *_names(
         "transformers.trainer:Trainer",
-        "_run_epoch",
-        ("integrations",),
+        "integrations",
         "a finished run that resumes takes a step more",
+        "_run_epoch",
     ),
-    # torchao.
-    Name("torchao.optim.quant_utils", "create_dynamic_map", ("optim",), "no 8-bit states", ("signed",)),
-    Name("torchao.optim.quant_utils", "scale_tensor", ("optim",), "no 8-bit states", ("input", "block_size")),
-    Name(
-        "torchao.optim.quant_utils",
-        "quantize_8bit_with_qmap",
-        ("optim",),
-        "no 8-bit states",
-        ("input", "qmap"),
+    *_names(
+        "transformers.models.auto.auto_factory:_BaseAutoModelClass",
+        "tasks",
+        "a task cannot tell whether a model fits it",
+        "_model_mapping",
     ),
-    Name(
+    # torchao
+    *_names(
         "torchao.optim.quant_utils",
-        "dequant_with_qmap",
-        ("optim",),
+        "optim",
         "no 8-bit states",
-        ("codes", "qmap", "scale"),
+        "create_dynamic_map(signed)",
+        "scale_tensor(input, block_size)",
+        "quantize_8bit_with_qmap(input, qmap)",
+        "dequant_with_qmap(codes, qmap, scale)",
     ),
 )
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import slimfit_ds
+from slimfit_ds.engine import engine as engine_module
 from slimfit_ds.engine.memory_roots import engine_roots
 from slimfit_ds.errors import ConfigError
 
@@ -431,3 +432,20 @@ def test_small_state_options_learn(option):
             "master" not in engine.optimizer.updater.states.peek(i).tensors
             for i in engine.optimizer.updater.states.units
         )
+
+
+@pytest.mark.parametrize(
+    ("freeze", "compared"),
+    [
+        ({"policy": "ils", "rate": 0.7}, 4),
+        ({"policy": "none"}, 1),
+        ({"policy": "static", "rate": 0.7}, 1),
+    ],
+)
+def test_a_static_active_set_is_compared_and_applied_once(monkeypatch, freeze, compared):
+    calls: list[int] = []
+    monkeypatch.setattr(engine_module, "check_active_set", lambda schedule, *_: calls.append(schedule.step))
+    engine, *_ = make({"freeze": freeze})
+    train(engine, 3)
+    assert calls == list(range(compared))
+    assert bool(engine.update_statistics) == (compared > 1)
