@@ -147,8 +147,8 @@ def write_metrics(trainer: Any, metrics: dict[str, float]) -> None:
     """Write `metrics.json`: the last evaluation, speed, and the most memory that a rank has held."""
     import torch
 
+    from slimfit_ds.environment import hardware, peak_memory, versions
     from slimfit_ds.files import write_atomically
-    from slimfit_ds.training.surroundings import hardware, peak_memory, versions
 
     device = trainer.args.device
     peak = torch.tensor(float(peak_memory(device)), dtype=torch.float64, device=device)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimfit_ds.monitoring.run_card import RunCard
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.training.history import History
 
 __all__ = ["RunLog"]
 
@@ -46,7 +48,7 @@ class RunLog(TrainerCallback):
             "seed": args.seed,
         }
         # Lines of later steps are left over from a run that went further than its last checkpoint.
-        self._history = History(folder / "history.jsonl", state.global_step, writes=writes)
+        self._history = _History(folder / "history.jsonl", state.global_step, writes=writes)
         self._card = RunCard(folder / "run.json", facts, writes=writes)
 
     def on_step_begin(
@@ -103,6 +105,7 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._flush()
+        self._history.sync()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,3 +118,61 @@ class RunLog(TrainerCallback):
         if self._line is not None:
             self._history.add(self._line)
         self._line = None
+
+
+class _History:
+    """Appends lines on the rank that writes; does nothing on the others.
+
+    Args:
+        path: the file; lines of steps from `first_step` on are left over from a run that went further than its last
+            checkpoint, and are dropped.
+        first_step: the step that comes next.
+        writes: whether this rank writes.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, writes: bool):
+        self._file: TextIO | None = None
+        if writes:
+            self._file = path.open("a", encoding="utf-8")
+            # Cut in place: a run that is killed here loses nothing of what it keeps.
+            self._file.truncate(_bytes_before(path, first_step))
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write one line at once, so that a run that dies leaves all its steps."""
+        if self._file is not None:
+            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Have all lines on disk, before a checkpoint says that they are there."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _bytes_before(path: Path, first_step: int) -> int:
+    """Length of the part of a history that holds the steps before this one."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= first_step:
+                    break
+            except ValueError:
+                break
+            length += len(line)
+    return length
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with null for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

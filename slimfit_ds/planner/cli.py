@@ -272,18 +272,19 @@ class _Plan:
         file = Path(arguments.model).expanduser()
         deepspeed = {"zero_optimization": self.strategy.zero_block(), "slimfit": setting.block}
         values: dict[str, Any] = {
+            # The Trainer of language models has a max_length of its own.
             "task": {
                 "name": task,
-                **({} if task == "image_classification" else {"max_length": arguments.seq}),
+                **({} if task in ("image_classification", "causal_lm") else {"max_length": arguments.seq}),
             },
+            **({"max_length": arguments.seq} if task == "causal_lm" else {}),
             # A hub id or folder as it is; a single file becomes a model to initialise.
             "model": {"config": json.loads(file.read_text())} if file.is_file() else arguments.model,
             "data_dir": None,
             "max_steps": 1000,
-            "train_batch_size": arguments.batch * arguments.gpus,
-            "micro_batch_size": arguments.batch,
-            "lr": 5e-5,
-            "dtype": arguments.dtype,
+            "per_device_train_batch_size": arguments.batch,
+            "learning_rate": 5e-5,
+            **{name: arguments.dtype == name for name in ("bf16", "fp16")},
             "deepspeed": "ds_config.json",
         }
         header = (

@@ -84,7 +84,8 @@ class _SequenceTask(TextTask[SequenceOptions]):
         tokens = self.tokenizer(*texts, truncation=True, max_length=self.options.max_length)
         return {**tokens, "labels": self._encode(batch[self.options.label_column])}
 
-    def _metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def compute_metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The metrics over a whole split, from logits `[examples, outputs]` and labels `[examples]`."""
         raise NotImplementedError
 
     def trainer_parts(self, splits: Splits) -> dict[str, Any]:
@@ -95,7 +96,9 @@ class _SequenceTask(TextTask[SequenceOptions]):
             "eval_dataset": map_rows(splits.evaluation, self._tokenise),
             "data_collator": DataCollatorWithPadding(self.tokenizer),
             "processing_class": self.tokenizer,
-            "compute_metrics": lambda result: self._metrics(first(result.predictions), result.label_ids),
+            "compute_metrics": lambda result: self.compute_metrics(
+                first(result.predictions), result.label_ids
+            ),
         }
 
 
@@ -115,7 +118,7 @@ class SequenceClassification(_SequenceTask):
     def _encode(self, labels: Sequence[Any]) -> list[Any]:
         return [self.labels.codes[label] for label in labels]
 
-    def _metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def compute_metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return classification_metrics(predicted, labels)
 
 
@@ -143,7 +146,7 @@ class SequenceRegression(_SequenceTask):
     def _encode(self, labels: Sequence[Any]) -> list[Any]:
         return [float(label) for label in labels]
 
-    def _metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def compute_metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return regression_metrics(predicted.squeeze(-1), labels)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,8 @@ from slimfit_ds.activations.codecs import get_codec
 from slimfit_ds.schedule.config import FreezeConfig
 from slimfit_ds.schedule.policies import POLICIES, Policy
 from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.tasks.sequences import SequenceClassification
 from slimfit_ds.trainable.units import discover
-from slimfit_ds.training.tasks.sequence_classification import SequenceClassification
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -54,4 +55,6 @@ def test_the_codec_keeps_sixteen_bits(names):
 def test_the_task_is_one(names):
     task = names["RareEvents"]
     assert issubclass(task, SequenceClassification)
-    assert task(task.options_class()).best_metric == "f1"
+    logits = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    found = task(task.options_class()).compute_metrics(logits, np.array([1, 0, 0]))
+    assert found == {"balanced_accuracy": 0.75}

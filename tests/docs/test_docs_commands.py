@@ -68,14 +68,13 @@ def script(words: Sequence[str]) -> None:
 
 def recipe(words: Sequence[str]) -> None:
     """The recipe is sound with these fields replaced."""
-    from slimfit_ds.training.recipe import read_recipe
+    from slimfit_ds.tasks.recipe import read_recipe
 
     words = list(words)
-    path = words.pop(words.index("--config") + 1)
-    words.remove("--config")
+    place = words.index("--config") + 1
     shown = {"RECIPE": "recipes/digits_vit.yaml", "recipe.yaml": "recipes/digits_vit.yaml"}
-    draft = read_recipe(ROOT / shown.get(path, path), words)
-    assert not draft.problems, draft.problems
+    words[place] = str(ROOT / shown.get(words[place], words[place]))
+    read_recipe(words)
 
 
 def parsed(call: Callable[[], object], words: Sequence[str]) -> None:

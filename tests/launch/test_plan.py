@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.planner.cli import main
-from slimfit_ds.training.recipe import read_recipe
+from slimfit_ds.tasks.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -90,12 +89,11 @@ def test_plan_writes_a_recipe_that_reads(config, tmp_path, capsys):
     assert "LoRA" in text
     assert "->" in text
     assert "expected gradient error" in text
-    draft = read_recipe(out / "recipe.yaml", ["data_dir=x"])
-    assert draft.problems == ()
-    assert draft.recipe.train_batch_size == 4
+    recipe, _ = read_recipe(["--config", str(out / "recipe.yaml"), "data_dir=x"])
+    assert recipe.arguments["per_device_train_batch_size"] == 4
     block = json.loads((out / "ds_config.json").read_text())["slimfit"]
     SlimFitConfig.parse(block)
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["deepspeed"] == "ds_config.json"
+    assert recipe.deepspeed == str(out / "ds_config.json")
 
 
 @pytest.mark.slow
