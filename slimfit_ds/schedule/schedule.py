@@ -16,7 +16,14 @@ from slimfit_ds.schedule.config import FreezeConfig
 from slimfit_ds.schedule.policies import POLICIES, Budget, Selection
 from slimfit_ds.trainable.plan import Plan, plan_units
 from slimfit_ds.trainable.split import split_columns
-from slimfit_ds.trainable.units import ParameterRoles, Unit, discover, is_part, match_globs, split_record
+from slimfit_ds.trainable.units import (
+    ParameterRoles,
+    Unit,
+    discover,
+    is_part,
+    match_always_and_never,
+    split_record,
+)
 
 __all__ = ["FreezeSchedule", "freeze_problems", "prepare_units", "room_at"]
 
@@ -231,12 +238,7 @@ def _resolve(roles: ParameterRoles, config: FreezeConfig) -> tuple[frozenset[int
     problems: list[str] = []
     if not names:
         problems.append("the model has no trainable layer: every weight has requires_grad=False")
-    always = match_globs(config.always_active, roles, "slimfit.freeze.always_active", problems)
-    never = match_globs(config.never_active, roles, "slimfit.freeze.never_active", problems)
-    problems += [
-        f"slimfit.freeze: {names[unit]!r} is matched by always_active and by never_active"
-        for unit in sorted(always & never)
-    ]
+    always, never = match_always_and_never(config.always_active, config.never_active, roles, problems)
     if names and len(never) == len(names):
         problems.append("slimfit.freeze.never_active matches every layer: nothing would train")
     # Beside narrow units, norms and heads train whole at every step. They are no choice, so `layers` does not count them.

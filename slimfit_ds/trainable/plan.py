@@ -17,7 +17,7 @@ from slimfit_ds.trainable.units import (
     Unit,
     discover,
     find_blocks,
-    match_globs,
+    match_always_and_never,
 )
 
 __all__ = ["Plan", "SplitLayer", "plan_units"]
@@ -101,13 +101,12 @@ def plan_units(
         never: globs of layers that do not train.
 
     Raises:
-        ConfigError: globs without a match, or no number of columns that keeps to the rate.
+        ConfigError: globs without a match or that contradict each other, or no number of columns that keeps to the rate.
     """
     roles = discover(model)
     layers = roles.units
     problems: list[str] = []
-    matched = match_globs(always, roles, "slimfit.freeze.always_active", problems)
-    excluded = match_globs(never, roles, "slimfit.freeze.never_active", problems)
+    matched, excluded = match_always_and_never(always, never, roles, problems)
     if problems:
         raise ConfigError(problems)
     parts = find_blocks(roles.names)

@@ -27,6 +27,7 @@ __all__ = [
     "find_blocks",
     "full_shape",
     "is_part",
+    "match_always_and_never",
     "match_globs",
     "split_record",
 ]
@@ -211,6 +212,26 @@ def match_globs(
             problems.append(f"{key}: {pattern!r} matches no layer; near names: {', '.join(near)}")
         found |= hits
     return frozenset(found)
+
+
+def match_always_and_never(
+    always: Iterable[str], never: Iterable[str], roles: ParameterRoles, problems: list[str]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Positions of the units that the globs of `always_active` and of `never_active` match.
+
+    Args:
+        always: globs of the first.
+        never: globs of the second.
+        roles: of the model.
+        problems: a line is appended for each glob without a match and for each unit that both match.
+    """
+    first = match_globs(always, roles, "slimfit.freeze.always_active", problems)
+    second = match_globs(never, roles, "slimfit.freeze.never_active", problems)
+    problems += [
+        f"slimfit.freeze: {roles.names[unit]!r} is matched by always_active and by never_active"
+        for unit in sorted(first & second)
+    ]
+    return first, second
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -506,8 +506,9 @@ def test_pooler_and_classifier_train_whole_and_a_language_models_output_does_not
 def test_what_cannot_be_is_said_before_anything_is_changed(model):
     with pytest.raises(ConfigError, match=r"rate 0.999; lower the rate"):
         split(model, 0.999)
-    with pytest.raises(ConfigError, match="matches no layer"):
-        split(model, always=("nothing.*",))
+    with pytest.raises(ConfigError, match="matches no layer") as caught:
+        split(model, always=("nothing.*", "head"), never=("h*",))
+    assert "'head.weight' is matched by always_active and by never_active" in caught.value.problems[-1]
     assert all(p.requires_grad for p in model.parameters())
 
 
