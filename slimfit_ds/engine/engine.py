@@ -216,18 +216,8 @@ class SlimFitEngine(DeepSpeedEngine):
         return {self.schedule.names[i]: value for i, value in sorted(self.schedule.statistics.items())}
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that this rank holds now, by kind.
-
-        `saved_activations_*` and `peak` are there when a `MemoryTracker` watched a step.
-        """
-        report = {"parameters": weights.stored_bytes(self.module), **self.optimizer.state_bytes()}
-        return {**report, **self._tracked_memory}
-
-    _tracked_memory: Mapping[str, int] = {}
-
-    def record_memory(self, report: Mapping[str, int]) -> None:
-        """Add what a tracker measured to `memory_report`."""
-        self._tracked_memory = dict(report)
+        """Return the bytes that this rank holds now, by kind."""
+        return {"parameters": weights.stored_bytes(self.module), **self.optimizer.state_bytes()}
 
     def save_checkpoint(
         self,

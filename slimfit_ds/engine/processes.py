@@ -12,20 +12,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["accelerator_and_backend", "end_after_gloo", "skip_shm_build", "start_processes"]
+__all__ = ["end_after_gloo", "skip_shm_build", "start_processes"]
 
 _GLOO_THREADS = "(pt_gloo_runloop)"
 _QUIET_LOOKS = 5
-
-
-def accelerator_and_backend() -> tuple[str, str]:
-    """The accelerator that a run would use, and the library its ranks would talk through; joins no group."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    return accelerator.device_name(), accelerator.communication_backend_name()
 
 
 def start_processes() -> torch.device:
