@@ -232,6 +232,18 @@ TABLE: tuple[Name, ...] = (
         ".cpu_offload",
     ),
     *_names(
+        "deepspeed.runtime.fp16.fused_optimizer",
+        "engine",
+        "an error of the memory report of a stock engine",
+        ".fp32_groups_flat",
+    ),
+    *_names(
+        "deepspeed.runtime.fp16.unfused_optimizer",
+        "engine",
+        "an error of the memory report of a stock engine",
+        ".fp32_groups",
+    ),
+    *_names(
         "deepspeed.runtime.bf16_optimizer",
         "engine",
         "an error of the memory report of a stock engine",
@@ -290,7 +302,6 @@ TABLE: tuple[Name, ...] = (
     *_names(
         "torch.autograd:Variable", "integrations", "DDP ranks do not average gradients", "_execution_engine"
     ),
-    *_names("torch", "activations", "an AttributeError in the backward pass", "_softmax_backward_data"),
     *_names(
         "torch",
         "optim",
@@ -334,9 +345,8 @@ TABLE: tuple[Name, ...] = (
     ),
     *_names("torch._subclasses.fake_tensor", "activations planner", "an ImportError", "FakeTensor"),
     *_names("torch._subclasses.fake_tensor", "planner", "an ImportError", "FakeTensorMode"),
-    *_names("torch._subclasses.fake_tensor", "activations", "an ImportError", "unset_fake_temporarily()"),
     *_names("torch.utils._python_dispatch", "memory planner", "an ImportError", "TorchDispatchMode"),
-    *_names("torch.utils._python_dispatch", "planner", "an ImportError", "_disable_current_modes()"),
+    *_names("torch.utils._python_dispatch", "activations", "an ImportError", "_disable_current_modes()"),
     *_names("torch.utils._python_dispatch", "activations", "an ImportError", "is_in_torch_dispatch_mode"),
     *_names("torch.utils._python_dispatch", "memory", "an ImportError", "is_traceable_wrapper_subclass(t)"),
     *_names("torch.utils._pytree", "memory engine planner", "an ImportError", "tree_iter(tree)"),
@@ -351,7 +361,7 @@ TABLE: tuple[Name, ...] = (
     # transformers
     *_names(
         "transformers.modeling_utils:PreTrainedModel",
-        "activations planner",
+        "planner",
         "blocks are not recomputed",
         "_set_gradient_checkpointing(self, enable, gradient_checkpointing_func)",
     ),
