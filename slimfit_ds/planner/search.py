@@ -114,6 +114,9 @@ def ladder(
             changes["optimizer_states"].pop("precision", None)
         if trains_all:
             changes["optimizer_states"].pop("inactive", None)
+            if "width" in fixed.get("freeze", {}):
+                # It says what is frozen.
+                changes["freeze"].pop("rate", None)
         partly = any(fixed.get(key) for key in changes)
         preset = fixed.get("activations", {}).get("preset")
         if preset is not None:

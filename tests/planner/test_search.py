@@ -134,3 +134,16 @@ def test_only_a_policy_that_chooses_has_states_to_send_to_the_host():
     paper = ladder({"freeze": {"policy": "ils"}})
     assert {"device", "host"} == {rung.changes["optimizer_states"]["inactive"] for rung in paper}
     assert len(paper) > len(ladder())
+
+
+def test_a_width_of_units_that_all_train_says_what_is_frozen():
+    fixed = {"freeze": {"width": 0.25}}
+    for rung in ladder(fixed):
+        freeze = SlimFitConfig.parse(merged(fixed, rung)).freeze
+        assert (freeze.width, freeze.rate) == (0.25, 0.75)
+    chosen = {"freeze": {"policy": "ils", "width": 0.25}}
+    assert {SlimFitConfig.parse(merged(chosen, rung)).freeze.rate for rung in ladder(chosen)} == {
+        0.9,
+        0.95,
+        0.98,
+    }
