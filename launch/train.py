@@ -93,9 +93,10 @@ def train(argv: Sequence[str]) -> int:
     ]
     if inputs.deepspeed is not None:
         enable_deepspeed()
+    if inputs.slimfit is not None and inputs.deepspeed is None:
+        callbacks.append(SlimFitCallback(inputs.slimfit))  # writes the history itself
+    else:
         callbacks.append(RunLog(lambda: getattr(trainer.deepspeed, "schedule", None)))
-    elif inputs.slimfit is not None:
-        callbacks.append(SlimFitCallback(inputs.slimfit))
 
     # 4. Model and data.
     from slimfit_ds.tasks.models import build_model

@@ -116,7 +116,8 @@ class _LanguageTask(TextTask[Any]):
 
     def trainer_parts(self, splits: Splits) -> dict[str, Any]:
         def columns(split: Dataset) -> Dataset:
-            return map_rows(split, self._convert, batch_size=None)
+            key = f"{self.name} {self.layout} {self.options!r}"
+            return map_rows(split, self._convert, key, batch_size=None)
 
         return {
             "train_dataset": columns(splits.train),

@@ -111,7 +111,8 @@ def _check_slimfit(recipe: Recipe, inputs: Inputs) -> None:
             line if line.startswith("slimfit.") else f"deepspeed.{line}"
             for line in config_problems(inputs.deepspeed, block, None)
         ]
-    if recipe.arguments.get("gradient_checkpointing") and block.activations != SlimFitConfig().activations:
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
+    if any(map(recipe.arguments.get, checkpointing)) and block.activations != SlimFitConfig().activations:
         problems.append(
             "gradient_checkpointing and slimfit.activations both decide what is kept for the backward pass; "
             "set gradient_checkpointing=false, or slimfit.activations=exact"

@@ -41,7 +41,8 @@ class TextTask(Task[Options]):
         if longest is not None and "roberta" in config.model_type:
             longest -= text.pad_token_id + 1  # positions are counted from there
         if longest is not None and self.max_length is not None and self.max_length > longest:
-            return [f"max_length must be at most the model's {longest} positions, got {self.max_length}"]
+            key = "max_length" if self.loss_counts_tokens else "task.max_length"
+            return [f"{key} must be at most the model's {longest} positions, got {self.max_length}"]
         return []
 
     def load_preprocessing(self, source: str | None, config: PretrainedConfig) -> None:
@@ -89,14 +90,23 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def map_rows(split: Dataset, function: Any, **more: Any) -> Dataset:
-    """`split.map` over batches; kept in memory, so that ranks share no cache file on disk."""
+def map_rows(split: Dataset, function: Any, key: str = "", **more: Any) -> Dataset:
+    """`split.map` over batches; kept in memory, so that ranks share no cache file on disk.
+
+    Args:
+        split: the rows.
+        function: takes and returns columns.
+        key: what `function` depends on. With the rows it makes the fingerprint of the result, by which TRL finds log
+            probabilities of an earlier run again.
+    """
+    from datasets.fingerprint import Hasher
+
     return split.map(
         function,
         batched=True,
         remove_columns=split.column_names,
         keep_in_memory=True,
         load_from_cache_file=False,
-        new_fingerprint="in_memory",
+        new_fingerprint=Hasher.hash([split._fingerprint, key]),
         **more,
     )
