@@ -1,4 +1,4 @@
-"""The outcome of one method, and what it means for other GPU counts."""
+"""The outcome of one strategy, and what it means for other GPU counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _MAX_GPUS = 1024
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of a comparison. Bytes are those of the rank with the highest peak."""
+    """One row of a comparison. Bytes are those of the rank with the highest peak; states and saved activations are the
+    most held at any time."""
 
     name: str
     label: str
@@ -33,14 +34,19 @@ class Outcome:
     states_host: int = 0
     saved_dynamic: int = 0
     saved_static: int = 0
-    peak_resident: int = 0
     gpus: dict[str, int | None] = field(default_factory=dict)
     surroundings: dict[str, Any] = field(default_factory=dict)
     output_dir: str = ""
 
     @property
     def ok(self) -> bool:
+        """Whether it ran to its end."""
         return self.status == "ok"
+
+    @property
+    def saved(self) -> int:
+        """Bytes kept for the backward pass."""
+        return self.saved_dynamic + self.saved_static
 
     @property
     def states_per_parameter(self) -> float:
@@ -48,12 +54,12 @@ class Outcome:
         return self.states / self.parameters if self.parameters else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return {**asdict(self), "states_per_parameter": self.states_per_parameter}
 
 
 def gpus_needed(at_peak: Mapping[str, int], ranks: int, stage: int, memory: int) -> int | None:
-    """The fewest GPUs of `memory` bytes that hold the same global batch, by arithmetic from a measured peak.
+    """Return the fewest GPUs of `memory` bytes that hold the same global batch, by arithmetic from a measured peak.
 
     Activations and the working set shrink with the batch of a rank; gradients (stage 2), optimizer states (stage 1)
     and weights (stage 3) shrink with the number of ranks; the rest does not.

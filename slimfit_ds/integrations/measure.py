@@ -1,17 +1,22 @@
-"""`MeasureSteps`: a Trainer's steps timed, some of them with their memory by kind and the bytes they send."""
+"""`MeasureSteps`: a Trainer's steps timed, the last ones with their memory by kind, and the bytes they send."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded
 from slimfit_ds.memory.probe import StepProbe
-from slimfit_ds.memory.tracker import optimizer_tensors
+from slimfit_ds.memory.tracker import Roots, optimizer_tensors
 from slimfit_ds.memory.traffic import TrafficCounter
 
-__all__ = ["MeasureSteps"]
+__all__ = ["MEASURES", "TIMELINE", "MeasureSteps"]
+
+MEASURES, TIMELINE = "measures.json", "memory_of_one_step.png"
 
 
 class MeasureSteps(TrainerCallback):
@@ -20,24 +25,21 @@ class MeasureSteps(TrainerCallback):
     A tracked step is many times slower than an ordinary one, so it does not count for the time.
 
     Example:
-        measure = MeasureSteps(first=2)
+        measure = MeasureSteps()  # before the process group is made: DeepSpeed looks collectives up at that time
         trainer = Trainer(model, args, train_dataset=data, callbacks=[measure])
-        measure.trainer = trainer  # under DeepSpeed only: callbacks are not shown the engine
+        measure.trainer = trainer  # callbacks are not shown DeepSpeed's engine
         trainer.train()
-        measure.probe.summary(warmup=2)
+        measure.write(Path("outputs"))
     """
 
-    def __init__(
-        self, first: int = 0, last: int = 0, traffic: TrafficCounter | None = None, timeline: bool = False
-    ):
+    def __init__(self, warmup: int = 2, tracked: int = 3):
         """
         Args:
-            first: steps at the beginning whose memory is tracked.
-            last: steps at the end whose memory is tracked.
-            traffic: an installed counter of bytes sent (install it before the process group is made).
-            timeline: keep every change of the last step, for a picture.
+            warmup: first steps that count neither for the time nor for the bytes sent.
+            tracked: last steps whose memory is tracked.
         """
-        self._first, self._last, self._traffic, self._timeline = first, last, traffic, timeline
+        self._warmup, self._tracked = warmup, tracked
+        self._traffic = TrafficCounter().install()
         self.trainer: Any = None
         self.probe: StepProbe | None = None
 
@@ -46,22 +48,23 @@ class MeasureSteps(TrainerCallback):
     ) -> None:
         engine = None if self.trainer is None else self.trainer.deepspeed
         if engine is not None:
-            roots, on_host = engine_roots(engine), is_offloaded(engine.optimizer)
-            self.probe = StepProbe(engine.module, engine, roots, args.device, self._traffic, on_host)
+            on_host = is_offloaded(engine.optimizer)
+            self.probe = StepProbe(
+                engine.module, engine, engine_roots(engine), args.device, self._traffic, on_host
+            )
         elif args.deepspeed:
             raise RuntimeError("MeasureSteps.trainer is not set: under DeepSpeed it must be, before train()")
         else:
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-            roots = {"optimizer": lambda: optimizer_tensors(optimizer)}
+            roots: Roots = {"optimizer": lambda: optimizer_tensors(optimizer)}
             self.probe = StepProbe(kwargs["model"], optimizer, roots, args.device, self._traffic)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step
-        track = step < self._first or step >= state.max_steps - self._last
         assert self.probe is not None
-        self.probe.begin(track, timeline=self._timeline and step == state.max_steps - 1)
+        left = state.max_steps - state.global_step
+        self.probe.begin(track=left <= self._tracked, timeline=left == 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,6 +75,35 @@ class MeasureSteps(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget a step that was begun and stopped halfway."""
+        """Forget a step that was begun and stopped halfway; count no more."""
         if self.probe is not None:
             self.probe.abandon()
+        self._traffic.remove()
+
+    def write(self, folder: Path) -> None:
+        """Write `measures.json`, of the rank with the highest peak, and a picture of the last step; called by all ranks.
+
+        Args:
+            folder: where to.
+
+        Raises:
+            RuntimeError: no step was tracked.
+        """
+        if self.probe is None or (own := self.probe.summary(self._warmup))["memory"] is None:
+            raise RuntimeError("MeasureSteps: no step was tracked; train for at least one")
+        parameters = self.probe.model.parameters()
+        own["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        everyone: list[Any] = [own]
+        if torch.distributed.is_initialized():
+            everyone = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, own)
+            if torch.distributed.get_rank() > 0:
+                return
+        from slimfit_ds.report.memory_plot import plot_timeline
+
+        peaks = [measures["memory"]["peak"] for measures in everyone]
+        widest = everyone[peaks.index(max(peaks))]
+        (folder / MEASURES).write_text(json.dumps({**widest, "peaks": peaks}, indent=2) + "\n")
+        timeline = self.probe.costs[-1].timeline
+        if timeline:
+            plot_timeline(timeline, folder / TIMELINE, "Memory of one rank over one step")

@@ -76,7 +76,7 @@ class StepProbe:
             traffic: a counter that is installed; None: bytes sent are not counted.
             updates_on_host: the update works in host memory, so the phase `step` does not count for the peak.
         """
-        self._model, self._updater, self._roots = model, updater, roots
+        self.model, self._updater, self._roots = model, updater, roots
         self._device = torch.device(device or next(model.parameters()).device)
         self._traffic = traffic
         self._without = ("step",) if updates_on_host else ()
@@ -106,7 +106,7 @@ class StepProbe:
         self._open = ExitStack()
         self._tracker: MemoryTracker | None = None
         if track:
-            self._tracker = MemoryTracker(self._model, self._roots, self._device, timeline=timeline)
+            self._tracker = MemoryTracker(self.model, self._roots, self._device, timeline=timeline)
             self._open.enter_context(self._tracker)
             self._open.enter_context(_named_step(self._updater, self._tracker))
         self._sent = self._traffic.total if self._traffic is not None else 0
