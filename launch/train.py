@@ -70,6 +70,11 @@ def train(argv: Sequence[str]) -> int:
         set_rank_variables(single=True)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    measure = None
+    if recipe.measure is not None:
+        from slimfit_ds.integrations.measure import MeasureSteps
+
+        measure = MeasureSteps(recipe.measure.warmup, recipe.measure.tracked)
     args = make_arguments(recipe, task, inputs)
 
     # 3. SlimFit: behind DeepSpeed as its engine, without DeepSpeed as a callback. And what keeps the work of a run.
@@ -98,6 +103,9 @@ def train(argv: Sequence[str]) -> int:
     else:
         callbacks.append(RunLog(lambda: getattr(trainer.deepspeed, "schedule", None)))
 
+    if measure is not None:
+        callbacks.append(measure)
+
     # 4. Model and data.
     from slimfit_ds.tasks.models import build_model
 
@@ -108,6 +116,8 @@ def train(argv: Sequence[str]) -> int:
     # 5. Train.
     trainer = task.trainer_class()(model=model, args=args, callbacks=callbacks, **parts)
     check_loop(trainer, inputs.deepspeed)
+    if measure is not None:
+        measure.trainer = trainer
     if not task.loss_counts_tokens:
         # Many models take keyword arguments and leave `num_items_in_batch` aside: transformers would then multiply
         # their loss by the number of ranks and micro-batches.
@@ -129,6 +139,8 @@ def train(argv: Sequence[str]) -> int:
     metrics = {**result.metrics, **trainer.evaluate()}
     if recipe.export:
         trainer.save_model(str(output / "model"))
+    if measure is not None:
+        measure.write(output)
     write_metrics(trainer, task.finish(metrics))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,11 +14,14 @@ __all__ = ["COMMANDS", "main", "train"]
 
 COMMANDS = {
     "train": ("slimfit_ds.cli:train", "fine-tune as a recipe says"),
-    "compare": ("slimfit_ds.comparison.cli:main", "run one recipe by several strategies: memory, speed, traffic"),
+    "compare": (
+        "slimfit_ds.comparison.cli:main",
+        "run one recipe by several strategies: memory, speed, traffic",
+    ),
     "report": ("slimfit_ds.report.cli:main", "draw which layers of a run trained at which step"),
     "plan": ("slimfit_ds.planner.cli:main", "what a setting would need, without running it"),
     "doctor": ("slimfit_ds.doctor:main", "check this machine, or all ranks together, before a run"),
-    "export": ("slimfit_ds.engine.export_cli:main", "the weights of a checkpoint as one safetensors file"),
+    "export": ("slimfit_ds.engine.export:main", "the weights of a checkpoint as one safetensors file"),
 }
 """Command -> its function and what it does; imported when it is called."""
 
@@ -33,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, purpose) in COMMANDS.items():
         commands.add_parser(name, help=purpose)
+    for library in ("torchao", "torch.utils._pytree"):
+        # They report kernels of other platforms when transformers merely looks whether torchao is there.
+        logging.getLogger(library).setLevel(logging.ERROR)
     module, _, function = COMMANDS[parser.parse_args(arguments[:1]).command][0].partition(":")
     return getattr(import_module(module), function)(arguments[1:])
 
@@ -43,7 +50,8 @@ def train(argv: Sequence[str]) -> int:
     spec = importlib.util.spec_from_file_location("slimfit_train", script)
     if spec is None or spec.loader is None or not script.is_file():
         print(
-            f"slimfit-ds train: there is no {script}; training runs from a clone of the repository", file=sys.stderr
+            f"slimfit-ds train: there is no {script}; training runs from a clone of the repository",
+            file=sys.stderr,
         )
         return 2
     module = importlib.util.module_from_spec(spec)

@@ -15,9 +15,7 @@ from slimfit_ds.planner.strategies import STRATEGIES, get_strategy
 __all__ = ["add_arguments", "main", "run"]
 
 DEFAULT_STRATEGIES = ("full", "gradient_checkpointing", "lora", "balanced", "minimal", "balanced_ils")
-DESCRIPTION = (
-    "Run one recipe by several strategies, each in processes of its own, and compare memory, speed and traffic."
-)
+DESCRIPTION = "Run one recipe by several strategies, each in processes of its own, and compare memory, speed and traffic."
 EXAMPLES = """examples:
   slimfit-ds compare --config recipes/digits_vit.yaml --ranks 2 --strategies full,slimfit
   slimfit-ds compare --config recipes/digits_vit.yaml --steps 40 --gpu-memory 24GB,80GB

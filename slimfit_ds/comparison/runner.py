@@ -136,7 +136,11 @@ def _run(what: Comparison, strategy: Strategy, overrides: list[str], stage: int)
     ]
     with log.open("w") as sink:
         process = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=_environment(what.ranks), start_new_session=True
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=_environment(what.ranks),
+            start_new_session=True,
         )
         try:
             code = process.wait(what.timeout)
@@ -169,7 +173,9 @@ def _environment(ranks: int) -> dict[str, str]:
 
 
 # A line of the log that says why a rank ended: the last of a traceback, or a problem of the recipe.
-_REASON = re.compile(r"^(?:\[rank\d+\]: ?)?(?:  - (?P<problem>.+)|(?P<error>[\w.]*(?:Error|Exception)\b.*))$", re.M)
+_REASON = re.compile(
+    r"^(?:\[rank\d+\]: ?)?(?:  - (?P<problem>.+)|(?P<error>[\w.]*(?:Error|Exception)\b.*))$", re.M
+)
 
 
 def _failed(strategy: Strategy, code: int, log: Path) -> Outcome:

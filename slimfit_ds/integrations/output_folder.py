@@ -29,6 +29,7 @@ MAY_DIFFER = frozenset(
             "export",
             "report_to",
             "ddp_timeout",
+            "measure",
         ),
         *(
             "save_strategy",

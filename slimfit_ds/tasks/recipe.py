@@ -46,7 +46,7 @@ OLD_KEYS = {
     "save_model": "export",
     "resume": "resume_from_checkpoint",
     "rank_timeout": "ddp_timeout",
-    "track_memory": "`slimfit-ds plan`, which tells the memory of a step by kind",
+    "track_memory": "measure: {tracked: 1}",
 }
 """Keys of recipes before the Trainer was the loop, and what to write now."""
 
@@ -71,6 +71,15 @@ class LoraOptions(_Strict):
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="scale of the adapters, divided by r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | str = Field("all-linear", description="names of the adapted linear layers")
+
+
+class MeasureOptions(_Strict):
+    """Which steps of a run are measured, and how: `measures.json` in the output folder."""
+
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        2, description="first steps that count neither for the time nor for the bytes sent"
+    )
+    tracked: Count = Field(3, description="last steps whose memory is tracked by kind; such a step is slow")
 
 
 class Recipe(_Strict):
@@ -118,6 +127,9 @@ class Recipe(_Strict):
         10, description="skipped steps in a row after which the run stops all the same"
     )
     export: bool = Field(True, description="write the trained model to output_dir/model")
+    measure: MeasureOptions | None = Field(
+        None, description="memory, bytes sent and seconds of the steps, as `slimfit-ds compare` asks for them"
+    )
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -1,18 +1,17 @@
-"""What a comparison writes: complete, self-contained, and honest about failures."""
+"""What a comparison writes: complete, and honest about failures."""
 
 import json
-from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from slimfit_ds.comparison.report import comparison_table, write_comparison
 from slimfit_ds.comparison.result import Outcome
-from slimfit_ds.report.comparison_report import comparison_table, write_comparison
 from slimfit_ds.report.memory_plot import plot_stacked_bars, plot_timeline
 from slimfit_ds.report.units import human_bytes, human_seconds
 
-SURROUNDINGS = {"world_size": 2, "dtype": "fp32", "seed": 0, "hardware": {"cpu": "test"}, "versions": {}}
+SURROUNDINGS = {"world_size": 2, "seed": 0, "hardware": {"cpu": "test"}, "versions": {}}
 OUTCOMES = [
     Outcome(
         "full",
@@ -71,33 +70,24 @@ def test_table_has_every_number_and_the_failure():
     ):
         assert word in text, word
     assert "SlimFit against full fine-tuning: saved activations 0.50x, model states 0.25x, peak 0.25x" in text
-    assert "2 ranks, fp32, seed 0, 5 steps, test" in text
-
-
-class Resources(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.links, self.tags = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for key, value in attributes if key in ("src", "href")]
+    assert "2 ranks, seed 0, 5 steps, test" in text
 
 
 def test_files(tmp_path):
     paths = write_comparison(OUTCOMES, tmp_path / "out", "digits", {"recipe": "a.yaml"})
     content = json.loads(paths["json"].read_text())
     assert content["recipe"] == "a.yaml"
-    assert [row["status"] for row in content["methods"]] == ["ok", "out of memory", "ok"]
-    assert content["methods"][0]["states_per_parameter"] == 16.0
-    page = paths["html"].read_text()
-    parser = Resources()
-    parser.feed(page)
-    assert parser.links
-    assert all(link.startswith("data:image/png;base64,") for link in parser.links)
-    assert "script" not in parser.tags
-    assert "LoRA &lt;b&gt;" in page
-    assert "too much &amp; more" in page
+    assert [row["status"] for row in content["strategies"]] == ["ok", "out of memory", "ok"]
+    assert content["strategies"][0]["states_per_parameter"] == 16.0
+    lines = paths["md"].read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert [row[:2] for row in rows[2:]] == [
+        ["full fine-tuning", "0.9712"],
+        ["LoRA <b>", "out of memory"],
+        ["SlimFit", "0.9650"],
+    ]
+    assert "- LoRA <b>: out of memory: OutOfMemoryError: too much & more" in lines
     with Image.open(paths["png"]) as picture:
         assert picture.width > 800
 
