@@ -7,9 +7,9 @@ from pathlib import Path
 
 from slimfit_ds.report.units import human_bytes
 
-__all__ = ["COLOURS", "LABELS", "plot_stacked_bars", "plot_timeline"]
+__all__ = ["plot_stacked_bars", "plot_timeline"]
 
-COLOURS = {
+_COLOURS = {
     "parameters": "#4c72b0",
     "gradients": "#dd8452",
     "optimizer": "#c44e52",
@@ -18,7 +18,7 @@ COLOURS = {
     "communication": "#937860",
     "working": "#c9c9c9",
 }
-LABELS = {
+_LABELS = {
     "parameters": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer states",
@@ -55,23 +55,20 @@ def plot_timeline(
     """
     if not timeline:
         raise ValueError("the timeline is empty: track a step with MemoryTracker(..., timeline=True)")
-    import matplotlib
+    # The object interface needs no global backend, so a caller's own figures are left alone.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    totals = [sum(size for kind, size in live.items() if kind in COLOURS) for _, _, live in timeline]
+    totals = [sum(size for kind, size in live.items() if kind in _COLOURS) for _, _, live in timeline]
     unit, name = _scale(max(totals))
     x = range(len(timeline))
-    figure, (top, flame) = plt.subplots(
-        2, 1, figsize=(11, 6.5), sharex=True, height_ratios=(4, 1), constrained_layout=True
-    )
-    kinds = [kind for kind in COLOURS if any(live.get(kind) for _, _, live in timeline)]
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    top, flame = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    kinds = [kind for kind in _COLOURS if any(live.get(kind) for _, _, live in timeline)]
     top.stackplot(
         x,
         [[live.get(kind, 0) / unit for _, _, live in timeline] for kind in kinds],
-        colors=[COLOURS[kind] for kind in kinds],
-        labels=[LABELS[kind] for kind in kinds],
+        colors=[_COLOURS[kind] for kind in kinds],
+        labels=[_LABELS[kind] for kind in kinds],
         linewidth=0,
     )
     at = max(x, key=totals.__getitem__)
@@ -95,7 +92,6 @@ def plot_timeline(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
@@ -146,20 +142,18 @@ def plot_stacked_bars(
     Returns:
         The path written.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    totals = [sum(parts.get(kind, 0) for kind in COLOURS) for _, parts in rows]
+    totals = [sum(parts.get(kind, 0) for kind in _COLOURS) for _, parts in rows]
     unit, name = _scale(sorted([*totals, 1])[len(totals) // 2])
-    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.42 * len(rows)), constrained_layout=True)
+    figure = Figure(figsize=(10, 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     y = list(range(len(rows)))[::-1]
     left = [0.0] * len(rows)
-    for kind, colour in COLOURS.items():
+    for kind, colour in _COLOURS.items():
         widths = [parts.get(kind, 0) / unit for _, parts in rows]
         if any(widths):
-            axes.barh(y, widths, left=left, color=colour, label=LABELS[kind], height=0.7, clip_on=True)
+            axes.barh(y, widths, left=left, color=colour, label=_LABELS[kind], height=0.7, clip_on=True)
             left = [a + b for a, b in zip(left, widths, strict=True)]
     # One bar that dwarfs the others (default buckets do) is cut, or nothing else could be read.
     ordered = sorted(left)
@@ -186,5 +180,4 @@ def plot_stacked_bars(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
