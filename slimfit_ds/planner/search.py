@@ -43,10 +43,11 @@ def _rung(
     small_states: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the changes of a rung; `chunk` and `loss` in tokens."""
-    freeze = {"rate": rate, "never_active": "embeddings" if frozen_embeddings else None}
-    activations = {"preset": preset, "chunk_tokens": chunk, "chunk_loss_tokens": loss}
-    states = {"inactive": residency, "precision": "8bit" if small_states else None}
-    blocks = {"freeze": freeze, "activations": activations, "optimizer_states": states}
+    blocks: dict[str, dict[str, Any]] = {
+        "freeze": {"rate": rate, "never_active": "embeddings" if frozen_embeddings else None},
+        "activations": {"preset": preset, "chunk_tokens": chunk, "chunk_loss_tokens": loss},
+        "optimizer_states": {"inactive": residency, "precision": "8bit" if small_states else None},
+    }
     return {
         name: {key: value for key, value in block.items() if value is not None}
         for name, block in blocks.items()
