@@ -39,7 +39,7 @@ def test_estimates_are_those_of_a_measurement(case, fake, real):
         guess = fake.run(workload, get_strategy(name), target="cpu")
         truth = real.run(workload, get_strategy(name))
         assert (guess.error, truth.error) == ("", "")
-        assert guess.peak == pytest.approx(truth.peak, rel=0.01), name
+        assert guess.peak == pytest.approx(truth.peak, rel=0.02), name
         assert guess.report.parameters == truth.report.parameters
         assert guess.report.optimizer == truth.report.optimizer > 0
         assert guess.active == truth.active
