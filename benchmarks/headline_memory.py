@@ -35,8 +35,7 @@ BASELINE = "full, fp32, eager attention (the paper's baseline)"
 
 
 def ours(preset: str, policy: str = "ils", **activations: object) -> Strategy:
-    block = slimfit_block(preset, 0.95, "host", **activations)
-    return Strategy(preset, stage=0, slimfit={**block, "freeze": {**block["freeze"], "policy": policy}})
+    return Strategy(preset, stage=0, slimfit=slimfit_block(preset, 0.95, "host", policy, **activations))
 
 
 _PLAIN = Strategy("plain", stage=None, dtype="bf16_autocast")

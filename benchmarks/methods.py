@@ -358,8 +358,7 @@ def _accumulation(shape: Shape) -> Strategy:
 
 def ours(preset: str, policy: str = "ils", loss_chunk: int | None = None, **activations: Any) -> Strategy:
     """Return SlimFit at 95 % frozen, states of frozen layers on the host: whole layers (`ils`) or columns (`auto`)."""
-    block = slimfit_block(preset, RATE, "host", **activations)
-    block = {**block, "freeze": {**block["freeze"], "policy": policy}}
+    block = slimfit_block(preset, RATE, "host", policy, **activations)
     return Strategy(preset, stage=0, slimfit=block, dtype="bf16", loss_chunk=loss_chunk)
 
 
