@@ -23,12 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.ranks import set_rank_variables
 
-STOPPED, NOT_FINITE = 75, 3
-"""Exit codes: stopped on request and can go on (sysexits' EX_TEMPFAIL); a loss or gradient was NaN or infinite."""
-
 
 def main(argv: Sequence[str]) -> int:
-    """Train one recipe; the exit code: 0, 2 if the recipe is wrong, or one of those above."""
+    """Train one recipe; the exit code: 0, also if stopped on request; 2 wrong recipe; 4 NaN or infinite loss."""
     try:
         set_rank_variables(single=False)
         return train(argv)
@@ -40,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
                 file=sys.stderr,
             )
         return 2
+    except FloatingPointError:  # `name_last_checkpoint` has told it
+        return 4
     finally:
         leave_process_group()
 
@@ -54,7 +53,7 @@ def train(argv: Sequence[str]) -> int:
     problems: list[str] = []
     recipe, task = read_recipe(argv, problems)
     inputs = inspect(recipe, task, problems)
-    values = recipe.model_dump(mode="json", exclude_unset=True)
+    values = recipe.model_dump(mode="json", exclude_unset=True) | {"slimfit": inputs.slimfit}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checkpoint = claim_output(values, world_size)
     output = Path(values["output_dir"]).expanduser()
@@ -78,33 +77,20 @@ def train(argv: Sequence[str]) -> int:
     args = make_arguments(recipe, task, inputs)
 
     # 3. SlimFit: behind DeepSpeed as its engine, without DeepSpeed as a callback. And what keeps the work of a run.
-    from slimfit_ds.integrations import SlimFitCallback, enable_deepspeed
+    from slimfit_ds.integrations import SlimFitCallback, enable_deepspeed, survival
     from slimfit_ds.integrations.run_log import RunLog
-    from slimfit_ds.integrations.survival import (
-        NonFiniteError,
-        NonFiniteSteps,
-        StopTogether,
-        WholeCheckpoints,
-        how_to_go_on,
-        name_last_checkpoint,
-        skip_finished_loop,
-    )
 
-    stop = StopTogether()
-    callbacks: list[Any] = [
-        NonFiniteSteps(recipe.on_nonfinite, recipe.max_nonfinite),
-        stop,
-        WholeCheckpoints(),
-    ]
+    stop = survival.StopTogether()
+    callbacks: list[Any] = [survival.NonFiniteSteps(recipe.on_nonfinite, recipe.max_nonfinite)]
     if inputs.deepspeed is not None:
         enable_deepspeed()
     if inputs.slimfit is not None and inputs.deepspeed is None:
         callbacks.append(SlimFitCallback(inputs.slimfit))  # writes the history itself
     else:
         callbacks.append(RunLog(lambda: getattr(trainer.deepspeed, "schedule", None)))
-
     if measure is not None:
         callbacks.append(measure)
+    callbacks += [stop, survival.WholeCheckpoints()]  # last: it marks what the others have written
 
     # 4. Model and data.
     from slimfit_ds.tasks.models import build_model
@@ -122,26 +108,23 @@ def train(argv: Sequence[str]) -> int:
         # Many models take keyword arguments and leave `num_items_in_batch` aside: transformers would then multiply
         # their loss by the number of ranks and micro-batches.
         trainer.model_accepts_loss_kwargs = False
-    skip_finished_loop(trainer)
+    survival.skip_finished_loop(trainer)
     if trainer.is_world_process_zero():
         write_recipe(values, world_size)
-    try:
-        with name_last_checkpoint(output):
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-    except NonFiniteError:
-        return NOT_FINITE
-    if stop.reason is not None:
-        if trainer.is_world_process_zero():
-            print(f"{stop.reason}; {how_to_go_on(output)}", file=sys.stderr)
-        return STOPPED
+    with survival.name_last_checkpoint(output):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.reason is not None:
+            if trainer.is_world_process_zero():
+                print(f"{stop.reason}. {survival.how_to_go_on(output)}", file=sys.stderr)
+            return 0
 
-    # 6. Evaluate, and write model and numbers.
-    metrics = {**result.metrics, **trainer.evaluate()}
-    if recipe.export:
-        trainer.save_model(str(output / "model"))
-    if measure is not None:
-        measure.write(output)
-    write_metrics(trainer, task.finish(metrics))
+        # 6. Evaluate, and write model and numbers.
+        metrics = {**result.metrics, **trainer.evaluate()}
+        if recipe.export:
+            trainer.save_model(str(output / "model"))
+        if measure is not None:
+            measure.write(output)
+        write_metrics(trainer, task.finish(metrics))
     return 0
 
 
@@ -202,8 +185,8 @@ def show(output: Path) -> None:
 
 def leave_process_group() -> None:
     """torch complains of processes that just end."""
-    import torch
-
+    if (torch := sys.modules.get("torch")) is None:
+        return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -60,6 +60,9 @@ class SlimFitConfig(StrictModel):
         if isinstance(block, SlimFitConfig):
             return block
         try:
-            return cls.model_validate(dict(block) if block is not None else {})
+            # A block that is no mapping is a problem to report as well.
+            return cls.model_validate(
+                {} if block is None else dict(block) if isinstance(block, Mapping) else block
+            )
         except ValidationError as error:
             raise ConfigError(describe_validation_error(error, cls, prefix)) from None

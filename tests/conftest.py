@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from slimfit_ds.integrations.ranks import free_port
 
 # Two shared cores: a slow draw is the machine's fault, not the test's.
 settings.register_profile("ci", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
@@ -25,13 +27,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def data_dir() -> Path:
     """The folder of real task data, or a skip that says how to get it."""
@@ -43,40 +38,89 @@ def data_dir() -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a launch ended.
+
+    Args:
+        codes: exit codes by rank, negative for signals.
+        ended: seconds by rank since the first rank ended.
+        hung: whether the server had to kill it.
+        logs: what each rank printed.
+    """
+
+    codes: list[int]
+    ended: list[float]
+    hung: bool
+    logs: list[str]
+
+
+class RankServer:
+    """Forks the ranks of worker scripts from one process that has imported everything."""
+
+    def __init__(self, folder: Path):
+        # A test's own environment of ranks must not reach the forked ones.
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "MASTER_"))}
+        self._log = folder / "log"
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "rank_server.py")],
+            env={**keep, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n", "tests/rank_server.py does not start"
+
+    def launch(
+        self,
+        script: Path,
+        *arguments: str,
+        cwd: Path | None = None,
+        ranks: int = 2,
+        timeout: float = 240,
+        grace: float = 2,
+    ) -> Launch:
+        """Run a script on several ranks; `grace` seconds after one has failed the others are killed."""
+        request = {
+            "script": str(script),
+            "arguments": arguments,
+            "cwd": str(cwd or script.parent),
+            "ranks": ranks,
+        }
+        request |= {"timeout": timeout, "grace": grace, "log": str(self._log)}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        reply = json.loads(self._process.stdout.readline())
+        logs = [self._log.with_name(f"log.{rank}").read_text(errors="replace") for rank in range(ranks)]
+        return Launch(logs=logs, **reply)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory) -> Iterator[Callable[..., list]]:
+def rank_server(tmp_path_factory) -> Iterator[RankServer]:
+    server = RankServer(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(rank_server) -> Callable[..., list]:
     """Runs a worker script on several ranks; returns what rank 0 printed after `RESULT `."""
-    server: subprocess.Popen[str] | None = None
-    log = tmp_path_factory.mktemp("ranks") / "log"
 
     def run(script: Path, *arguments: str, ranks: int = 2, timeout: float = 240) -> list:
-        nonlocal server
-        if server is None:
-            server = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "rank_server.py")],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            assert server.stdout is not None
-            assert server.stdout.readline() == "ready\n", "tests/rank_server.py does not start"
-        assert server.stdin is not None
-        assert server.stdout is not None
-        request = {"script": str(script), "arguments": arguments, "ranks": ranks, "timeout": timeout}
-        print(json.dumps({**request, "log": str(log)}), file=server.stdin, flush=True)
-        codes = json.loads(server.stdout.readline())["codes"]
-        printed = [log.with_name(f"log.{rank}").read_text(errors="replace") for rank in range(ranks)]
-        tails = "\n".join(f"rank {rank}:\n{text[-4000:]}" for rank, text in enumerate(printed))
-        assert codes == [0] * ranks, f"{script.name} {arguments} ended with {codes}:\n{tails}"
-        lines = [line for line in printed[0].splitlines() if line.startswith("RESULT ")]
+        done = rank_server.launch(script, *arguments, ranks=ranks, timeout=timeout)
+        tails = "\n".join(f"rank {rank}:\n{text[-4000:]}" for rank, text in enumerate(done.logs))
+        assert done.codes == [0] * ranks, f"{script.name} {arguments} ended with {done.codes}:\n{tails}"
+        lines = [line for line in done.logs[0].splitlines() if line.startswith("RESULT ")]
         assert lines, f"{script.name} {arguments} printed no RESULT:\n{tails}"
         return json.loads(lines[-1].removeprefix("RESULT "))
 
-    yield run
-    if server is not None:
-        server.kill()
-        server.wait()
+    return run
 
 
 @pytest.fixture(scope="session")

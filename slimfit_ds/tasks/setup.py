@@ -217,7 +217,8 @@ def make_arguments(recipe: Recipe, task: Task[Any], inputs: Inputs) -> TrainingA
 
     values = {
         "logging_steps": 10,
-        "logging_nan_inf_filter": False,  # a loss that is not finite is shown as such
+        # A loss that is not finite is shown as such, unless its step is left out: it would stay in the mean for good.
+        "logging_nan_inf_filter": recipe.on_nonfinite == "skip",
         "average_tokens_across_devices": task.loss_counts_tokens,
         # Without a GPU transformers wants to be asked for the CPU, or it refuses bf16.
         "use_cpu": not torch.cuda.is_available(),

@@ -9,25 +9,29 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WATCHED = {
-    "step": "slimfit_ds.training.run:Run._step",
+    "step": "transformers:Trainer.training_step",
     "backward": "slimfit_ds.engine.engine:SlimFitEngine.backward",
     "update": "slimfit_ds.engine.engine:SlimFitEngine.step",
     "all_reduce": "torch.distributed:all_reduce",
-    "evaluate": "slimfit_ds.training.run:evaluate",
+    "evaluate": "transformers:Trainer.evaluate",
+    "save_model": "transformers:Trainer.save_model",
     "write_shards": "slimfit_ds.engine.checkpoint_files:save_file",
     "write_weights": "slimfit_ds.engine.checkpoint:save_file",
-    "fsync": "os:fsync",
-    "replace": "os:replace",
+    "save_random_state": "transformers:Trainer._save_rng_state",
+    "save_state": "transformers:TrainerState.save_to_json",
+    "mark": "slimfit_ds.integrations.survival:_mark",
+    "write_mark": "slimfit_ds.integrations.survival:write_atomically",
+    "remove_old": "slimfit_ds.integrations.survival:_remove_old",
+    "remove_folder": "slimfit_ds.integrations.survival:_remove",
     "rename": "os:rename",
-    "rmtree": "shutil:rmtree",
-    "result": "slimfit_ds.training.run:write_result",
+    "write_result": "slimfit_ds.files:write_atomically",
+    "finish": "slimfit_ds.integrations.output_folder:is_finished",
 }
 """Kinds of events, and the functions whose calls they are."""
 
@@ -78,12 +82,6 @@ class Events:
         os.kill(os.getpid(), signal.SIGSTOP)
         return function(*args, **kwargs)
 
-    def suspend(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A scheduler stops the whole job for a while."""
-        subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
-        os.kill(os.getpid(), signal.SIGSTOP)
-        return function(*args, **kwargs)
-
     def fail(self, function: Callable, *args: Any, **kwargs: Any) -> None:
         raise ValueError("boom")
 
@@ -101,7 +99,7 @@ class Events:
         time.sleep(60)
 
     def fill_disk(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Somebody else's file takes what is left on the disk."""
+        """Another process's file takes what is left on the disk."""
         assert self._fault is not None
         with Path(self._fault["file"]).open("wb", buffering=0) as file:
             for size in (1 << 16, 1 << 10, 1):
@@ -112,22 +110,10 @@ class Events:
                     continue
         return function(*args, **kwargs)
 
-    def not_finite(self, function: Callable, run: Any, step: int, loader: Any) -> Any:
-        """Each loss of this step is NaN (or what the fault says) on this rank."""
+    def not_finite(self, function: Callable, trainer: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        """A pixel of this step's batch is NaN on this rank, and with "lasts" of all later ones."""
         assert self._fault is not None
-        value = self._fault.get("value", float("nan"))
         if self._fault.get("lasts"):
             self._fault["number"] += 1
-        engine = run.engine
-        forward = engine.forward
-
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            output.loss = output.loss * value
-            return output
-
-        engine.forward = broken
-        try:
-            return function(run, step, loader)
-        finally:
-            engine.forward = forward
+        inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+        return function(trainer, model, inputs, *args)
