@@ -58,7 +58,9 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     def __init__(self, config: SlimFitConfig | Mapping[str, Any] | None = None, history: bool = True):
         self.config = SlimFitConfig.parse(config)
         self.saved_schedule: dict[str, Any] | None = None
-        self._run_log = RunLog(lambda: self._handle and self._handle.schedule) if history else None
+        self._run_log = (
+            RunLog(lambda: None if self._handle is None else self._handle.schedule) if history else None
+        )
         self._handle: SlimHandle | None = None
         self._gradients: ActiveGradients | None = None
 

@@ -84,7 +84,9 @@ class QuestionAnswering(TextTask[AnsweringOptions]):
             "eval_dataset": windows,
             "data_collator": DataCollatorWithPadding(self.tokenizer),
             "processing_class": self.tokenizer,
-            "compute_metrics": lambda result: self.score(*result.predictions[:2], windows, splits.evaluation),
+            "compute_metrics": lambda result: self.score(
+                result.predictions[0], result.predictions[1], windows, splits.evaluation
+            ),
         }
 
     def _windows(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, Any]:
