@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.planner.search import choose_settings
-from slimfit_ds.planner.simulate import Simulator
+from slimfit_ds.planner.search import find_setting
+from slimfit_ds.planner.simulate import Estimate, Simulator
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import TASKS, Workload
+from slimfit_ds.report.units import human_bytes
 
 __all__ = ["resolve_budget", "settings_for_budget", "workload_of"]
 
@@ -127,6 +129,8 @@ def settings_for_budget(
 ) -> tuple[dict[str, Any], str]:
     """Return the `"slimfit"` block that keeps a rank within its budget, and why it was chosen; for rank 0.
 
+    The worst active set is assumed (the largest layers at once), because a run has to stay below its budget.
+
     Args:
         budget: bytes, or `auto`: what the device has free, less a reserve.
         model: the model that will be trained.
@@ -153,15 +157,28 @@ def settings_for_budget(
         bucket=bucket if isinstance(bucket, int) else None,
         accumulation=accumulation,
     )
-    return choose_settings(
-        limit,
-        workload_of(model, batch, samples, dtype, accumulation),
-        fixed,
-        world_size,
-        strategy,
-        "cuda" if device.type == "cuda" else "cpu",
-        simulator,
-    )
+    workload = workload_of(model, batch, samples, dtype, accumulation)
+    target = "cuda" if device.type == "cuda" else "cpu"
+    with nullcontext(simulator) if simulator is not None else Simulator(world_size) as simulator:
+        try:
+            facts = simulator.inspect(workload)
+        except ValueError as error:
+            raise ConfigError([f"slimfit.memory_budget: {error}"]) from None
+
+        def run(work: Workload, how: Strategy) -> Estimate:
+            return simulator.run(work, how, "worst", target)
+
+        embeddings, language_model = tuple(facts["embeddings"]), facts["loss_in_chunks"]
+        choice = find_setting(limit, workload, run, fixed, embeddings, strategy, language_model)
+    if choice.setting is None:
+        least, peak = choice.smallest.label, choice.smallest.estimate.peak
+        raise ConfigError(
+            [
+                f"slimfit.memory_budget: {human_bytes(limit)} is too small; the smallest feasible budget within what "
+                f"is fixed is {peak} bytes ({human_bytes(peak)}), with {least}"
+            ]
+        )
+    return choice.setting.block, choice.reason(limit)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.planner.simulate import Estimate, Simulator
+from slimfit_ds.planner.simulate import Estimate
 from slimfit_ds.planner.strategies import GRADIENT_ERROR, Strategy
 from slimfit_ds.planner.workload import Workload
 from slimfit_ds.report.units import human_bytes
 from slimfit_ds.schedule.policies import POLICIES
 
-__all__ = ["Choice", "Rung", "Setting", "choose_settings", "find_setting", "ladder", "merged"]
+__all__ = ["Choice", "Rung", "Setting", "find_setting", "ladder", "merged"]
 
 Run = Callable[[Workload, Strategy], Estimate]
 
@@ -249,51 +248,3 @@ def find_setting(
         raise ConfigError([f"memory_budget: no setting can be simulated: {tried[-1].estimate.error}"])
     chosen = next((setting for setting in tried if fits(setting)), None)
     return Choice(chosen, min(sound, key=lambda setting: setting.estimate.peak), tried)
-
-
-def choose_settings(
-    budget: int,
-    workload: Workload,
-    fixed: Mapping[str, Any] | None = None,
-    world_size: int = 1,
-    strategy: Strategy | None = None,
-    target: str = "cuda",
-    simulator: Simulator | None = None,
-) -> tuple[dict[str, Any], str]:
-    """Return the `"slimfit"` block for a memory budget, and why it was chosen, for the log.
-
-    The worst active set is assumed (the largest layers at once), because a run has to stay below its budget.
-
-    Args:
-        budget: bytes that one rank may hold.
-        workload: model and batch of a rank.
-        fixed: the user's `"slimfit"` block; what it states is kept.
-        world_size: ranks.
-        strategy: as of `find_setting`.
-        target: `cuda` or `cpu`.
-        simulator: of `world_size` ranks, left open; None: one of its own.
-
-    Raises:
-        ConfigError: nothing fits; names the smallest budget that would do.
-    """
-    with nullcontext(simulator) if simulator is not None else Simulator(world_size) as simulator:
-        try:
-            facts = simulator.inspect(workload)
-        except ValueError as error:
-            raise ConfigError([f"slimfit.memory_budget: {error}"]) from None
-
-        def run(work: Workload, how: Strategy) -> Estimate:
-            return simulator.run(work, how, "worst", target)
-
-        choice = find_setting(
-            budget, workload, run, fixed, tuple(facts["embeddings"]), strategy, facts["loss_in_chunks"]
-        )
-    if choice.setting is None:
-        least = choice.smallest
-        raise ConfigError(
-            [
-                f"slimfit.memory_budget: {human_bytes(budget)} is too small; the smallest feasible budget within what "
-                f"is fixed is {least.estimate.peak} bytes ({human_bytes(least.estimate.peak)}), with {least.label}"
-            ]
-        )
-    return choice.setting.block, choice.reason(budget)
