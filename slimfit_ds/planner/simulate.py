@@ -265,7 +265,7 @@ def _run(job: dict[str, Any], world_size: int, real: bool) -> dict[str, Any]:
     except Exception as error:
         if os.environ.get("SLIMFIT_DEBUG"):
             raise
-        text = next((line for line in str(error).splitlines() if line.strip()), "")
+        text = "; ".join(line.strip() for line in str(error).splitlines()[:4] if line.strip())
         return {"error": f"{type(error).__name__}: {text}"[:500], "seconds": time.perf_counter() - started}
     return {"report": report.to_dict(), **facts, "seconds": time.perf_counter() - started}
 
