@@ -14,7 +14,7 @@ from slimfit_ds.activations.checkpoint import make_checkpoint
 from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
 from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
-from slimfit_ds.activations.hf_attention import AttentionSetting, install_attention
+from slimfit_ds.activations.hf_attention import AttentionSetting, install_attention, uses_interface
 from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
 from slimfit_ds.activations.ops.norm import NormKind
 from slimfit_ds.activations.patch import (
@@ -322,26 +322,28 @@ class _Installer:
         return sum(weighted_input_width(child) is not None for child in parent.children()) >= 3
 
     def _attention(self, tables: dict[str, OperationTable]) -> None:
-        settings: dict[nn.Module, AttentionSetting] = {}
         hooked = any(table.product != "exact" for table in tables.values())
         for name, module in self._model.named_modules():
             spec = tables[name].attention
             if not inside(name, self._blocks) or inside(name, self._recomputed):
                 continue
-            if not is_attention(module) or not hasattr(module, "config"):
-                continue
             codec = resolve_codec(spec)
+            if not uses_interface(module):
+                if codec is not None and _is_innermost_attention(module):
+                    reason = f"{type(module).__name__} does not use transformers' attention interface"
+                    self.rows.append(Row(name, "attention", "exact", reason))
+                continue
             if codec is None:
                 if hooked:
-                    settings[module] = AttentionSetting(None, None, None, None)
+                    install_attention(self.patches, module, AttentionSetting(None, None, None, None))
                 continue
             stored = tables[name].probabilities
             probabilities = None if stored == "recompute" else resolve_codec(stored)
             values = codec if tables[name].values is None else resolve_codec(tables[name].values)
-            settings[module] = AttentionSetting(codec, values, probabilities, self._config.chunk_tokens)
+            setting = AttentionSetting(codec, values, probabilities, self._config.chunk_tokens)
+            install_attention(self.patches, module, setting)
             reason = f"{type(module).__name__}, through transformers' attention interface"
             self.rows.append(Row(name, "attention", describe(spec), reason))
-        install_attention(self.patches, self._model, settings)
 
 
 def _install_hook(patches: Patches, model: nn.Module, block: nn.Module, function: Callable) -> None:
@@ -366,6 +368,10 @@ def _activation_codec(spec: CodecSpec, function: str) -> Codec:
     codec = resolve_codec(spec)
     assert codec is not None
     return codec
+
+
+def _is_innermost_attention(module: nn.Module) -> bool:
+    return is_attention(module) and not any(is_attention(m) for m in module.modules() if m is not module)
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

@@ -1,16 +1,20 @@
 """Compressed attention for transformers' models, through their attention interface.
 
-A wrapper of each implementation is registered under its own name, with the mask function of the implementation it
-wraps: an implementation without one silently gets no padding mask. Which codec a layer uses is an attribute of its
-attention module, so that layers can differ.
+An attention module of transformers looks its function up by the name in its config:
+`ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)`. While a patched module runs, that
+name leads to our function, which keeps queries, keys and values compressed and calls the one that stood there. Config, name and
+mask stay the model's own (models build masks by the name), and outside of such a forward pass nothing is replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import sys
-from collections.abc import Callable
+import inspect
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +25,10 @@ from slimfit_ds.activations.ops.attention import recomputed_attention, stored_pr
 from slimfit_ds.activations.patch import Patches
 from slimfit_ds.activations.saved_tensors import saved_as_they_are
 
-__all__ = ["AttentionSetting", "install_attention", "wrapped_implementation"]
+__all__ = ["AttentionSetting", "install_attention", "uses_interface"]
 
-_PREFIX = "slimfit_"
 _SETTING = "_slimfit_attention"
+_ORIGINAL = "_slimfit_attention_forward"
 
 
 @dataclass(frozen=True)
@@ -44,104 +48,113 @@ class AttentionSetting:
     chunk_tokens: int | None
 
 
-def install_attention(
-    patches: Patches, model: nn.Module, settings: dict[nn.Module, AttentionSetting]
-) -> None:
-    """Route the attention of `model` through the wrapper, with these settings by module.
-
-    Args:
-        patches: remembers what is changed.
-        model: its modules' `config` objects name the implementation in use.
-        settings: for modules without one, the wrapped implementation runs as it is.
-    """
-    if not settings:
-        return
-    for module, setting in settings.items():
-        patches.set(module, _SETTING, setting)
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
-    for config in configs.values():
-        base = getattr(config, "_attn_implementation", None)
-        if isinstance(base, str) and not base.startswith(_PREFIX):
-            patches.set(config, "_attn_implementation_internal", wrapped_implementation(base))
+def uses_interface(module: nn.Module) -> bool:
+    """Return whether a module's forward looks its attention function up in transformers' interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def wrapped_implementation(base: str) -> str:
-    """The name under which the wrapper of an implementation is registered (it is, if it was not)."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    name = _PREFIX + base
-    AttentionInterface.register(name, functools.partial(_attention, base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
+def install_attention(patches: Patches, module: nn.Module, setting: AttentionSetting) -> None:
+    """Let a module that `uses_interface` keep its operands as `setting` says."""
+    patches.set(module, _SETTING, setting)
+    patches.set(module, _ORIGINAL, module.__dict__.get("forward"))
+    patches.set(module, "forward", MethodType(_forward, module))
 
 
-def _implementation(base: str, module: nn.Module) -> Callable:
-    from transformers import AttentionInterface
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    original = self.__dict__[_ORIGINAL] or MethodType(type(self).forward, self)
+    name = getattr(self.config, "_attn_implementation", None)
+    if name is None or not compresses(self):
+        return original(*args, **kwargs)
+    with _leads_to_ours(_globals(self)["ALL_ATTENTION_FUNCTIONS"], name):
+        return original(*args, **kwargs)
 
-    if base == "eager":
-        # Models hand their own eager function over as a default, under this name in their own file.
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return AttentionInterface()[base]
+
+def _globals(module: nn.Module) -> dict[str, Any]:
+    """Return the names in the file of a module's forward."""
+    return inspect.unwrap(type(module).forward).__globals__
+
+
+# By interface and name: how many forward passes run (in any thread), and the function that stood there.
+_running: dict[tuple[int, str], tuple[int, Callable | None]] = {}
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _leads_to_ours(interface: Any, name: str) -> Iterator[None]:
+    where = id(interface), name
+    with _lock:
+        count, function = _running.get(where, (0, None))
+        if not count:
+            function = interface.get(name)
+            interface[name] = functools.partial(_attention, where)
+        _running[where] = count + 1, function
+    try:
+        yield
+    finally:
+        with _lock:
+            count, function = _running.pop(where)
+            if count > 1:
+                _running[where] = count - 1, function
+            else:
+                del interface[name]
+                # An override that a modeling file had made itself.
+                if interface.get(name) is not function:
+                    interface[name] = function
 
 
 def _attention(
-    base: str,
+    where: tuple[int, str],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The wrapper: same arguments and results as the implementation `base`."""
-    function = functools.partial(_implementation(base, module), module)
+    """Take the place of the function that `where` led to: same arguments and results."""
+    # Eager attention is no entry of the interface: models hand over that of their own file.
+    base = _running[where][1] or _globals(module)["eager_attention_forward"]
+    function = functools.partial(base, module)
+    operands = query, key, value, attention_mask
     setting: AttentionSetting | None = module.__dict__.get(_SETTING)
-    needed = query.requires_grad or key.requires_grad or value.requires_grad
-    if setting is None or not needed or not compresses(module):
-        return function(query, key, value, mask, **kwargs)
+    if setting is None or not any(t.requires_grad for t in operands[:3]) or not compresses(module):
+        return function(*operands, **kwargs)
     if setting.codec is None:
         # Exact softmax statistics beside lossy queries and keys can overflow.
         with saved_as_they_are():
-            return function(query, key, value, mask, **kwargs)
-    dropout = kwargs.get("dropout") or 0.0
-    if setting.probabilities is not None and not dropout and _is_plain(kwargs):
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", base == "sdpa") if causal is None else causal
-        scale = kwargs.get("scaling")
-        results: list[Any] = []
-
-        def run() -> Tensor:
-            results.extend(function(query, key, value, mask, **kwargs))
-            return results[0]
-
-        output = stored_probabilities(
-            run,
-            query,
-            key,
-            value,
-            mask,
-            query.shape[-1] ** -0.5 if scale is None else scale,
-            bool(causal) and mask is None and query.shape[2] > 1,
-            setting.codec,
-            setting.values,
-            setting.probabilities,
+            return function(*operands, **kwargs)
+    if setting.probabilities is None or kwargs.get("dropout") or not _is_plain(kwargs):
+        return recomputed_attention(
+            function,
+            *operands,
+            codec=setting.codec,
+            value_codec=setting.values or False,
+            chunk_tokens=setting.chunk_tokens,
+            **kwargs,
         )
-        return (output, *results[1:])
-    return recomputed_attention(
-        function,
-        query,
-        key,
-        value,
-        mask,
-        codec=setting.codec,
-        value_codec=setting.values or False,
-        chunk_tokens=setting.chunk_tokens,
-        **kwargs,
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", where[1] == "sdpa") if causal is None else causal
+    scale = kwargs.get("scaling")
+    results: list[Any] = []
+
+    def run() -> Tensor:
+        results.extend(function(*operands, **kwargs))
+        return results[0]
+
+    output = stored_probabilities(
+        run,
+        *operands,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        bool(causal) and attention_mask is None and query.shape[2] > 1,
+        setting.codec,
+        setting.values,
+        setting.probabilities,
     )
+    return (output, *results[1:])
 
 
 def _is_plain(kwargs: dict[str, Any]) -> bool:
-    """Whether scores are scaled products plus a mask, without bias, soft caps or sinks."""
+    """Return whether scores are scaled products plus a mask, without bias, soft caps or sinks."""
     special = ("position_bias", "softcap", "s_aux", "cache")
     return not any(isinstance(kwargs.get(name), Tensor) or kwargs.get(name) for name in special)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import BUILDERS, batch_for, build, freeze_some, gradients, relative_error, without_dropout
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.config import PRESETS, ActivationsConfig
@@ -53,7 +55,12 @@ def test_exact_block_checkpoints_give_the_gradients_of_plain_autograd(name):
     assert relative_error(found, expected) < 2e-6
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+# Largest relative error of the gradient of any architecture, with a margin of half: measured 0.20, 0.026, 0.014, 0.014
+# and 0.11. The tiny models are not trained; trained ones have errors of the same order (docs/activations.md).
+ERRORS = {"exact": 0, "paper": 0.3, "balanced": 0.04, "lean": 0.022, "minimal": 0.022, "ultra": 0.17}
+
+
+@pytest.mark.parametrize("preset", ERRORS)
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_forward_is_identical_and_gradients_are_close(name, preset):
     model = without_dropout(build(name))
@@ -65,8 +72,10 @@ def test_forward_is_identical_and_gradients_are_close(name, preset):
     handle.remove()
     assert torch.equal(found_loss, loss)
     assert set(found) == set(expected) <= set(active)
-    print(name, preset, relative_error(found, expected))
-    assert all(torch.isfinite(g).all() for g in found.values())
+    error = relative_error(found, expected)
+    assert error <= ERRORS[preset]
+    # A codec that is not in use has no error.
+    assert error > 1e-4 or preset == "exact"
 
 
 def test_column_row_sampling_leaves_only_weight_gradients_to_chance():
@@ -239,7 +248,8 @@ def test_autocast(preset):
     found_loss, found = step()
     handle.remove()
     assert torch.equal(found_loss, loss)
-    assert relative_error(found, expected) < 0.2
+    # Rounding of bf16 besides that of the codecs.
+    assert relative_error(found, expected) <= ERRORS[preset] + 0.005 * (preset != "exact")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -257,6 +267,80 @@ def test_padding_masks_reach_the_wrapped_attention(attention, preset):
     torch.testing.assert_close(other_loss, loss)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     torch.testing.assert_close(other[name], found[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+def test_the_attention_keeps_its_name_and_the_registry_its_entries(attention, preset):
+    """Models compare the name (to build masks, or to choose between ways of their own)."""
+    model = without_dropout(build("llama"))
+    model.set_attn_implementation(attention)
+    before, seen = dict(ALL_ATTENTION_FUNCTIONS), []
+    compress(model, ActivationsConfig(preset=preset))
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda *_: seen.append((model.config._attn_implementation, dict(ALL_ATTENTION_FUNCTIONS) == before))
+    )
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    model(**batch_for("llama")).loss.backward()
+    # Inside of a patched module, and only there, the name leads to ours.
+    assert seen == [(attention, False)]
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    # Also where it fails.
+    model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch_for("llama"))
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+
+
+def test_an_override_of_a_modeling_file_is_put_back():
+    model = without_dropout(build("llama"))
+    plain, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def own(*args, **kwargs):
+        calls.append(True)
+        return plain(*args, **kwargs)
+
+    compress(model, ActivationsConfig(preset="balanced"))
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+    try:
+        model(**batch_for("llama")).loss.backward()
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    # Forward and recomputation of two layers.
+    assert len(calls) == 4
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+
+
+def test_masks_by_keyword():
+    """Vision towers hand the mask over by its name."""
+
+    class TowerAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(_attn_implementation="sdpa")
+            self.qkv = nn.Linear(16, 48)
+            self.num_key_value_groups, self.is_causal = 1, False
+
+        def forward(self, x, mask=None):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            function = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+            return function(self, q, k, v, attention_mask=mask, dropout=0.0, scaling=0.3)[0].flatten(2)
+
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), TowerAttention()) for _ in range(2)
+    )
+    model.train()
+    x, mask = torch.randn(2, 5, 16), torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    handle = compress(model, ActivationsConfig(operations={"attention": "int8"}))
+    assert [row.module for row in handle.report() if row.codec == "int8"] == ["layers.0.2", "layers.1.2"]
+    attention = model.layers[0][2]
+    found = torch.autograd.grad(attention(x, mask).square().sum(), attention.qkv.weight)[0]
+    handle.remove()
+    expected = torch.autograd.grad(attention(x, mask).square().sum(), attention.qkv.weight)[0]
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
 class PlainBlock(nn.Module):
