@@ -375,7 +375,6 @@ TABLE: tuple[Name, ...] = (
         "transformers.configuration_utils",
         "activations",
         "attention keeps all that it kept before",
-        "._attn_implementation_internal",
         "._attn_implementation",
     ),
     *_names(
