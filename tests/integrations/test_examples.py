@@ -183,8 +183,10 @@ def check_engine(folder: Path) -> None:
     assert saved["world_size"] == 2
     assert saved["zero_stage"] == 2
     assert saved["schedule"]["step"] == 12
-    layers = len(saved["schedule"]["layers"])
-    assert len(saved["schedule"]["active"]) == layers - int(0.9 * layers)
+    # The recommended setting: some columns of every layer, at every step.
+    assert saved["schedule"]["policy"] == "static"
+    assert len(saved["schedule"]["active"]) == len(saved["schedule"]["layers"])
+    assert any(name.endswith("query.weight") for name in saved["columns"])
 
 
 NO_SAVE = ("--save_strategy", "no", "--use_cpu", "true")
