@@ -158,6 +158,33 @@ def overview(tables: Mapping[str, Mapping[str, Row]]) -> str:
     return markdown(["points against full fine-tuning", "seeds", *names, "mean"], lines)
 
 
+def in_brief(tables: Mapping[str, Mapping[str, Row]]) -> str:
+    """Return the table of the README: full fine-tuning, and points against it of a few, a row per problem."""
+    problems = {
+        "cifar": "small ViT, four new classes of CIFAR-10, accuracy",
+        "sst2": "MiniLM, SST-2, accuracy",
+        "mrpc": "MiniLM, MRPC, accuracy",
+        "cola": "MiniLM, CoLA, Matthews correlation",
+    }
+    shown = {
+        "ours-90": "**ours**, 90 % frozen",
+        "ours-95": "**ours**, 95 %",
+        "lora8": "LoRA, rank 8",
+        "ils-90": "paper's schedule, 90 %",
+        "lisa-90": "LISA, 90 %",
+        "random-90": "random, 90 %",
+    }
+    lines, means = [], []
+    for problem, label in problems.items():
+        table = tables[problem]
+        against = [table[name].against(table["full"])[:2] for name in shown]
+        means.append([value for value, _ in against])
+        lines.append([label, f"{table['full'].mean:.1f}", *(with_error(*pair, 1) for pair in against)])
+    mean = [f"{value:+.1f}" for value in np.mean(means, axis=0)]
+    lines.append(["mean", "", *(f"**{text}**" for text in mean[:2]), *mean[2:]])
+    return markdown(["", "full", *shown.values()], lines)
+
+
 def presets(tables: Mapping[str, Mapping[str, Row]]) -> str:
     """Return compressed activations against exact ones with the same seed: points, held-out loss."""
     lines = []
@@ -194,6 +221,7 @@ def tables(csv: str = "fidelity", steps: int | None = None) -> dict[str, str]:
     shown = {"fidelity-overview": overview(ordered), "fidelity-problems": by_problem}
     if steps is None and len(made) == len(PROBLEMS):
         shown |= {"fidelity-presets": presets(ordered), "fidelity-adapters": adapters(ordered)}
+        shown |= {"fidelity-brief": in_brief(ordered)}
     return shown
 
 
