@@ -42,8 +42,8 @@ workers=()
 part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider "${workers[@]}" ${TESTS:-tests/activations tests/memory tests/optim tests/schedule}
 part codec_speed "${CODEC_SECONDS:-90}" "$python" benchmarks/activations/codec_speed.py --device "$device" \
   --tokens "${TOKENS:-49152}" --repeats 5 --csv "$OUT/codec_speed.csv"
-part step_time "${STEP_SECONDS:-60}" "$python" benchmarks/activations/step_time.py --device "$device" --dtype bf16 \
-  --rows "${ROWS:-128}" --csv "$OUT/step_time.csv"
+part step_time "${STEP_SECONDS:-60}" "$python" benchmarks/activations/step_time.py --device "$device" \
+  --dtype "$([ "$device" = cuda ] && echo bf16 || echo fp32)" --rows "${ROWS:-128}" --csv "$OUT/step_time.csv"
 # What is left of the budget belongs to the comparison.
 left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))")
 chosen=()

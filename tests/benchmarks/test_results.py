@@ -36,3 +36,28 @@ def test_a_table_that_differs_is_told_and_written(tmp_path, monkeypatch):
     page.write_text("<!-- a: begin --> no end")
     with pytest.raises(ValueError, match="once each"):
         tables.differing(write=False)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "lean", "minimal", "ultra"])
+def test_bytes_kept_per_token_and_block_are_those_of_the_table(preset):
+    from bytes import SHAPES, per_block
+    from common import Study
+
+    (row,) = Study("bytes", ()).rows(model="BERT-base", preset=preset, seed=0)
+    assert (
+        row["bytes_per_token_block_h"]
+        <= {"balanced": 6.2, "lean": 2.2, "minimal": 1.1, "ultra": 0.65}[preset]
+    )
+    found = per_block(SHAPES["BERT-base"], preset, rate=0.95, seed=0)
+    assert found == pytest.approx(row["bytes_per_token_block_h"], rel=0.01)
+
+
+def test_a_checkpoint_with_its_input_as_it_is_keeps_two_bytes_per_number_and_the_mask_once(monkeypatch):
+    import bytes as program
+
+    config = program.ActivationsConfig(operations={"block": "recompute"})
+    monkeypatch.setattr(program, "ActivationsConfig", lambda preset: config)
+    shape = program.SHAPES["BERT-base"]
+    found = program.per_block(shape, "exact", rate=0.95, seed=0)
+    mask = shape.batch * shape.tokens**2 / (shape.blocks * shape.batch * shape.tokens * shape.hidden)
+    assert found == pytest.approx(2 + mask, abs=1e-6)
