@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from slimfit_ds.comparison.result import Outcome, gpus_needed
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.integrations.ranks import free_port
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.tasks.recipe import read_recipe
 
@@ -130,7 +130,7 @@ def _run(what: Comparison, strategy: Strategy, overrides: list[str], stage: int)
     run, log = folder / "run", folder / "log.txt"
     command = [
         *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(what.ranks)),
-        *("--master_port", str(_free_port()), "--no_local_rank", "--module", "slimfit_ds.cli", "train"),
+        *("--master_port", str(free_port()), "--no_local_rank", "--module", "slimfit_ds.cli", "train"),
         *("--config", str(what.config), *overrides, f"output_dir={json.dumps(str(run))}", "export=false"),
         f"measure={{warmup: {what.warmup}, tracked: {what.tracked}}}",
     ]
@@ -215,9 +215,3 @@ def _read(what: Comparison, strategy: Strategy, run: Path, stage: int) -> Outcom
         surroundings={key: metrics[key] for key in ("engine", "world_size", "seed", "versions", "hardware")},
         output_dir=str(run),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]

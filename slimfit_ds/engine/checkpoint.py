@@ -27,7 +27,6 @@ from slimfit_ds.engine.checkpoint_files import (
     MODEL,
     CheckpointError,
     ShardReader,
-    flush,
     latest_tag,
     part_of,
     publish,
@@ -38,6 +37,7 @@ from slimfit_ds.engine.checkpoint_files import (
     write_shards,
 )
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.files import flush
 from slimfit_ds.schedule.schedule import FreezeSchedule
 from slimfit_ds.trainable.split import Split, column_places
 

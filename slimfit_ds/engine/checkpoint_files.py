@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slimfit_ds.files import flush, write_atomically
+
 __all__ = [
     "FORMAT",
     "METADATA",
@@ -34,7 +36,6 @@ __all__ = [
     "Shard",
     "ShardReader",
     "damage",
-    "flush",
     "latest_tag",
     "part_of",
     "publish",
@@ -121,11 +122,7 @@ def publish(directory: str | os.PathLike, tag: str, save_latest: bool = True) ->
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     if save_latest:
-        mark = Path(directory) / ".latest.part"
-        mark.write_text(tag)
-        flush(mark)
-        mark.replace(Path(directory) / "latest")
-        flush(final.parent)
+        write_atomically(Path(directory) / "latest", tag)
 
 
 def recover(directory: str | os.PathLike, tag: str) -> None:
@@ -133,15 +130,6 @@ def recover(directory: str | os.PathLike, tag: str) -> None:
     final, old = Path(directory) / tag, _old_of(directory, tag)
     if old.is_dir() and not final.exists():
         old.rename(final)
-
-
-def flush(path: Path) -> None:
-    """Have a file or the entries of a folder on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -179,17 +178,13 @@ class SlimFitEngine(DeepSpeedEngine):
         super()._take_model_step(lr_kwargs)
         if not self.optimizer.overflow:
             # A skipped step is tried again with the same layers and the next batch.
-            with self.phase_timer("schedule"):
-                self.schedule.advance(self.optimizer.layer_statistics)
-                if not self.schedule.is_static:
-                    self._apply_active_set()
+            self.schedule.advance(self.optimizer.layer_statistics)
+            if not self.schedule.is_static:
+                self._apply_active_set()
         if self.monitor.enabled and self.global_rank == 0:
             # Beside DeepSpeed's own learning rate, for loops that leave the logging to the engine.
             share = 1 - len(self.schedule.active) / len(self.layer_names)
             self.monitor.write_events([("Train/Samples/frozen_layers", share, self.global_samples)])
-
-    phase_timer: Callable[[str], AbstractContextManager[Any]] = staticmethod(lambda name: nullcontext())
-    """Told the name of each part of a step that takes time of its own; see `monitoring.stopwatch`."""
 
     def _apply_active_set(self) -> None:
         if not isinstance(self.optimizer, FreezeOptimizer):

@@ -1,4 +1,4 @@
-"""`history.jsonl` and `run.json` of a Trainer run, in the form that `slimfit-ds report` reads."""
+"""`history.jsonl` of a Trainer run, in the form that `slimfit-ds report` reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from slimfit_ds.monitoring.run_card import RunCard
 from slimfit_ds.schedule.schedule import FreezeSchedule
 
 __all__ = ["RunLog"]
@@ -39,17 +38,8 @@ class RunLog(TrainerCallback):
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
         self._schedule = self._find_schedule()
-        layers = () if self._schedule is None else self._schedule.units
-        facts = {
-            "first_step": state.global_step,
-            "layers": {layer.name: layer.numel for layer in layers},
-            "steps": state.max_steps,
-            "world_size": args.world_size,
-            "seed": args.seed,
-        }
         # Lines of later steps are left over from a run that went further than its last checkpoint.
         self._history = _History(folder / "history.jsonl", state.global_step, writes=writes)
-        self._card = RunCard(folder / "run.json", facts, writes=writes)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,7 +102,6 @@ class RunLog(TrainerCallback):
     ) -> None:
         self._flush()
         self._history.close()
-        self._card.end("finished" if state.global_step >= state.max_steps else "stopped")
 
     def _flush(self) -> None:
         if self._line is not None:

@@ -43,7 +43,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
 
     Args:
         config: the `"slimfit"` block; `memory_budget` and some of `optimizer_states` need the DeepSpeed engine.
-        history: write `history.jsonl` and `run.json` to the output folder, for `slimfit-ds report`: for each step the
+        history: write `history.jsonl` to the output folder, for `slimfit-ds report`: for each step the
             learning rate, active layers and their statistics, loss and evaluation where the Trainer reports them.
 
     Raises:

@@ -15,7 +15,6 @@ import gc
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from slimfit_ds.integrations.ranks import free_port
 from slimfit_ds.memory.tracker import MemoryReport
 from slimfit_ds.planner.strategies import Strategy, get_strategy
 from slimfit_ds.planner.workload import Workload
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if arguments.real:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     _prepare()
     for number, line in enumerate(sys.stdin):
         results.write(json.dumps(_run(json.loads(line), arguments.world_size, arguments.real)) + "\n")
@@ -240,12 +240,6 @@ def _prepare() -> None:
     skip_shm_build()
     # Compares lists of integers across ranks, and fake tensors carry none.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *_: None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def _run(job: dict[str, Any], world_size: int, real: bool) -> dict[str, Any]:

@@ -98,8 +98,6 @@ def test_only_the_active_layers_move_and_as_in_plain_pytorch(tmp_path, more):
     assert_same_weights(trainer.model, expected)
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
-    card = json.loads((tmp_path / "run.json").read_text())
-    assert (card["status"], card["steps"], set(card["layers"])) == ("finished", 12, layers)
     for line, share, active in zip(lines, shares, watch.sets, strict=True):
         assert sorted(line["active_layers"]) == active
         assert line["statistics"] == pytest.approx(share, rel=1e-3)
