@@ -138,10 +138,25 @@ def test_a_json_without_the_block_is_left_to_transformers():
     assert not isinstance(caught.value, ConfigError)
 
 
+@pytest.mark.usefixtures("_enabled")
+def test_auto_is_filled_by_accelerate_outside_of_our_block_only():
+    from accelerate.utils import DeepSpeedPlugin
+
+    block = {"freeze": {"policy": "auto", "rate": 0.5}, "memory_budget": "auto"}
+    plugin = DeepSpeedPlugin(hf_ds_config=config(gradient_clipping="auto", zero_optimization={"stage": 1}, slimfit=block))
+    plugin.deepspeed_config_process(must_match=False, gradient_clipping=0.25)
+    assert plugin.deepspeed_config["gradient_clipping"] == 0.25
+    assert plugin.deepspeed_config["slimfit"] == block
+
+
 def test_disabling_puts_back_what_was_there():
+    from accelerate.utils import DeepSpeedPlugin
+
     initialize, finalizer = deepspeed.initialize, HfTrainerDeepSpeedConfig.trainer_config_finalize
+    process = DeepSpeedPlugin.deepspeed_config_process
     enable_deepspeed()
     assert deepspeed.initialize is not initialize
     disable_deepspeed()
     assert deepspeed.initialize is initialize
     assert HfTrainerDeepSpeedConfig.trainer_config_finalize is finalizer
+    assert DeepSpeedPlugin.deepspeed_config_process is process
