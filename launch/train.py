@@ -62,13 +62,14 @@ def train(argv: Sequence[str]) -> int:
         return 0
 
     # 2. The Trainer's arguments. From here on there is a process group.
-    import torch
     from transformers import set_seed
 
     if inputs.deepspeed is not None:
+        from slimfit_ds.engine.processes import start_processes
+
         set_rank_variables(single=True)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # By DeepSpeed's own call, or ZeRO 3 counts one rank only when a model is made on the CPU.
+        start_processes()
     measure = None
     if recipe.measure is not None:
         from slimfit_ds.integrations.measure import MeasureSteps
