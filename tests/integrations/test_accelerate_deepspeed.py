@@ -143,7 +143,9 @@ def test_auto_is_filled_by_accelerate_outside_of_our_block_only():
     from accelerate.utils import DeepSpeedPlugin
 
     block = {"freeze": {"policy": "auto", "rate": 0.5}, "memory_budget": "auto"}
-    plugin = DeepSpeedPlugin(hf_ds_config=config(gradient_clipping="auto", zero_optimization={"stage": 1}, slimfit=block))
+    plugin = DeepSpeedPlugin(
+        hf_ds_config=config(gradient_clipping="auto", zero_optimization={"stage": 1}, slimfit=block)
+    )
     plugin.deepspeed_config_process(must_match=False, gradient_clipping=0.25)
     assert plugin.deepspeed_config["gradient_clipping"] == 0.25
     assert plugin.deepspeed_config["slimfit"] == block
