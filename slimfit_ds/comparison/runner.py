@@ -112,6 +112,9 @@ def overrides_of(strategy: Strategy, config: str, own: Sequence[str] = ()) -> tu
         words.append("gradient_checkpointing=true")
     if strategy.lora is not None:
         words.append(f"lora={{r: {strategy.lora}}}")
+    # Nobody goes on from a checkpoint of a comparison; only the best one of a run is needed, where a recipe wants that.
+    if not recipe.arguments.get("load_best_model_at_end") and "save_steps" not in recipe.arguments:
+        words.append("save_strategy=no")
     return words, int(zero.get("stage", 0))
 
 

@@ -25,7 +25,7 @@ def test_a_strategy_is_what_it_says(name):
     words, stage = overrides_of(strategy, RECIPE, ["max_steps=7"])
     recipe, _ = read_recipe(["--config", RECIPE, *words])
     config = deepspeed_config(recipe)
-    assert recipe.arguments["max_steps"] == 7
+    assert (recipe.arguments["max_steps"], recipe.arguments["save_strategy"]) == (7, "no")
     zero = config["zero_optimization"]
     assert zero["stage"] == stage == (strategy.stage if strategy.own_zero else 1)
     assert zero.get("reduce_bucket_size") == strategy.bucket
@@ -53,6 +53,12 @@ def test_without_a_block_slimfit_is_the_recommended_setting(tmp_path):
     assert SlimFitConfig.parse(config["slimfit"]) == SlimFitConfig()
     assert config["zero_optimization"]["reduce_bucket_size"] == TUNED_BUCKET
     assert stage == 1
+
+
+def test_a_recipe_that_wants_its_best_model_keeps_its_checkpoints():
+    recipe = str(Path(RECIPE).with_name("minilm_cola.yaml"))
+    words, _ = overrides_of(STRATEGIES["full"], recipe)
+    assert not any(word.startswith("save_strategy") for word in words)
 
 
 def test_a_json_that_cannot_be_read(tmp_path):
