@@ -1,4 +1,4 @@
-"""Names of torch, DeepSpeed, transformers and torchao that are used without being public: one table, checked at start-up.
+"""Names of torch, DeepSpeed, transformers, datasets and torchao that are used without being public: one table, checked at start-up.
 
 A library may rename or change them in any release. `check` compares those that a run will use with the installed libraries,
 by name and by signature, so that a new version is an error at the start instead of a layer that silently does not freeze.
@@ -23,6 +23,7 @@ SUPPORTED = {
     "deepspeed": "==0.19.*",
     "transformers": ">=5.17,<5.24",
     "torchao": ">=0.14,<0.19",
+    "datasets": ">=4.0,<6",
 }
 """The versions that pyproject.toml allows."""
 
@@ -400,6 +401,13 @@ TABLE: tuple[Name, ...] = (
         "tasks",
         "a task cannot tell whether a model fits it",
         "_model_mapping",
+    ),
+    # datasets
+    *_names(
+        "datasets.arrow_dataset:Dataset",
+        "tasks",
+        "an AttributeError where a data set is tokenised",
+        "._fingerprint",
     ),
     # torchao
     *_names(
