@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +35,6 @@ __all__ = [
     "CheckpointError",
     "Shard",
     "ShardReader",
-    "damage",
     "latest_tag",
     "part_of",
     "publish",
@@ -78,24 +77,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
         raise CheckpointError(f"{path} has checkpoint format {found!r}; this version reads {FORMAT}")
     return metadata
-
-
-def damage(path: Path) -> str | None:
-    """What keeps a checkpoint from being whole, or None; reads headers and sizes, not the tensors."""
-    try:
-        world = read_metadata(path)["world_size"]
-        kinds = ("optimizer", "random")
-        names = [
-            MODEL,
-            *(f"{kind}-{rank:05d}-of-{world:05d}.safetensors" for kind in kinds for rank in range(world)),
-        ]
-        for name in names:
-            # Opening compares the size that the header asks for with the size of the file.
-            with safe_open(path / name, framework="pt"):
-                pass
-    except (CheckpointError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def part_of(directory: str | os.PathLike, tag: str) -> Path:
