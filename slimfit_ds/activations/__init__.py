@@ -1,1 +1,9 @@
-"""Compressed activations: codecs, autograd functions, and the glue that puts them into a model."""
+"""What a model keeps for the backward pass, compressed. From the outside in:
+
+`config`: the block of settings. `apply`: `compress(model, config)` walks over a model and reports what it did, `recognise`
+finds out what a module computes, `patch` and `hf_attention` replace the forwards of single modules, `language_head` the loss.
+`ops/`: one operation, one file (norm, activation function, dropout, attention, cross-entropy), its kernels beside it.
+`checkpoint`: keep the input of a block and recompute the rest, with `replay` (random numbers, autocast, chunks) and
+`autograd_graph`. `saved_tensors`: how operations hand what they keep to autograd, once for all that keep the same.
+`codecs/`: pure functions from a tensor to fewer bytes and back.
+"""

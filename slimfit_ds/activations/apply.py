@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimfit_ds.activations.checkpoint import make_checkpoint
 from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
@@ -28,6 +26,8 @@ from slimfit_ds.activations.patch import (
     Patches,
     Setting,
     install,
+    run_as_it_is,
+    run_compressed,
 )
 from slimfit_ds.activations.recognise import (
     activation_name,
@@ -41,7 +41,6 @@ from slimfit_ds.activations.recognise import (
     norm_width,
     weighted_input_width,
 )
-from slimfit_ds.activations.saved_tensors import compress_saved
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.units import is_part
 
@@ -211,7 +210,7 @@ class _Installer:
             self.rows.append(Row("", "model", "exact", "the preset stores everything as autograd does"))
             if self._config.compile:
                 for name, block in self._blocks.items():
-                    self._compile(name, block, _plain)
+                    self._compile(name, block, run_as_it_is)
             return
         for name, block in self._blocks.items():
             self._block(name, block, tables[name])
@@ -236,10 +235,10 @@ class _Installer:
             codec = resolve_codec(table.product)
             if has_checkpoint_hook(block):
                 # Also takes key-value caches out of training, which would keep what the codecs save.
-                run = _plain if codec is None else functools.partial(_run_hooked, codec, block)
+                run = run_as_it_is if codec is None else functools.partial(run_compressed, codec, block)
                 _install_hook(self.patches, self._model, block, run)
             elif codec is not None:
-                install(self.patches, block, BlockSetting(functools.partial(_run_hooked, codec, block)))
+                install(self.patches, block, BlockSetting(functools.partial(run_compressed, codec, block)))
             self.rows.append(Row(name, "product", describe(table.product), reason))
             return
         spec = "exact" if table.block == "recompute" else table.block
@@ -376,17 +375,3 @@ def _is_innermost_attention(module: nn.Module) -> bool:
 
 def _looks_like_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
-
-
-def _plain(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-def _run_hooked(codec: Codec, block: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Run a block with a codec for what autograd saves in it."""
-    kwargs.pop("recompute", None)
-    hidden = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1), None)
-    if hidden is None or not torch.is_grad_enabled():
-        return function(*args, **kwargs)
-    with compress_saved(codec, hidden, block.parameters()):
-        return function(*args, **kwargs)

@@ -13,15 +13,15 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
+from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs import Codec, resolve_codec
 from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_chunks
@@ -240,11 +240,11 @@ def _run(call: _Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = Fal
     for index in range(len(plan)):
         inputs = _as_leaves(plan.slice(call.tensors, index), [t.requires_grad for t in call.tensors])
         before = replay.capture(inputs) if preserve_rng_state else None
-        start = _graph_position()
-        with autocast.entered(), _nothing_saved():
+        start = graph.position()
+        with autocast.entered(), graph.nothing_saved():
             leaves, structure = pytree.tree_flatten(call.run(inputs))
         states.append(before if replay.consumed_since(before, inputs) else None)
-        for leaf in _leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
+        for leaf in graph.leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
             if not any(leaf is tensor for tensor in inputs):
                 parameters.setdefault(id(leaf), leaf)
         carry = [isinstance(v, Tensor) and v.requires_grad for v in leaves]
@@ -385,11 +385,11 @@ class _Totals:
         parameters = self._record.parameters
         wanted = [chunk[i] for i in self._wanted]
         if self._record.partitioned is not None and index == len(self._plan) - 1:
-            with _add_to_gradients(parameters, self._parameters):
+            with graph.add_to_gradients(parameters, self._parameters):
                 torch.autograd.backward(heads, weights, inputs=[*wanted, *parameters])
             found: list[Tensor | None] = [t.grad for t in wanted]
         else:
-            with _without_tensor_hooks(parameters):
+            with graph.without_tensor_hooks(parameters):
                 found = list(torch.autograd.grad(heads, [*wanted, *parameters], weights, allow_unused=True))
             for i, gradient in enumerate(found[len(wanted) :]):
                 self._parameters[i] = _sum(self._parameters[i], gradient)
@@ -414,81 +414,3 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     if total is None or term is None:
         return term if total is None else total
     return total + term
-
-
-def _nothing_saved() -> torch.autograd.graph.saved_tensors_hooks:
-    """Build the graph but drop every tensor that it would keep for backward."""
-    return torch.autograd.graph.saved_tensors_hooks(_drop, _no_backward)
-
-
-def _drop(tensor: Tensor) -> None:
-    return None
-
-
-def _no_backward(nothing: None) -> Tensor:
-    raise RuntimeError("the graph of a checkpointed forward pass cannot be differentiated")
-
-
-def _graph_position() -> int:
-    """Return a number that nodes created from now on (by this thread) reach or exceed."""
-    return torch._C._autograd._get_sequence_nr()
-
-
-def _leaves_used(outputs: Iterable[Tensor], start: int) -> list[Tensor]:
-    """Return the leaf tensors that `outputs` were computed from, in a graph created since `start`.
-
-    Args:
-        outputs: results of the computation.
-        start: `_graph_position()` before the computation.
-
-    Raises:
-        ValueError: the computation used a tensor with an older graph, which is no leaf.
-    """
-    leaves: list[Tensor] = []
-    pending: list[Any] = [t.grad_fn if t.grad_fn is not None else t for t in outputs if t.requires_grad]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, Tensor):
-            leaves.append(node)
-        elif hasattr(node, "variable"):
-            leaves.append(node.variable)
-        elif node._sequence_nr() < start:
-            raise ValueError(
-                "the checkpointed function uses a tensor that requires grad and that it was not given as an "
-                f"argument (made by {node.name()}); pass it as an argument so that its gradient is not lost"
-            )
-        else:
-            pending.extend(following for following, _ in node.next_functions if following is not None)
-    return leaves
-
-
-@contextlib.contextmanager
-def _without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Silence hooks that users registered on these leaves: they see the whole gradient later, once."""
-    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
-    for tensor, _ in hooked:
-        tensor._backward_hooks = None
-    try:
-        yield
-    finally:
-        for tensor, hooks in hooked:
-            tensor._backward_hooks = hooks
-
-
-@contextlib.contextmanager
-def _add_to_gradients(tensors: Sequence[Tensor], extra: Sequence[Tensor | None]) -> Iterator[None]:
-    """Add `extra` to the gradients that reach these leaves within the context."""
-    handles: list[RemovableHandle] = [
-        tensor.register_hook(lambda gradient, term=term: gradient + term)
-        for tensor, term in zip(tensors, extra, strict=True)
-        if term is not None
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimfit_ds.activations.checkpoint import checkpoint, compresses
@@ -33,6 +34,8 @@ __all__ = [
     "Setting",
     "install",
     "original_forward",
+    "run_as_it_is",
+    "run_compressed",
 ]
 
 _ABSENT = object()
@@ -196,3 +199,18 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not compresses(self):
         return original(*args, **kwargs)
     return self.__dict__[_SETTING].forward(self, original, *args, **kwargs)
+
+
+def run_as_it_is(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a block as it is."""
+    return function(*args, **kwargs)
+
+
+def run_compressed(codec: Codec, block: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a block with a codec for the token rows that autograd saves in it."""
+    kwargs.pop("recompute", None)
+    hidden = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1), None)
+    if hidden is None or not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    with compress_saved(codec, hidden, block.parameters()):
+        return function(*args, **kwargs)

@@ -8,9 +8,9 @@ of fake tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def fakes_stand_for_a_cpu() -> Iterator[None]:
         _fakes_on_cpu = before
 
 
-def real_tensors() -> _disable_current_modes:
+def real_tensors() -> AbstractContextManager[Any]:
     """Return a context in which new tensors hold data, also while an estimate runs on fake ones."""
     return _disable_current_modes()
 

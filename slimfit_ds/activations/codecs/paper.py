@@ -127,7 +127,8 @@ class TopK(FloatCodec):
     def _decode_in_triton(self, kept: tuple[Tensor, ...], out: Tensor) -> None:
         from slimfit_ds.activations.codecs.triton_paper import restore
 
-        restore(*kept, out)
+        values, indices = kept
+        restore(values, indices, out)
 
     def _threshold(self, flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return integer keys that order by magnitude [numel], and the smallest of the `count` largest, 0-d."""

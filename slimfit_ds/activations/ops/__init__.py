@@ -1,1 +1,1 @@
-"""Autograd functions: the forward values of the original operation, a backward pass from what a codec kept."""
+"""Operations with the forward values of the original and a backward pass from what a codec kept."""

@@ -97,7 +97,7 @@ def _packs_in_kernel(x: Tensor, codec: Codec, function: str | None) -> bool:
 
 
 def _forward_in_kernel(
-    x: Tensor, forward: Callable[[Tensor], Tensor], codec: Codec, function: str
+    x: Tensor, forward: Callable[[Tensor], Tensor], codec: Any, function: str
 ) -> tuple[Tensor, Encoded] | None:
     """Return the function's values and what is kept of `x`, or `None` where no kernel gives these values exactly."""
     form = None if backend_of(x) == "none" else _form_of(forward, function, x)

@@ -92,7 +92,11 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, affine, kept: list[Encoded]):
         y = forward(x)
         ctx.fused = _packs_in_kernel(x, codec)
-        encoded, rstd = (_encode_in_kernel if ctx.fused else _encode_rows)(x, kind, codec)
+        if ctx.fused:
+            assert isinstance(codec, AbsmaxCodec)
+            encoded, rstd = _encode_in_kernel(x, kind, codec)
+        else:
+            encoded, rstd = _encode_rows(x, kind, codec)
         kept.append(encoded)
         saved = SavedTensors()
         saved.add_payload(Payload(codec, encoded, x.shape))

@@ -1,0 +1,91 @@
+"""The autograd graph of a forward pass: built without saving anything, and searched for the parameters it used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["add_to_gradients", "leaves_used", "nothing_saved", "position", "without_tensor_hooks"]
+
+
+def nothing_saved() -> torch.autograd.graph.saved_tensors_hooks:
+    """Build the graph but drop every tensor that it would keep for backward."""
+    return torch.autograd.graph.saved_tensors_hooks(_drop, _no_backward)
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _no_backward(nothing: None) -> Tensor:
+    raise RuntimeError("the graph of a checkpointed forward pass cannot be differentiated")
+
+
+def position() -> int:
+    """Return a number that nodes created from now on (by this thread) reach or exceed."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def leaves_used(outputs: Iterable[Tensor], start: int) -> list[Tensor]:
+    """Return the leaf tensors that `outputs` were computed from, in a graph created since `start`.
+
+    Args:
+        outputs: results of the computation.
+        start: `position()` before the computation.
+
+    Raises:
+        ValueError: the computation used a tensor with an older graph, which is no leaf.
+    """
+    leaves: list[Tensor] = []
+    pending: list[Any] = [t.grad_fn if t.grad_fn is not None else t for t in outputs if t.requires_grad]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Tensor):
+            leaves.append(node)
+        elif hasattr(node, "variable"):
+            leaves.append(node.variable)
+        elif node._sequence_nr() < start:
+            raise ValueError(
+                "the checkpointed function uses a tensor that requires grad and that it was not given as an "
+                f"argument (made by {node.name()}); pass it as an argument so that its gradient is not lost"
+            )
+        else:
+            pending.extend(following for following, _ in node.next_functions if following is not None)
+    return leaves
+
+
+@contextlib.contextmanager
+def without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Silence hooks that users registered on these leaves: they see the whole gradient later, once."""
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
+
+
+@contextlib.contextmanager
+def add_to_gradients(tensors: Sequence[Tensor], extra: Sequence[Tensor | None]) -> Iterator[None]:
+    """Add `extra` to the gradients that reach these leaves within the context."""
+    handles: list[RemovableHandle] = [
+        tensor.register_hook(lambda gradient, term=term: gradient + term)
+        for tensor, term in zip(tensors, extra, strict=True)
+        if term is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
