@@ -17,7 +17,7 @@ from test_train import BIN, RECIPE, SCRIPT, environment
 from slimfit_ds.integrations.ranks import free_port
 from slimfit_ds.integrations.survival import last_checkpoint
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG = RECIPE | {
     "max_steps": 100000,

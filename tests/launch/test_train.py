@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "train.py")
 BIN = Path(sys.executable).parent
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RECIPE = {
     "task": "image_classification",

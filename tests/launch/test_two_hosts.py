@@ -13,7 +13,7 @@ import two_hosts
 from test_train import BIN, RECIPE, SCRIPT, environment, read
 from two_hosts import CABLE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PASSED_ON = (
     "DS_ACCELERATOR",

@@ -14,7 +14,7 @@ from test_kill_points import contents, history
 
 from slimfit_ds.integrations.survival import last_checkpoint
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(("name", "rank"), [("SIGTERM", 1), ("SIGUSR1", "all")])
