@@ -62,7 +62,7 @@ class WholeCheckpoints(TrainerCallback):
         self._limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
             # Resumed from an earlier point: later checkpoints are about to be overwritten.
-            for path in _checkpoints(Path(args.output_dir)):
+            for path in _checkpoints(Path(args.output_dir or "trainer_output")):
                 if _step_of(path) > state.global_step:
                     (path / MARK).unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ class WholeCheckpoints(TrainerCallback):
     ) -> None:
         _barrier()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
+            folder = Path(args.output_dir or "trainer_output")
             _mark(folder / f"checkpoint-{state.global_step}")
             _remove_old(folder, state.global_step, self._limit, state.best_model_checkpoint)
 
