@@ -48,6 +48,8 @@ def make_task(block: dict[str, Any] | str) -> Task[Any]:
     """
     options = dict(block) if isinstance(block, dict) else {"name": block}
     kind = task_class(str(options.pop("name", None)))
+    if kind.loss_counts_tokens and "max_length" in options:
+        raise ConfigError(["task.max_length is now max_length, a key of the recipe beside task"])
     try:
         return kind(kind.options_class.model_validate(options))
     except ValidationError as error:

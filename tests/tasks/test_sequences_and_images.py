@@ -192,6 +192,7 @@ def test_wrong_columns_of_images(rows, options, message):
         ({}, "known tasks"),
         ({"name": "question_answering", "max_length": "long"}, "task.max_length"),
         ({"name": "question_answering", "max_lenght": 4}, "did you mean 'max_length'"),
+        ({"name": "causal_lm", "max_length": 4}, "task.max_length is now max_length"),
     ],
 )
 def test_unknown_tasks_and_options(block, message):
