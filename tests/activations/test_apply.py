@@ -405,6 +405,11 @@ def test_overrides_by_operation_and_layer():
     assert errors[0] < 1e-6 < errors[1] < errors[2]
 
 
+def test_dropout_takes_no_codec():
+    with pytest.raises(ConfigError, match="'dropout' takes exact, replay or philox, got 'mask'"):
+        compress(build("bert"), ActivationsConfig(operations={"dropout": "mask"}))
+
+
 def test_every_problem_is_listed_with_near_names():
     config = ActivationsConfig(
         preset="balanced", operations={"norm": "lm5"}, layers={"model.layer.0*": {"attention": "int3"}}

@@ -203,6 +203,8 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
 def test_a_name_that_is_gone_says_what_to_use() -> None:
     with pytest.raises(ValueError, match="'uint8' is gone; use ufixed8"):
         get_codec("uint8")
+    with pytest.raises(ValueError, match="'rounding' is gone"):
+        get_codec("int4", rounding="stochastic")
 
 
 def test_a_name_is_registered_once() -> None:
