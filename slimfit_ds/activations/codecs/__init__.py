@@ -87,7 +87,9 @@ def get_codec(name: str, **options: Hashable) -> Codec:
     if name in _REMOVED:
         raise ValueError(f"codec {name!r} is gone; use {_REMOVED[name]}")
     if "rounding" in options:
-        raise ValueError(f"codec option 'rounding' is gone (of {name!r}): codecs round to nearest; leave it out")
+        raise ValueError(
+            f"codec option 'rounding' is gone (of {name!r}): codecs round to nearest; leave it out"
+        )
     if name not in _CODECS:
         near = difflib.get_close_matches(name, _CODECS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
