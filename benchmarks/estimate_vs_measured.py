@@ -40,7 +40,7 @@ MODELS = {
 }
 STRATEGIES = {name: get_strategy(name) for name in ("zero0", "zero2", "gradient_checkpointing", "lora")} | {
     preset: get_strategy(preset).with_(slimfit=slimfit_block(preset, 0.95, "host", "ils"))
-    for preset in ("exact", "balanced", "lean", "minimal")
+    for preset in ("exact", "balanced", "minimal")
 }
 
 

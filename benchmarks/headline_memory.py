@@ -52,7 +52,6 @@ ROWS: dict[str, Strategy] = {
     "95 % frozen, paper's codecs, bf16": ours("paper"),
     "95 % frozen, no compression, bf16": ours("exact"),
     "95 % frozen, balanced": ours("balanced"),
-    "95 % frozen, lean": ours("lean"),
     "95 % frozen, minimal": ours("minimal"),
     "95 % frozen, ultra": ours("ultra"),
     "95 % frozen, balanced, loss in chunks": ours("balanced", chunk_loss_tokens=1024),

@@ -394,7 +394,6 @@ METHODS: dict[str, Method] = {
     "badam": Method("BAdam, a block at a time", 3, own=badam, tracked=24),
     "paper": _slimfit("the paper's codecs, our engine", 1, lambda _: ours("paper")),
     "balanced": _slimfit("ours, `balanced`", 0, lambda _: ours("balanced")),
-    "lean": _slimfit("ours, `lean`", 1, lambda _: ours("lean")),
     "minimal": _slimfit("ours, `minimal`", 0, lambda _: ours("minimal")),
     "ultra": _slimfit("ours, `ultra`", 1, lambda _: ours("ultra")),
     "minimal_tuned": _slimfit("ours, `minimal` in chunks", 2, _in_chunks("ils")),

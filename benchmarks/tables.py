@@ -30,17 +30,22 @@ PROGRAMS = (
 
 
 def gradient_error() -> str:
-    """Return the mean (worst) relative error of `gradient_error.csv`."""
-    lines, presets = [], ("paper", "balanced", "lean", "minimal", "ultra")
+    """Return whole and worst matrix of `gradient_error.csv`, a line for each model and setting."""
+    lines, presets = [], ("paper", "balanced", "minimal", "ultra")
     rows = Study("gradient_error", ()).rows()
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of = {
-            p: [r["relative_error"] for r in rows if (r["model"], r["preset"]) == (model, p)] for p in presets
-        }
-        cells = [f"{sum(errors) / len(errors):.3f} ({max(errors):.3f})" for errors in of.values()]
-        (noise,) = [r["relative_error"] for r in rows if (r["model"], r["preset"]) == (model, "two batches")]
-        lines.append([model, *cells, f"{noise:.2f}"])
-    return markdown(["model", *presets, "two batches"], lines)
+    settings = ("model", "batch", "steps", "frozen", "planted")
+    for key in dict.fromkeys(tuple(row[name] for name in settings) for row in rows):
+        of = {row["preset"]: row for row in rows if tuple(row[name] for name in settings) == key}
+        cells = [f"{of[p]['whole']:.3f} ({of[p]['worst']:.2f})" if p in of else "" for p in presets]
+        noise = f"{of['two batches']['whole']:.1f}" if "two batches" in of else ""
+        model, batch, steps, frozen, planted = key
+        how = [*([batch] if batch != "task" else []), *([f"after {steps} steps"] if steps else [])]
+        how += [
+            *([f"{frozen:.0%} frozen"] if frozen else []),
+            *([f"planted {planted:,.0f}"] if planted else []),
+        ]
+        lines.append([model, ", ".join(how), *cells, noise])
+    return markdown(["model", "setting", *presets, "two batches"], lines)
 
 
 def all_tables() -> dict[str, str]:

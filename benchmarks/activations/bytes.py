@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Study, machine, markdown
 
-PRESET_ORDER = ("exact", "paper", "balanced", "lean", "minimal", "ultra")
+PRESET_ORDER = ("exact", "paper", "balanced", "minimal", "ultra")
 
 
 @dataclass(frozen=True)

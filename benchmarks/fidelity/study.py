@@ -70,7 +70,7 @@ def _contenders() -> dict[str, dict[str, Any]]:
             f"lisa-{percent}": {"slimfit": _frozen("lisa", rate, interval=20)},
             f"badam-{percent}": {"slimfit": _frozen("badam", rate, {"stale_moments": "reset"}, interval=20)},
         }
-    for preset in ("balanced", "lean", "minimal"):
+    for preset in ("balanced", "minimal"):
         made[f"ours-90-{preset}"] = {"slimfit": {**_frozen("auto", 0.9), "activations": preset}}
     return made
 

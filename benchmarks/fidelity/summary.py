@@ -26,7 +26,7 @@ from common import Study, markdown
 from problems import PROBLEMS
 from study import best_rate
 
-PRESETS = ("balanced", "lean", "minimal")
+PRESETS = ("balanced", "minimal")
 # Rows of the tables; `ils+` is of a lever that is gone.
 ORDER = ("full", "lora4", "lora8", "lora16", "lora8-sixth")
 ORDER += tuple(

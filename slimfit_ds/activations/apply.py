@@ -155,18 +155,22 @@ def _misplaced(table: OperationTable) -> Iterator[str]:
         name = spec["name"] if isinstance(spec, dict) else spec
         if operation in {"linear", "wide_linear"} or name not in codec_names() or name.startswith("step"):
             continue
-        codec = resolve_codec(spec)
+        codec = resolve_codec(_every(spec)[0] if operation == "block" else spec)
         if codec is not None and codec.linear_only:
             yield f"activations.operations.{operation}: {name!r} is for linear and wide_linear only"
 
 
 def _codec_problem(operation: str, spec: CodecSpec) -> list[str]:
     name = spec if isinstance(spec, str) else spec["name"]
-    words = {
-        "block": ("recompute",),
-        "probabilities": ("recompute",),
-        "consumers": ("recompute", "attention"),
-    }
+    words = {"block": ("recompute",), "probabilities": ("recompute",)}
+    if operation == "consumers":
+        if spec in ("exact", "attention", "gated"):
+            return []
+        return [f"activations: operation 'consumers' takes exact, attention or gated, got {describe(spec)!r}"]
+    if operation == "block":
+        spec, every = _every(spec)
+        if not isinstance(every, int) or every < 1:
+            return [f"activations: option 'every' of operation 'block' takes 1, 2, ..., got {every!r}"]
     if operation == "dropout":
         if spec == "exact" or spec in DROPOUTS:
             return []
@@ -181,6 +185,13 @@ def _codec_problem(operation: str, spec: CodecSpec) -> list[str]:
     except (ValueError, TypeError) as error:
         return [f"activations: {error}"]
     return []
+
+
+def _every(spec: CodecSpec) -> tuple[CodecSpec, int]:
+    """Return the codec of a block's input, and of how many blocks one stores it."""
+    if isinstance(spec, str):
+        return spec, 1
+    return {key: value for key, value in spec.items() if key != "every"}, spec.get("every", 1)
 
 
 # The derivative of these is a step function of one bit.
@@ -202,6 +213,9 @@ class _Installer:
         self._blocks = find_blocks(model)
         self._recomputed: dict[str, nn.Module] = {}
         self._norms: dict[nn.Module, NormKind] = {}
+        # Norms that modules are recomputed from, and linear layers that run again for what keeps their result.
+        self._sources: set[nn.Module] = set()
+        self._again: set[nn.Module] = set()
 
     def run(self) -> None:
         """Patch blocks, then the modules outside recomputed parts, then attention."""
@@ -217,7 +231,7 @@ class _Installer:
         self._norms = {m: kind for _, m in self._model.named_modules() if (kind := norm_kind(m)) is not None}
         for name, block in self._blocks.items():
             if name not in self._recomputed and tables[name].consumers != "exact":
-                self._consumers(name, block, tables[name].consumers == "attention")
+                self._consumers(name, block, tables[name].consumers == "gated")
         for name, module in self._model.named_modules():
             if not inside(name, self._recomputed):
                 self._module(name, module, tables[name])
@@ -241,8 +255,11 @@ class _Installer:
                 install(self.patches, block, BlockSetting(functools.partial(run_compressed, codec, block)))
             self.rows.append(Row(name, "product", describe(table.product), reason))
             return
-        spec = "exact" if table.block == "recompute" else table.block
-        run = make_checkpoint(spec, self._config.chunk_tokens, self._config.chunk_forward)
+        spec, every = _every("exact" if table.block == "recompute" else table.block)
+        # A block whose input is the remembered output of the one before it stores nothing of its own.
+        position = list(self._blocks).index(name)
+        remember = (position + 1) % every != 0
+        run = make_checkpoint(spec, self._config.chunk_tokens, self._config.chunk_forward, remember)
         if self._config.compile:
             self._compile(name, block, run)
         elif has_checkpoint_hook(block):
@@ -260,17 +277,31 @@ class _Installer:
             compile_forward(self.patches, block)
         self.rows.append(Row(name, "graph", "exact", "compiled while none of its weights trains"))
 
-    def _consumers(self, name: str, block: nn.Module, only_attention: bool) -> None:
+    def _consumers(self, name: str, block: nn.Module, gated: bool) -> None:
+        again = _inputs_of_gates(block)
+        if gated and not again:
+            return
         widths = {m: width for m in self._norms if (width := norm_width(m)) is not None}
+        own = [m for m in block.modules() if m in widths]
+        width = max((widths[m] for m in own), default=0)
+        self._sources |= {m for m in own if widths[m] == width}
+        if gated:
+            self._again |= set(again)
         for part, module in find_consumers(block, widths).items():
-            if only_attention and not is_attention(module):
+            if not is_attention(module):
                 continue
             full = f"{name}.{part}"
-            codec = resolve_codec(self._config.table(full).norm)
-            width = max(widths[m] for m in block.modules() if m in widths)
+            codec = resolve_codec(self._norm_codecs(self._config.table(full), careful=True)[0])
             setting = ConsumerSetting(codec, width, self._config.chunk_tokens, self._config.chunk_forward)
             reason = f"{type(module).__name__} holds weights and no norm of the block"
             self._install(full, module, setting, "consumers", "recompute", reason)
+
+    @staticmethod
+    def _norm_codecs(table: OperationTable, careful: bool) -> tuple[CodecSpec, CodecSpec]:
+        """Return the codecs of a norm whose weight is frozen, or trains."""
+        if careful and table.source_norm is not None:
+            return table.source_norm, table.source_norm
+        return table.norm, table.norm if table.active_norm is None else table.active_norm
 
     def _module(self, name: str, module: nn.Module, table: OperationTable) -> None:
         """Patch a norm, activation, dropout or weight layer, or say why not."""
@@ -289,23 +320,27 @@ class _Installer:
 
     def _norm(self, name: str, module: nn.Module, table: OperationTable) -> None:
         kind = self._norms[module]
-        active = table.norm if table.active_norm is None else table.active_norm
-        share = table.consumers != "exact"
-        setting = NormSetting(kind, resolve_codec(table.norm), resolve_codec(active), share)
+        source = module in self._sources
+        frozen, active = self._norm_codecs(table, source or not inside(name, self._blocks))
+        setting = NormSetting(kind, resolve_codec(frozen), resolve_codec(active), share=source)
         if setting.frozen is None and setting.active is None:
             return
         reason = f"{type(module).__name__} agrees with {'LayerNorm' if kind.centred else 'RMSNorm'}"
-        self._install(name, module, setting, "norm", describe(table.norm), reason)
+        self._install(name, module, setting, "norm", describe(frozen), reason)
 
     def _linear(self, name: str, module: nn.Module, table: OperationTable, widths: tuple[int, int]) -> None:
         kind = "wide_linear" if widths[0] > widths[1] else "linear"
         spec: CodecSpec = getattr(table, kind)
-        if (codec := resolve_codec(spec)) is not None and inside(name, self._blocks):
-            reason = f"{type(module).__name__} {widths[0]} -> {widths[1]}, while it trains"
-            self._install(name, module, LinearSetting(codec), kind, describe(spec), reason)
+        codec, again = resolve_codec(spec), module in self._again
+        if (codec is not None or again) and inside(name, self._blocks):
+            reason = f"{type(module).__name__} {widths[0]} -> {widths[1]}, while it trains" + (
+                "; its result comes again from the norm's" if again else ""
+            )
+            self._install(name, module, LinearSetting(codec, again), kind, describe(spec), reason)
 
     def _activation(self, name: str, module: nn.Module, table: OperationTable, function: str) -> None:
-        gated = self._is_gate(name) and table.product != "exact"
+        parent = self._model.get_submodule(name.rpartition(".")[0])
+        gated = _is_gated(parent) and table.product != "exact"
         spec = table.product if gated else table.activation
         if spec == "exact":
             return
@@ -314,11 +349,6 @@ class _Installer:
         )
         setting = ActivationSetting(_activation_codec(spec, function), function, share=gated)
         self._install(name, module, setting, "product" if gated else "activation", describe(spec), reason)
-
-    def _is_gate(self, name: str) -> bool:
-        """Return whether the activation's module has three linear layers beside it: gate, up and down."""
-        parent = self._model.get_submodule(name.rpartition(".")[0])
-        return sum(weighted_input_width(child) is not None for child in parent.children()) >= 3
 
     def _attention(self, tables: dict[str, OperationTable]) -> None:
         hooked = any(table.product != "exact" for table in tables.values())
@@ -371,6 +401,21 @@ def _activation_codec(spec: CodecSpec, function: str) -> Codec:
 
 def _is_innermost_attention(module: nn.Module) -> bool:
     return is_attention(module) and not any(is_attention(m) for m in module.modules() if m is not module)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Return whether a module with an activation function has the three linear layers of a gated MLP: gate, up and down."""
+    return sum(weighted_input_width(child) is not None for child in module.children()) >= 3
+
+
+def _inputs_of_gates(block: nn.Module) -> list[nn.Module]:
+    """Return the linear layers gate and up of a block's gated MLPs."""
+    found = []
+    for module in block.modules():
+        if _is_gated(module) and any(activation_name(child) for child in module.children()):
+            layers = [(c, w) for c in module.children() if (w := weighted_input_width(c)) is not None]
+            found += [layer for layer, (inner, outer) in layers if outer >= inner]
+    return found
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

@@ -53,10 +53,19 @@ def compresses(module: nn.Module) -> bool:
 
 
 def make_checkpoint(
-    codec: Any = "int8", chunk_tokens: int | None = None, chunk_forward: bool = False
+    codec: Any = "int8",
+    chunk_tokens: int | None = None,
+    chunk_forward: bool = False,
+    remember_output: bool = False,
 ) -> Callable:
     """Return a checkpoint function with its options bound, for frameworks that call `fn(function, *args)`."""
-    return functools.partial(checkpoint, codec=codec, chunk_tokens=chunk_tokens, chunk_forward=chunk_forward)
+    return functools.partial(
+        checkpoint,
+        codec=codec,
+        chunk_tokens=chunk_tokens,
+        chunk_forward=chunk_forward,
+        remember_output=remember_output,
+    )
 
 
 def checkpoint(
@@ -89,7 +98,7 @@ def checkpoint(
         select: which of the input tensors to compress, instead of the rule above; a codec takes the place of `codec`.
         recompute: called in place of `function` in the backward pass, to run hooks that are around the forward
             call already (a module instead of its `forward`).
-        remember_output: let functions that store the first result (an active layer's input) recompute it too.
+        remember_output: let functions that store the first result (an active layer, the next block) recompute it too.
         preserve_rng_state: replay random numbers (dropout) in the recomputation.
         use_reentrant: accepted for compatibility, without effect: the semantics are always non-reentrant.
         kwargs: keyword arguments of `function`.

@@ -35,7 +35,8 @@ class OperationTable(BaseModel):
 
     block: CodecSpec = Field(
         "exact",
-        description="input of a block, which is recomputed from it; recompute: from the input as it is",
+        description="input of a block, which is recomputed from it; recompute: from the input as it is; with an option "
+        "every: 2 only that of every second block, from which the next block's is recomputed too",
     )
     norm: CodecSpec = Field("exact", description="normalised input of LayerNorm and RMSNorm")
     active_norm: CodecSpec | None = Field(
@@ -43,7 +44,13 @@ class OperationTable(BaseModel):
     )
     consumers: CodecSpec = Field(
         "exact",
-        description="modules fed by a norm are recomputed from what it stores: recompute (all) or attention (these)",
+        description="recomputed from what the norms store: attention (in every block), or gated (attention and the up "
+        "projection, in blocks with a gated MLP)",
+    )
+    source_norm: CodecSpec | None = Field(
+        None,
+        description="normalised input of norms that consumers are recomputed from, and of those outside of the blocks, "
+        "whose error reaches every block; null: as any norm",
     )
     activation: CodecSpec = Field(
         "exact",
@@ -82,32 +89,30 @@ PRESETS = MappingProxyType(
             probabilities="ufixed8",
             wide_linear="fixed8",
         ),
-        # Each operation stores its own input, no linear layer runs twice. The codecs share an error of 0.05: a weight
-        # of a norm takes its gradient from x_hat itself, so that one gets more bits while it trains.
+        # Encoders: each operation stores its own input, no linear layer runs twice. The codecs share an error of 0.05: a
+        # weight of a norm takes its gradient from x_hat itself, so that one gets more bits while it trains.
+        # Decoders with a gated MLP: queries, keys, gate and up have outliers that few bits lose and are most of the bytes, so
+        # attention and up come again from the norms.
         "balanced": OperationTable(
             norm="int4",
             active_norm="int6",
+            consumers="gated",
+            source_norm="int8_channel",
             activation={"name": "step5", "scale": 2.0},
             attention={"name": "int6", "group": 128},
             dropout="philox",
             linear="int8",
             wide_linear="int6",
-            product="int4",
-        ),
-        "lean": OperationTable(
-            norm="int8_channel",
-            consumers="recompute",
-            activation={"name": "step4", "scale": 2.0},
-            attention="int8",
-            dropout="replay",
-            linear="int8",
-            wide_linear="int8",
             product="int8",
         ),
         "minimal": OperationTable(block="int8_channel", norm="int8", activation="step4", dropout="replay"),
-        "ultra": OperationTable(block="int4", norm="int8", activation="step4", dropout="replay"),
+        "ultra": OperationTable(
+            block={"name": "int8_channel", "every": 2}, norm="int8", activation="step4", dropout="replay"
+        ),
     }
 )
+
+_GONE = {"lean": "minimal, which has as small an error at half the bytes"}
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -122,7 +127,7 @@ class ActivationsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: str = Field("exact", description="exact, paper, balanced, lean, minimal or ultra")
+    preset: str = Field("exact", description="exact, paper, balanced, minimal or ultra")
     operations: dict[str, CodecSpec | None] = Field({}, description="operation -> codec, over the preset")
     layers: dict[str, dict[str, CodecSpec | None]] = Field(
         {}, description="glob of module names -> {operation: codec}, over the preset and `operations`"
@@ -149,6 +154,8 @@ class ActivationsConfig(BaseModel):
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, value: str) -> str:
+        if value in _GONE:
+            raise ValueError(f"preset {value!r} is gone; use {_GONE[value]}")
         if value not in PRESETS:
             raise ValueError(f"unknown preset {value!r}; {_near(value, PRESETS)}")
         return value
@@ -198,7 +205,7 @@ class ActivationsConfig(BaseModel):
 def _operation_problems(table: dict[str, CodecSpec | None]) -> list[str]:
     optional = [name for name, field in OperationTable.model_fields.items() if field.default is None]
     problems = [
-        f"operation {name!r} needs a codec, got null; only {' and '.join(optional)} may be null"
+        f"operation {name!r} needs a codec, got null; only {', '.join(optional)} may be null"
         for name, spec in table.items()
         if spec is None and name in OPERATIONS and name not in optional
     ]

@@ -7,6 +7,8 @@ is read from `requires_grad` at every call.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -20,7 +22,8 @@ from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.ops.activation import compressed_activation
 from slimfit_ds.activations.ops.dropout import philox_dropout, replayed_dropout
 from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
-from slimfit_ds.activations.saved_tensors import compress_saved
+from slimfit_ds.activations.replay import AutocastState
+from slimfit_ds.activations.saved_tensors import SHARED, Payload, Rebuilt, compress_saved
 
 __all__ = [
     "DROPOUTS",
@@ -122,15 +125,40 @@ class DropoutSetting:
 
 @dataclass(frozen=True)
 class LinearSetting:
-    """Codec of the input of a linear layer or convolution that trains."""
+    """Codec of the input of a linear layer or convolution that trains.
 
-    codec: Codec
+    Attributes:
+        codec: `None`: left to autograd.
+        again: what keeps the layer's result (the product with a gate) runs the layer again instead, where its input comes
+            from what a norm keeps.
+    """
+
+    codec: Codec | None
+    again: bool = False
 
     def forward(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-        if not any(p.requires_grad and p.dim() > 1 for p in module.parameters(recurse=False)):
-            return original(x)
-        with compress_saved(self.codec, x, module.parameters(recurse=False)):
-            return original(x)
+        trains = any(p.requires_grad and p.dim() > 1 for p in module.parameters(recurse=False))
+        if trains and self.codec is not None:
+            with compress_saved(self.codec, x, module.parameters(recurse=False)):
+                y = original(x)
+        else:
+            y = original(x)
+        source = SHARED.find_rebuilt(x) if self.again else None
+        if source is not None:
+            autocast = AutocastState.capture([x])
+            build = functools.partial(_run_again, weakref.ref(module), source.with_tensors(()), autocast)
+            SHARED.remember_rebuilt(y, Rebuilt(source.tensors, build))
+        return y
+
+
+def _run_again(
+    module: weakref.ref[nn.Module], source: Payload, autocast: AutocastState, *tensors: Tensor
+) -> Tensor:
+    """Return the result of a linear layer again, from what its input is rebuilt from."""
+    layer = module()
+    assert layer is not None
+    with torch.no_grad(), autocast.entered():
+        return layer(source.with_tensors(tensors).decode())
 
 
 @dataclass(frozen=True)

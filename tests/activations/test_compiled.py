@@ -220,7 +220,7 @@ def test_a_copy_of_the_model_runs_its_own_weights():
     assert torch.allclose(twin(x), model(x) + 1.0)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "lean"])
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
 def test_nothing_to_compile_is_refused(preset):
     with pytest.raises(ConfigError, match=r"activations\.compile is true, but no block is compiled"):
         compress(build("bert"), ActivationsConfig(preset=preset, compile=True))

@@ -14,7 +14,7 @@ import torch
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["lean", "minimal"])
+@pytest.mark.parametrize("preset", ["minimal", "ultra"])
 def test_zero3_partitioned_parameters(preset, tmp_path):
     """Two ranks, two accumulation steps: the weights after three steps are those of an uncompressed run."""
     worker = Path(__file__).with_name("zero3_worker.py")

@@ -121,7 +121,8 @@ def same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = channels._statistics
 
     def on_the_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = statistics(x.cpu().contiguous())
+        with kernels(on=False):
+            mean, deviation = statistics(x.cpu().contiguous())
         return mean.to(x.device), deviation.to(x.device)
 
     monkeypatch.setattr(channels, "_statistics", on_the_cpu)
@@ -131,6 +132,24 @@ def same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
         # The interpreter of earlier versions of Triton rounds twice in a fused multiply-add.
         if not hasattr(interpreter._interpreter, "fma_fp32"):
             monkeypatch.setattr(torch, "addcmul", _rounded_twice)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_statistics_of_channels(layout: str, dtype: torch.dtype) -> None:
+    """Sums, so close and not equal; also with a row a thousand times the others, and one of infinity."""
+    for size in (1, 1000, float("inf")):
+        x = _channels(layout, dtype)
+        x[0, ..., 1] *= size
+        expected = channels._statistics(x)
+        with kernels() as asked:
+            found = channels._statistics(x.to(DEVICE))
+        assert asked
+        (mean, deviation), (expected_mean, expected_deviation) = found, expected
+        torch.testing.assert_close(mean.cpu(), expected_mean, equal_nan=True)
+        # The deviation of the constant channel is nothing, or what rounding makes of it.
+        deviation[..., 2] = expected_deviation[..., 2] = 1
+        torch.testing.assert_close(deviation.cpu(), expected_deviation, equal_nan=True)
 
 
 @pytest.mark.usefixtures("same_statistics")

@@ -116,7 +116,7 @@ def test_shared_blocks_are_not_recomputed_under_zero_3():
     zero3 = {"zero_optimization": {"stage": 3}}
     (problem,) = problems(zero3, SharedBlocks(), activations="minimal")
     assert "blocks 'layers.0' and 'layers.1' share weights" in problem
-    assert problems(zero3, SharedBlocks(), activations="lean") == []
+    assert problems(zero3, SharedBlocks(), activations="balanced") == []
     assert problems({"zero_optimization": {"stage": 1}}, SharedBlocks(), activations="minimal") == []
 
 

@@ -136,7 +136,7 @@ def test_the_counter_counts():
     )
 
 
-PRESETS = ["exact", "paper", "balanced", "lean", "minimal"]
+PRESETS = ["exact", "paper", "balanced", "minimal"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -84,7 +84,7 @@ def test_every_rung_is_a_valid_block():
 
 
 def test_fixed_values_survive_and_rungs_stay_distinct():
-    fixed = {"freeze": {"rate": 0.5, "policy": "random"}, "activations": "lean", "memory_budget": "1GB"}
+    fixed = {"freeze": {"rate": 0.5, "policy": "random"}, "activations": "ultra", "memory_budget": "1GB"}
     rungs = ladder(fixed)
     assert 1 <= len(rungs) < len(ladder())
     seen = []
@@ -93,7 +93,7 @@ def test_fixed_values_survive_and_rungs_stay_distinct():
         config = SlimFitConfig.parse(block)
         assert config.freeze.rate == 0.5
         assert config.freeze.policy == "random"
-        assert config.activations.preset == "lean"
+        assert config.activations.preset == "ultra"
         assert config.memory_budget is None
         assert block not in seen
         seen.append(block)

@@ -62,7 +62,7 @@ def test_every_preset_is_a_strategy_with_a_known_error():
         assert SlimFitConfig.parse(ils.slimfit).freeze.policy == "ils"
         # The recommended setting is what an empty freeze block stands for.
         assert "freeze" not in plain.slimfit
-    assert SlimFitConfig.parse(slimfit_block("lean", 0.8, chunk_tokens=64)).activations.chunk_tokens == 64
+    assert SlimFitConfig.parse(slimfit_block("ultra", 0.8, chunk_tokens=64)).activations.chunk_tokens == 64
 
 
 def test_every_strategy_is_a_sound_deepspeed_configuration():

