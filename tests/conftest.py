@@ -27,6 +27,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def restored_process() -> Iterator[None]:
+    """Undo what a Trainer leaves in the process: variables such as ACCELERATE_USE_DEEPSPEED, and accelerate's state."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+    if (deepspeed := sys.modules.get("transformers.integrations.deepspeed")) is not None:
+        deepspeed.unset_hf_deepspeed_config()
+
+
 @pytest.fixture
 def data_dir() -> Path:
     """The folder of real task data, or a skip that says how to get it."""
