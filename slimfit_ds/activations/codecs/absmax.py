@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.base import Encoded, FloatCodec, StorageLayout, chunks
+from slimfit_ds.activations.codecs.base import TINY_PEAK, Encoded, FloatCodec, StorageLayout, chunks
 from slimfit_ds.activations.codecs.packing import (
     byte_table,
     gather_bytes,
@@ -18,10 +18,7 @@ from slimfit_ds.activations.codecs.packing import (
     unpack_planes,
 )
 
-__all__ = ["TINY_PEAK", "AbsmaxCodec"]
-
-# Below it a group's step would leave fp32's normal range, where devices disagree (flush to zero).
-TINY_PEAK = 2.0**-100
+__all__ = ["AbsmaxCodec"]
 
 # Elements of a part of a tensor that is encoded part by part: 8 MiB in fp32. A few such temporaries stay in a CPU's
 # last-level cache.

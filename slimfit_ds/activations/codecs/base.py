@@ -16,7 +16,20 @@ from torch import Tensor
 
 from slimfit_ds.activations.codecs.backend import backend_of
 
-__all__ = ["Codec", "Encoded", "Exact", "FloatCodec", "StorageLayout", "chunks", "flatten", "unflatten"]
+__all__ = [
+    "TINY_PEAK",
+    "Codec",
+    "Encoded",
+    "Exact",
+    "FloatCodec",
+    "StorageLayout",
+    "chunks",
+    "flatten",
+    "unflatten",
+]
+
+TINY_PEAK = 2.0**-100
+"""Largest magnitude of a group below which its step would leave fp32's normal range, where devices disagree (flush to zero)."""
 
 StorageLayout = tuple[tuple[torch.dtype, int], ...]
 """dtype and number of elements of each stored tensor."""

@@ -5,13 +5,14 @@ Equal only without fused multiply-adds, which round once where torch rounds twic
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.absmax import TINY_PEAK, AbsmaxCodec
-from slimfit_ds.activations.codecs.channels import ChannelAffine
+from slimfit_ds.activations.codecs.base import TINY_PEAK
 from slimfit_ds.activations.codecs.packing import low_and_high
 from slimfit_ds.activations.codecs.triton_common import (
     apply_channels,
@@ -228,9 +229,7 @@ def _decode_kernel(
     tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=inside)
 
 
-def encode_absmax(
-    flat: Tensor, kept: tuple[Tensor, ...], codec: AbsmaxCodec, channels: ChannelAffine | None = None
-) -> None:
+def encode_absmax(flat: Tensor, kept: tuple[Tensor, ...], codec: Any, channels: Any = None) -> None:
     """Fill `kept` (laid out as `codec.storage` says) from `flat` [numel], to which `channels` are applied first."""
     steps = kept[1]
     block, rows, planes, sizes, widths = _layout(kept, flat.numel(), codec)
@@ -254,9 +253,7 @@ def encode_absmax(
         )
 
 
-def decode_absmax(
-    kept: tuple[Tensor, ...], out: Tensor, codec: AbsmaxCodec, channels: ChannelAffine | None = None
-) -> None:
+def decode_absmax(kept: tuple[Tensor, ...], out: Tensor, codec: Any, channels: Any = None) -> None:
     """Fill `out` [numel] from what `encode_absmax` stored; `channels` are applied to it last."""
     steps = kept[1]
     block, rows, planes, sizes, widths = _layout(kept, out.numel(), codec)
@@ -279,7 +276,7 @@ def decode_absmax(
 
 
 def _layout(
-    kept: tuple[Tensor, ...], numel: int, codec: AbsmaxCodec
+    kept: tuple[Tensor, ...], numel: int, codec: Any
 ) -> tuple[int, int, tuple[Tensor, Tensor], tuple[int, int], dict[str, int]]:
     """Return columns and rows of a tile, the low and high plane, their bytes, and their widths in bits."""
     block = triton.next_power_of_2(codec.group)

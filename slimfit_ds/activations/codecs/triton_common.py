@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.channels import ChannelAffine
-
 __all__ = ["INTERPRETED", "apply_channels", "channel_arguments", "load_plane", "round_to", "store_plane"]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -107,7 +105,7 @@ def apply_channels(
     return tl.where(inside, value, 0.0)
 
 
-def channel_arguments(channels: ChannelAffine | None, placeholder: Tensor) -> dict[str, Any]:
+def channel_arguments(channels: Any, placeholder: Tensor) -> dict[str, Any]:
     """Return the arguments of `apply_channels`; without `channels` a width of 0, and `placeholder` for pointers that are not read."""
     if channels is None:
         return {

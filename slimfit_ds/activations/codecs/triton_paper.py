@@ -6,12 +6,13 @@ those counts tell each tile where to write, so that neither an index list nor a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.paper import FixedPoint
 from slimfit_ds.activations.codecs.triton_absmax import to_nearest
 from slimfit_ds.activations.codecs.triton_common import load_plane, round_to, store_plane
 
@@ -66,7 +67,7 @@ def _fixed_decode_kernel(
     tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=offset < numel)
 
 
-def encode_fixed_point(flat: Tensor, packed: Tensor, codec: FixedPoint) -> None:
+def encode_fixed_point(flat: Tensor, packed: Tensor, codec: Any) -> None:
     """Fill `packed`, uint8 [ceil(numel * bits / 8)], from `flat` [numel]."""
     with torch.cuda.device_of(flat):
         _fixed_encode_kernel[(triton.cdiv(flat.numel(), _TILE),)](
@@ -83,7 +84,7 @@ def encode_fixed_point(flat: Tensor, packed: Tensor, codec: FixedPoint) -> None:
         )
 
 
-def decode_fixed_point(packed: Tensor, out: Tensor, codec: FixedPoint) -> None:
+def decode_fixed_point(packed: Tensor, out: Tensor, codec: Any) -> None:
     """Fill `out` [numel] from what `encode_fixed_point` stored."""
     with torch.cuda.device_of(out):
         _fixed_decode_kernel[(triton.cdiv(out.numel(), _TILE),)](

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.packing import low_and_high
-from slimfit_ds.activations.codecs.step_derivative import StepDerivative
 from slimfit_ds.activations.codecs.triton_common import load_plane, round_to, store_plane
 
 __all__ = ["TILE", "decode_table", "encode_arguments", "encode_table", "load_levels", "store_cells"]
@@ -157,7 +156,7 @@ def _decode_kernel(
     tl.store(out_ptr + offset, value, mask=offset < numel)
 
 
-def encode_table(flat: Tensor, packed: Tensor, codec: StepDerivative, inverse: Tensor | None) -> None:
+def encode_table(flat: Tensor, packed: Tensor, codec: Any, inverse: Tensor | None) -> None:
     """Fill `packed` (laid out as `codec.storage` says) from `flat` [numel], times `inverse`, fp32 [1], if given."""
     arguments, constants = encode_arguments(codec, packed, flat)
     with torch.cuda.device_of(flat):
@@ -172,7 +171,7 @@ def encode_table(flat: Tensor, packed: Tensor, codec: StepDerivative, inverse: T
         )
 
 
-def encode_arguments(codec: StepDerivative, packed: Tensor, flat: Tensor) -> tuple[list[Any], dict[str, Any]]:
+def encode_arguments(codec: Any, packed: Tensor, flat: Tensor) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments of a kernel that stores cells of `flat` [numel], from `thresholds_ptr` to `high_bytes`, and
     its constants."""
     cells = codec.cells
@@ -189,7 +188,7 @@ def encode_arguments(codec: StepDerivative, packed: Tensor, flat: Tensor) -> tup
     return [*arguments, flat.numel(), low.numel(), high.numel()], constants
 
 
-def decode_table(packed: Tensor, out: Tensor, codec: StepDerivative, rms: Tensor | None) -> None:
+def decode_table(packed: Tensor, out: Tensor, codec: Any, rms: Tensor | None) -> None:
     """Fill `out` [numel] from `packed`, times `rms`, fp32 [1], if given."""
     (width, low), (high_width, high) = low_and_high(packed, out.numel(), codec.cells.bits)
     levels = codec.levels(out.device, out.dtype)

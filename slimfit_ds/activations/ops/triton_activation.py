@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from slimfit_ds.activations.codecs.absmax import TINY_PEAK, AbsmaxCodec
+from slimfit_ds.activations.codecs.absmax import AbsmaxCodec
+from slimfit_ds.activations.codecs.base import TINY_PEAK
 from slimfit_ds.activations.codecs.packing import low_and_high
 from slimfit_ds.activations.codecs.step_derivative import StepDerivative
 from slimfit_ds.activations.codecs.triton_absmax import load_groups, store_groups

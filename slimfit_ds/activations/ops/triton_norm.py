@@ -7,15 +7,16 @@ programs are added by torch. Without atomics, so that equal inputs give equal bi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.absmax import TINY_PEAK, AbsmaxCodec
+from slimfit_ds.activations.codecs.base import TINY_PEAK
 from slimfit_ds.activations.codecs.packing import low_and_high
 from slimfit_ds.activations.codecs.triton_absmax import load_groups, store_groups
-from slimfit_ds.activations.ops.norm import NormKind
 
 __all__ = ["encode_norm", "norm_gradients"]
 
@@ -161,9 +162,7 @@ def _gradients_kernel(
         tl.store(partial_ptr + place, to_bias, mask=inside)
 
 
-def encode_norm(
-    x: Tensor, kept: tuple[Tensor, ...], rstd: Tensor, kind: NormKind, codec: AbsmaxCodec
-) -> None:
+def encode_norm(x: Tensor, kept: tuple[Tensor, ...], rstd: Tensor, kind: Any, codec: Any) -> None:
     """Fill `kept` (laid out as `codec.storage` says) with x_hat of `x`, and `rstd`.
 
     Args:
@@ -198,8 +197,8 @@ def norm_gradients(
     dx: Tensor | None,
     to_scale: bool,
     to_bias: bool,
-    kind: NormKind,
-    codec: AbsmaxCodec,
+    kind: Any,
+    codec: Any,
 ) -> Tensor:
     """Fill `dx` (if there is one), and return the gradients of scale and bias that are wanted: fp32 [0 to 2, width].
 
@@ -241,7 +240,7 @@ def norm_gradients(
     return partial.sum(1)
 
 
-def _constants(width: int, codec: AbsmaxCodec, low_bits: int, high_bits: int) -> dict[str, int]:
+def _constants(width: int, codec: Any, low_bits: int, high_bits: int) -> dict[str, int]:
     return {
         "WIDTH": width,
         "ZERO": codec.zero,
