@@ -64,17 +64,18 @@ def train(argv: Sequence[str]) -> int:
     # 2. The Trainer's arguments. From here on there is a process group.
     from transformers import set_seed
 
+    measure = None
+    if recipe.measure is not None:
+        from slimfit_ds.integrations.measure import MeasureSteps
+
+        # Before the process group: DeepSpeed looks the collectives up that are to be counted.
+        measure = MeasureSteps(recipe.measure.warmup, recipe.measure.tracked)
     if inputs.deepspeed is not None:
         from slimfit_ds.engine.processes import start_processes
 
         set_rank_variables(single=True)
         # By DeepSpeed's own call, or ZeRO 3 counts one rank only when a model is made on the CPU.
         start_processes()
-    measure = None
-    if recipe.measure is not None:
-        from slimfit_ds.integrations.measure import MeasureSteps
-
-        measure = MeasureSteps(recipe.measure.warmup, recipe.measure.tracked)
     args = make_arguments(recipe, task, inputs)
 
     # 3. SlimFit: behind DeepSpeed as its engine, without DeepSpeed as a callback. And what keeps the work of a run.

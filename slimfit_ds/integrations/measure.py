@@ -39,6 +39,7 @@ class MeasureSteps(TrainerCallback):
             tracked: last steps whose memory is tracked.
         """
         self._warmup, self._tracked = warmup, tracked
+        self._late = torch.distributed.is_initialized()
         self._traffic = TrafficCounter().install()
         self.trainer: Any = None
         self.probe: StepProbe | None = None
@@ -47,6 +48,11 @@ class MeasureSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         engine = None if self.trainer is None else self.trainer.deepspeed
+        if engine is not None and self._late:
+            raise RuntimeError(
+                "MeasureSteps was made after the process group: DeepSpeed has looked its collectives up, and what it "
+                "sends would not be counted; make it before"
+            )
         if engine is not None:
             on_host = is_offloaded(engine.optimizer)
             self.probe = StepProbe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,5 +57,15 @@ def test_nothing_tracked_is_an_error(tmp_path):
     try:
         with pytest.raises(RuntimeError, match="no step was tracked"):
             measure.write(tmp_path)
+    finally:
+        measure.on_train_end(None, None, None)
+
+
+def test_too_late_to_count_what_deepspeed_sends(one_rank):
+    measure = MeasureSteps()
+    measure.trainer = SimpleNamespace(deepspeed=object())
+    try:
+        with pytest.raises(RuntimeError, match="after the process group"):
+            measure.on_train_begin(SimpleNamespace(deepspeed="x"), None, None)
     finally:
         measure.on_train_end(None, None, None)
