@@ -83,7 +83,9 @@ def test_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with kernels():
         _run_everything()
     modules = {module.rpartition(".")[2] for module, *_ in launches}
-    assert modules == {f"triton_{n}" for n in ("absmax", "table", "paper", "norm", "activation", "dropout")}
+    assert modules == {
+        f"triton_{n}" for n in ("absmax", "channels", "table", "paper", "norm", "activation", "dropout")
+    }
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
     for function, args, kwargs in launches.values():

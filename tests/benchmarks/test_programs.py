@@ -30,7 +30,7 @@ SMALL = [
     ("codec_error", "--numel 1280", ("codec", "rounding", "data"), None),
     ("codec_speed", "--device cpu --tokens 8 --hidden 64 --repeats 1", ("codec", "dtype", "device"), None),
     ("bytes", "--models DistilBERT --presets minimal", ("model", "preset"), 1),
-    ("step_time", "--models llama --rows 1 --tokens 8 --steps 1", ("model", "method"), 8),
+    ("step_time", "--models llama --rows 1 --tokens 8 --steps 1", ("model", "method"), 7),
     (
         "step_time_vs_full",
         "--run mine --methods full balanced --layers 1 --rows 1 --tokens 8 --rounds 1 --warm-up 1",
