@@ -235,6 +235,9 @@ def find_setting(
         return setting.estimate.report is not None and setting.estimate.peak <= budget
 
     low, high = 0, len(rungs) - 1
+    # A small model cannot keep the highest rates: the leanest setting is the last that it can.
+    while high and at(high).estimate.report is None:
+        high -= 1
     if fits(at(high)):
         while low < high:
             middle = (low + high) // 2

@@ -46,7 +46,7 @@ def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_train_the_columns_that_one_process_would(run_ranks, tmp_path):
-    found = run_ranks(WORKER, str(tmp_path / "two"), "1", "exact", "columns")
+    found = run_ranks(WORKER, str(tmp_path / "two"), "1", "exact", "static")
     (sets, _, _), (other_sets, _, _) = found["ranks"]
     assert sets == other_sets
     trained = load_file(tmp_path / "two" / "model" / "model.safetensors")
