@@ -43,6 +43,13 @@ def restored_process() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_ranks(monkeypatch) -> None:
+    """Child processes know nothing of the process group that `one_rank` keeps in this one."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def data_dir() -> Path:
     """The folder of real task data, or a skip that says how to get it."""
     path = Path(os.environ.get("SLIMFIT_DATA", ROOT.parent / "shared" / "data"))

@@ -55,6 +55,8 @@ SMALL = [
     ),
 ]
 
+pytestmark = pytest.mark.usefixtures("no_ranks")
+
 
 def run(monkeypatch, program: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [program, *arguments])
