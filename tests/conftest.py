@@ -40,6 +40,8 @@ def restored_process() -> Iterator[None]:
         state.GradientState._reset_state()
     if (deepspeed := sys.modules.get("transformers.integrations.deepspeed")) is not None:
         deepspeed.unset_hf_deepspeed_config()
+    if (ours := sys.modules.get("slimfit_ds.integrations.accelerate_deepspeed")) is not None:
+        ours.disable_deepspeed()
 
 
 @pytest.fixture
