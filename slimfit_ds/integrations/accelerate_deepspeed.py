@@ -70,6 +70,10 @@ def _replace_initialize() -> Callable[[], None]:
 
     @functools.wraps(stock)
     def with_slimfit(*args: Any, **kwargs: Any) -> Any:
+        from slimfit_ds.engine.engine import SlimFitEngine
+
+        if deepspeed.DeepSpeedEngine is SlimFitEngine:  # a script has called slimfit_ds.initialize itself
+            return stock(*args, **kwargs)
         # Ours ends in a call of the stock one, under the same name.
         deepspeed.initialize = stock
         try:
