@@ -183,13 +183,17 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
     In the dtype of x: decoding undoes exactly these rounded statistics, and no wider copy of x is made.
     """
+    shape = [1] * x.dim()
+    if x.dim() > 1:
+        shape[-1] = x.shape[-1]
+    if x.dim() == 4:
+        shape[1] = x.shape[1]
+    if backend_of(x) == "none":  # fake, or empty
+        return x.new_zeros(shape), x.new_ones(shape)
     if x.dim() == 4:
         heads = [_statistics(x[:, head]) for head in range(x.shape[1])]
         mean, deviation = (torch.stack(each, 1) for each in zip(*heads, strict=True))
         return mean, deviation
-    shape = (*[1] * (x.dim() - 1), x.shape[-1]) if x.dim() > 1 else (1,) * x.dim()
-    if backend_of(x) == "none":
-        return x.new_zeros(shape), x.new_ones(shape)
     # The order of the rows does not matter.
     flat, order = flatten(x.detach())
     rows = (x.detach().contiguous() if order and order[-1] != x.dim() - 1 else flat).view(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from cases import CASES, FLOATS, Case
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +31,17 @@ def _stored_bytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
+def every_empty_shape(test: Callable[..., None]) -> Callable[..., None]:
+    """Try each shape of up to four dimensions in which one is empty, besides those drawn by chance."""
+    for dims in range(1, 5):
+        for shape in itertools.product((0, 3), repeat=dims):
+            if 0 in shape:
+                test = example(shape=shape, dtype=torch.bfloat16, seed=0)(test)
+    return test
+
+
 @every_case
+@every_empty_shape
 @settings(max_examples=12, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.integers(1, 400).map(lambda n: (3, n)),
