@@ -39,8 +39,6 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except FloatingPointError:  # `name_last_checkpoint` has told it
         return 4
-    finally:
-        leave_process_group()
 
 
 def train(argv: Sequence[str]) -> int:
@@ -194,4 +192,6 @@ def leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    leave_process_group()
+    sys.exit(code)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as functional
 from hypothesis import HealthCheck, settings
 
 from slimfit_ds.integrations.ranks import free_port
@@ -29,9 +30,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def restored_process() -> Iterator[None]:
-    """Undo what a Trainer leaves in the process: variables such as ACCELERATE_USE_DEEPSPEED, and accelerate's state."""
-    before = dict(os.environ)
+    """Undo what others leave in the process: a Trainer its variables and accelerate's state, stock ZeRO 3 its `F.linear`."""
+    before, linear = dict(os.environ), functional.linear
     yield
+    functional.linear = linear
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)

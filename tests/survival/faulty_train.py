@@ -20,5 +20,6 @@ rank = os.environ["RANK"]
 seen = Events(json.loads(fault), int(rank))
 sys.argv = ["launch/train.py", *arguments]
 code = train.main(arguments)
+train.leave_process_group()
 Path(f"{events}.{rank}").write_text(json.dumps(seen.names))
 sys.exit(code)
