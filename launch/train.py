@@ -95,9 +95,14 @@ def train(argv: Sequence[str]) -> int:
     # 4. Model and data.
     from slimfit_ds.tasks.models import build_model
 
-    set_seed(args.seed)
-    model = build_model(inputs.source, inputs.config, task, weight_dtype(args), recipe.lora)
-    parts = task.trainer_parts(inputs.splits)
+    def new_model() -> Any:
+        set_seed(args.seed)
+        return build_model(inputs.source, inputs.config, task, weight_dtype(args), recipe.lora)
+
+    model, parts = new_model(), task.trainer_parts(inputs.splits)
+    if recipe.lora is None and not getattr(args, "precompute_ref_log_probs", True):
+        # TRL would load it by a hub id or folder, which a GGUF file and a model from `config` have not.
+        parts["ref_model"] = new_model()
 
     # 5. Train.
     trainer = task.trainer_class()(model=model, args=args, callbacks=callbacks, **parts)

@@ -171,6 +171,18 @@ def test_preferences_freeze_and_keep_their_reference_as_log_probabilities(run, t
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_the_reference_of_a_model_without_a_folder_is_that_model_as_it_began(run):
+    recipe = {
+        "model": {"config": LLAMA},
+        "max_length": 32,
+        "bf16": False,
+        "slimfit": {"freeze": {"policy": "none"}},
+    }
+    _, lines = run(QUESTIONS, task="dpo", **recipe)
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1e-4
+
+
 def test_rejected_answers_are_wrong_and_of_other_rows():
     def converted(rows, **options):
         task = make_task({"name": "dpo", **options})
