@@ -6,13 +6,15 @@ read the same tensor (queries, keys and values) train the same columns of it and
 embedding some places train, which keeps nothing but the ids.
 
 The trained columns are a parameter of their own, `weight_columns`, beside the layer's frozen `weight`. In `state_dict()`
-there is only `weight`, up to date, and `load_state_dict()` fills both.
+there is only `weight`, up to date, and `load_state_dict()` fills both. A model that reads `layer.weight` itself, without
+calling the layer, finds it up to date too, and what it makes of it gives the columns their gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -63,7 +65,8 @@ class Split:
 
     def fill(self, weight: Tensor, columns: Tensor) -> Tensor:
         """Write the trained columns into a whole weight, and return it as `[out, in]`."""
-        weight = weight.detach()
+        # Past autograd's count of changes: a graph that keeps the weight finds in it what it has kept.
+        weight = weight.data
         self.of_weight(weight).copy_(columns.detach())
         return weight.mT if self.transposed else weight
 
@@ -74,11 +77,32 @@ class SplitModule(nn.Module):
     split: Split
     whole_class: type[nn.Module]
     """What the layer was, and becomes again."""
-    weight: nn.Parameter
     weight_columns: nn.Parameter
 
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        """The parameter `weight` itself; its trained columns may be old."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, up to date; while a forward pass runs, its gradient reaches the columns that train.
+
+        WavLM, DeBERTa, Mamba and others read the weight of a layer that they never call.
+        """
+        weight, columns = self.frozen_weight, self.weight_columns
+        if weight.shape != full_shape(weight) or columns.shape != full_shape(columns):
+            # Cut by ZeRO 3, and not gathered.
+            return weight
+        self.split.fill(weight, columns)
+        if columns.requires_grad and torch.is_grad_enabled() and _inside_forward():
+            return _Whole.apply(columns, self)
+        return weight
+
     def __repr__(self) -> str:
-        total = full_shape(self.weight)[0 if self.split.transposed else 1]
+        total = full_shape(self.frozen_weight)[0 if self.split.transposed else 1]
         words = f" of {self.split.rows} words" if self.split.rows is not None else ""
         return f"{super().__repr__()[:-1]}, trains {self.split.count} of {total} columns{words})"
 
@@ -139,6 +163,38 @@ def _empty_split(whole: type[nn.Module]) -> SplitModule:
     return made.__new__(made)
 
 
+def _inside_forward() -> bool:
+    """Whether a module's forward pass is running: who else reads a weight (an optimizer, a user) wants the parameter."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class _Whole(torch.autograd.Function):
+    """The weight of a split layer as a tensor of the graph, whose gradient is cut to the columns."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, layer: SplitModule) -> Tensor:
+        ctx.split, ctx.dtype = layer.split, columns.dtype
+        # For autograd's check that nobody changed them in between.
+        ctx.save_for_backward(columns)
+        return _no_view(layer.frozen_weight.data)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        columns = ctx.split.of_weight(gradients[0])
+        return columns.to(ctx.dtype, copy=True, memory_format=torch.contiguous_format), None
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The same tensor, for autograd no view: a result of ours that is one could not be changed in place."""
+    return torch.ops.aten._unsafe_view(tensor, tensor.shape)
+
+
 class _Product(torch.autograd.Function):
     """`x W^T + b`, of whose weight gradient only some columns are made.
 
@@ -158,8 +214,8 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.x_dtype = layer, x.dtype
         ctx.save_for_backward(kept, columns)
-        weight = layer.split.fill(layer.weight, columns).to(dtype)
-        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+        weight = layer.split.fill(layer.frozen_weight, columns).to(dtype)
+        return _no_view(F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,7 +224,7 @@ class _Product(torch.autograd.Function):
         split = ctx.layer.split
         dx = d_columns = d_bias = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ split.fill(ctx.layer.weight, columns).to(dy.dtype)).to(ctx.x_dtype)
+            dx = (dy @ split.fill(ctx.layer.frozen_weight, columns).to(dy.dtype)).to(ctx.x_dtype)
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[2]:
             kept = kept.reshape(-1, split.count)
@@ -189,12 +245,12 @@ class _Lookup(torch.autograd.Function):
         ctx.split, ctx.padding = layer.split, layer.padding_idx
         ctx.rows, ctx.dtype = columns.shape[0], columns.dtype
         ctx.save_for_backward(ids)
-        found = F.embedding(ids, layer.weight.detach())
+        found = F.embedding(ids, layer.frozen_weight.data)
         places = ctx.split.of_rows(found)
         # An id behind the trained rows reads any of them and keeps what it has.
         trained = F.embedding(ids.clamp(max=ctx.rows - 1), columns)
         places.copy_(torch.where((ids < ctx.rows).unsqueeze(-1), trained, places))
-        return found
+        return _no_view(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -281,7 +337,7 @@ def unsplit_columns(model: nn.Module) -> None:
         return
     for module in list(model.modules()):
         if isinstance(module, SplitModule):
-            module.split.fill(module.weight, module.weight_columns)
+            module.split.fill(module.frozen_weight, module.weight_columns)
             del module.weight_columns, module.split
             module.__class__ = module.whole_class  # type: ignore[assignment]
     for name in record.frozen:
@@ -297,7 +353,7 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
         groups: as torch's optimizers have them; changed in place.
         states: of the optimizer, by parameter: what it loaded for columns under the name of their weight is theirs.
     """
-    instead = {m.weight: m.weight_columns for m in model.modules() if isinstance(m, SplitModule)}
+    instead = {m.frozen_weight: m.weight_columns for m in model.modules() if isinstance(m, SplitModule)}
     if not instead:
         return
     groups = list(groups)

@@ -20,6 +20,7 @@ from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.plan import plan_units
 from slimfit_ds.trainable.split import (
     _KEPT,
+    SplitModule,
     adopt_columns,
     column_places,
     fill_columns,
@@ -701,3 +702,65 @@ def test_only_the_units_that_a_policy_has_chosen_move(model, ids):
                 ],
             ].any()
         assert changed.any()
+
+
+class ReadsWeights(nn.Module):
+    """Changes results of layers in place, and reads the weights of two layers that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 40)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        for block in self.blocks:
+            block.mixed = nn.Linear(40, 40)
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, ids):
+        x = self.words(ids)
+        x[:, 0] = 0
+        for block in self.blocks:
+            mixed = block.mixed
+            y = block.up(block.norm(x))
+            y *= 0.5
+            y[:, 1] = 1
+            x = x + block.down(y.tanh())
+            x = x + nn.functional.linear(x, mixed.weight, mixed.bias) + mixed.weight.square().mean(0)
+        return self.head(x.mean(1)) + (self.words.weight.sum(0) * x.mean(1)).sum(-1, keepdim=True)
+
+
+def test_layers_changed_in_place_or_read_without_a_call_get_the_gradients_of_the_whole_layer(ids):
+    torch.manual_seed(0)
+    model = ReadsWeights()
+    plain = copy.deepcopy(model)
+    split(model)
+    names = [n for n, m in model.named_modules() if isinstance(m, SplitModule)]
+    assert {"words", "blocks.0.mixed", "blocks.1.mixed", "blocks.0.up"} <= set(names)
+    for each in (model, plain):
+        each(ids).square().sum().backward()
+    for name in names:
+        mine, whole = model.get_submodule(name), plain.get_submodule(name)
+        cut = whole.weight.grad[: len(mine.weight_columns), columns_of(mine)]
+        torch.testing.assert_close(mine.weight_columns.grad, cut, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SplitModule):
+                module.weight_columns += 1
+    # Whoever reads a weight finds what was learned, and outside of forward passes the parameter itself.
+    expected = ReadsWeights()
+    expected.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(ids), expected(ids))
+    assert model.blocks[0].mixed.weight is model.get_parameter("blocks.0.mixed.weight")
+
+
+def test_a_weight_that_is_read_without_a_call_gets_its_gradient_in_recomputed_blocks_too(ids):
+    from slimfit_ds.activations.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model = ReadsWeights()
+    split(model)
+    plain = copy.deepcopy(model)
+    plain(ids).square().sum().backward()
+    checkpoint(model.forward, ids, codec="exact").square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
