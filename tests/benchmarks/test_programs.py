@@ -21,6 +21,7 @@ PROGRAMS = [
     "codec_error",
     "codec_speed",
     "gradient_error",
+    "held_out_loss",
     "step_time",
     "study",
     "summary",
