@@ -103,7 +103,7 @@ def sample_rows(x: Tensor, keep: int, generator: torch.Generator) -> tuple[Tenso
     With probabilities p proportional to the norms of the rows, in descending order, the first c rows are kept for
     certain; c minimises (1 - p_1 - ... - p_c) / (keep - c), which bounds the variance of the sampled rest.
     The rest is drawn in strata, one row from each, which keeps sums over rows unbiased and lowers the variance
-    further. A non-finite row makes the weights, and so the gradient, NaN.
+    further. A row whose norm is not finite in fp32 makes the weights, and so the gradient, NaN.
 
     Returns:
         Which rows, int32 [keep] (one that was drawn twice stands there twice), and their weights in a sum over all
@@ -113,7 +113,8 @@ def sample_rows(x: Tensor, keep: int, generator: torch.Generator) -> tuple[Tenso
     if keep >= tokens:
         return torch.arange(tokens, dtype=torch.int32, device=x.device), torch.ones(tokens, device=x.device)
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    index, weight = _winners_and_samples(norms.to(torch.float64), keep, generator)
+    norms = norms.to(torch.float64).masked_fill(~norms.isfinite(), torch.nan)
+    index, weight = _winners_and_samples(norms, keep, generator)
     return index.to(torch.int32), weight.to(torch.float32)
 
 
