@@ -297,6 +297,12 @@ TABLE: tuple[Name, ...] = (
     ),
     *_names("torch:Tensor", "memory", "views are counted twice", "_base"),
     *_names(
+        "torch.nn.modules.module",
+        "activations",
+        "router logits that leave a recomputed block are an error in the backward pass",
+        "._forward_hooks",
+    ),
+    *_names(
         "torch:Tensor", "activations", "hooks on inputs of recomputed blocks are lost", "_backward_hooks"
     ),
     *_names("torch:UntypedStorage", "activations memory", "one storage is kept or counted twice", "_cdata"),
@@ -362,8 +368,8 @@ TABLE: tuple[Name, ...] = (
     # transformers
     *_names(
         "transformers.modeling_utils:PreTrainedModel",
-        "planner",
-        "blocks are not recomputed",
+        "activations planner",
+        "blocks are not recomputed, or by torch's function after a trainer has switched checkpointing off and on",
         "_set_gradient_checkpointing(self, enable, gradient_checkpointing_func)",
     ),
     *_names(
@@ -371,6 +377,13 @@ TABLE: tuple[Name, ...] = (
         "activations",
         "blocks are not recomputed: more memory than planned",
         "._gradient_checkpointing_func",
+    ),
+    *_names(
+        "transformers.utils.output_capturing",
+        "activations",
+        "router logits that leave a recomputed block are an error in the backward pass",
+        "_active_collector",
+        ".output_capturing_hook",
     ),
     *_names(
         "transformers.configuration_utils",

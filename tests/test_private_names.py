@@ -22,7 +22,7 @@ from slimfit_ds.private_names import SUPPORTED, TABLE, Name, changed_names
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "slimfit_ds"
 # No library can take these away: a function of Python, an operator of torch.
-ALLOWED = {"os._exit", "aten._local_scalar_dense"}
+ALLOWED = {"os._exit", "sys._getframe", "aten._local_scalar_dense", "torch.ops.aten._unsafe_view"}
 
 
 @pytest.fixture(autouse=True)

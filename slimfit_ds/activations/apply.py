@@ -13,6 +13,7 @@ from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
 from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
 from slimfit_ds.activations.hf_attention import AttentionSetting, install_attention, uses_interface
+from slimfit_ds.activations.hf_checkpointing import hold_checkpointing, install_hook
 from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
 from slimfit_ds.activations.ops.norm import NormKind
 from slimfit_ds.activations.patch import (
@@ -226,8 +227,11 @@ class _Installer:
                 for name, block in self._blocks.items():
                     self._compile(name, block, run_as_it_is)
             return
+        asked = any(getattr(block, "gradient_checkpointing", False) for block in self._blocks.values())
         for name, block in self._blocks.items():
             self._block(name, block, tables[name])
+        if any(has_checkpoint_hook(block) for block in self._blocks.values()):
+            hold_checkpointing(self.patches, self._model, asked, bool(self._recomputed))
         self._norms = {m: kind for _, m in self._model.named_modules() if (kind := norm_kind(m)) is not None}
         for name, block in self._blocks.items():
             if name not in self._recomputed and tables[name].consumers != "exact":
@@ -250,7 +254,7 @@ class _Installer:
             if has_checkpoint_hook(block):
                 # Also takes key-value caches out of training, which would keep what the codecs save.
                 run = run_as_it_is if codec is None else functools.partial(run_compressed, codec, block)
-                _install_hook(self.patches, self._model, block, run)
+                install_hook(self.patches, self._model, block, run)
             elif codec is not None:
                 install(self.patches, block, BlockSetting(functools.partial(run_compressed, codec, block)))
             self.rows.append(Row(name, "product", describe(table.product), reason))
@@ -263,7 +267,7 @@ class _Installer:
         if self._config.compile:
             self._compile(name, block, run)
         elif has_checkpoint_hook(block):
-            _install_hook(self.patches, self._model, block, run)
+            install_hook(self.patches, self._model, block, run)
         if not has_checkpoint_hook(block):
             install(self.patches, block, BlockSetting(run))
         self._recomputed[name] = block
@@ -272,7 +276,7 @@ class _Installer:
     def _compile(self, name: str, block: nn.Module, run: Callable) -> None:
         """Let a block run compiled while it is at rest, through `run` where it has the hook."""
         if has_checkpoint_hook(block):
-            _install_hook(self.patches, self._model, block, through_graph(run, block))
+            install_hook(self.patches, self._model, block, through_graph(run, block))
         else:
             compile_forward(self.patches, block)
         self.rows.append(Row(name, "graph", "exact", "compiled while none of its weights trains"))
@@ -373,16 +377,6 @@ class _Installer:
             install_attention(self.patches, module, setting)
             reason = f"{type(module).__name__}, through transformers' attention interface"
             self.rows.append(Row(name, "attention", describe(spec), reason))
-
-
-def _install_hook(patches: Patches, model: nn.Module, block: nn.Module, function: Callable) -> None:
-    """Let a block with transformers' checkpoint hook run through `function(forward, *args)` while it trains."""
-    patches.set(block, "gradient_checkpointing", True)
-    patches.set(block, "_gradient_checkpointing_func", function)
-    # Some models look at their own flag before they hand a cache to a block.
-    for module in model.modules():
-        if "gradient_checkpointing" in module.__dict__ and any(child is block for child in module.modules()):
-            patches.set(module, "gradient_checkpointing", True)
 
 
 def _activation_codec(spec: CodecSpec, function: str) -> Codec:

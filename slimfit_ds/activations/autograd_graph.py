@@ -23,7 +23,11 @@ def _drop(tensor: Tensor) -> None:
 
 
 def _no_backward(nothing: None) -> Tensor:
-    raise RuntimeError("the graph of a checkpointed forward pass cannot be differentiated")
+    raise RuntimeError(
+        "a tensor left a recomputed part of the model other than by its result (a forward hook, an attribute), and a loss was "
+        "made of it, which cannot be differentiated: let the block return it, or choose the preset balanced, which "
+        "recomputes no whole blocks"
+    )
 
 
 def position() -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
@@ -26,6 +27,7 @@ from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs import Codec, resolve_codec
 from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_chunks
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
+from slimfit_ds.activations.surroundings import inside_torch_checkpoint, recorded_inside, warn_of_recorded
 
 __all__ = ["checkpoint", "compresses", "make_checkpoint"]
 
@@ -49,7 +51,7 @@ def recomputed_part() -> Iterator[None]:
 
 def compresses(module: nn.Module) -> bool:
     """Return whether a patched module compresses what it keeps: training, with gradients, not inside a recomputed part."""
-    return module.training and torch.is_grad_enabled() and not _depth.value
+    return module.training and torch.is_grad_enabled() and not _depth.value and not inside_torch_checkpoint()
 
 
 def make_checkpoint(
@@ -109,12 +111,18 @@ def checkpoint(
     Raises:
         ValueError: the function uses a tensor that requires grad and is neither a parameter nor an argument.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or inside_torch_checkpoint():
         return function(*args, **kwargs)
     while isinstance(function, functools.partial):
         args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
         function = function.func
     call = _Call(function, args, kwargs, recompute)
+    if isinstance(call.owner, nn.Module) and (keys := recorded_inside(call.owner)):
+        # What leaves the block on the way needs a graph that can be differentiated.
+        warn_of_recorded(call.owner, keys)
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
+        )
     plan = plan_chunks(call.tensors, chunk_tokens)
     outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
     if any(outcome.differentiable):

@@ -24,6 +24,7 @@ from slimfit_ds.activations.ops.dropout import philox_dropout, replayed_dropout
 from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
 from slimfit_ds.activations.replay import AutocastState
 from slimfit_ds.activations.saved_tensors import SHARED, Payload, Rebuilt, compress_saved
+from slimfit_ds.activations.surroundings import inside_torch_checkpoint
 
 __all__ = [
     "DROPOUTS",
@@ -238,7 +239,7 @@ def run_compressed(codec: Codec, block: nn.Module, function: Callable, *args: An
     """Run the forward of a block with a codec for the token rows that autograd saves in it."""
     kwargs.pop("recompute", None)
     hidden = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1), None)
-    if hidden is None or not torch.is_grad_enabled():
+    if hidden is None or not torch.is_grad_enabled() or inside_torch_checkpoint():
         return function(*args, **kwargs)
     with compress_saved(codec, hidden, block.parameters()):
         return function(*args, **kwargs)

@@ -19,6 +19,7 @@ from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.checkpoint_files import Shard, ShardReader
 from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import Unit
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import rule_of
 
@@ -124,7 +125,12 @@ class FreezeOptimizer:
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update the active units, unless a gradient is not finite on any rank."""
+        """Update the active units, unless a gradient is not finite on any rank.
+
+        Raises:
+            ConfigError: somebody else has frozen or woken a layer since the engine was made.
+        """
+        self._refuse_changes()
         scale = float(self.loss_scale)  # type: ignore[attr-defined]
         present = self._global_norm(scale)
         self.overflow = not math.isfinite(self._global_grad_norm)
@@ -142,6 +148,23 @@ class FreezeOptimizer:
         self.layer_statistics = self.updater.statistics(stepped, self._active, everyone)
         # Schedulers of torch warn when the optimizer they hold has never stepped.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _refuse_changes(self) -> None:
+        """The schedule sets `requires_grad`, and would undo in silence what a user sets."""
+        active = {unit.index for unit in self._active}
+        changed = [
+            name
+            for unit in self.units
+            for name, p in zip(unit.names, unit.parameters, strict=True)
+            if p.requires_grad != (unit.index in active)
+        ]
+        if changed:
+            raise ConfigError(
+                [
+                    f"requires_grad of {len(changed)} parameters, {changed[0]} first, was changed after the engine was made, whose "
+                    f"schedule sets it: freeze before slimfit_ds.initialize or by slimfit.freeze.never_active"
+                ]
+            )
 
     def _global_norm(self, scale: float) -> set[int]:
         """Send one small all-reduce: squared norm (with overflow in it) and which units have a gradient.

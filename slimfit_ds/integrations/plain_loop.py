@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from slimfit_ds import private_names
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
 from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
 from slimfit_ds.schedule.statistics import of_units, sum_of_move
-from slimfit_ds.trainable.split import adopt_columns, unsplit_columns
-from slimfit_ds.trainable.units import discover
+from slimfit_ds.trainable.split import SplitModule, adopt_columns, column_places, unsplit_columns
+from slimfit_ds.trainable.units import COLUMNS, discover
 
 __all__ = ["SlimHandle", "slim"]
 
@@ -79,8 +81,10 @@ class SlimHandle:
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
         self._parameters = [model.get_parameter(name) for name in roles.names]
+        self._small_names = roles.small
         small = [model.get_parameter(name) for name in roles.small]
         self._biases, self._small = (small, []) if config.freeze.train_biases else ([], small)
+        self._frozen_by_user: set[str] = set()
         self.schedule = FreezeSchedule(roles, config.freeze)
         self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
@@ -119,11 +123,27 @@ class SlimHandle:
 
         Returns:
             This handle.
+
+        Raises:
+            ConfigError: the optimizer lacks layers that the schedule trains; names them.
         """
         if combine is not None:
             self._combine = combine
         # An optimizer may be older than the split.
         adopt_columns(self._model, optimizer.param_groups, optimizer.state)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lacking = [
+            name
+            for name, p in zip(self.schedule.names, self._parameters, strict=True)
+            if id(p) not in held and name not in self.schedule.never_names
+        ]
+        if lacking:
+            raise ConfigError(
+                [
+                    f"the optimizer lacks {_first(lacking)}, which train in their turn: make it of handle.trainable.values() or "
+                    f"model.parameters() (layers that wait have requires_grad=False), or freeze for good before slim()"
+                ]
+            )
         if self._host_states is not None:
             # It stays when this handle goes: the optimizer finds its states in any case.
             optimizer.register_step_pre_hook(self._host_states.fetch)
@@ -134,8 +154,37 @@ class SlimHandle:
             self._host_states.store(optimizer)
         return self
 
+    def _heed_user(self) -> None:
+        """Find what somebody else has frozen or woken since `slim`, so that it is not undone in silence.
+
+        Raises:
+            ConfigError: it cannot be honoured: where layers wait for their turn, what the user froze looks like them.
+        """
+        units = zip(self.schedule.names, self._parameters, strict=True)
+        flags = [(name, p, i in self._applied) for i, (name, p) in enumerate(units)]
+        biases = self._biases or self._small
+        flags += [(name, p, bool(self._biases)) for name, p in zip(self._small_names, biases, strict=True)]
+        changed = [name for name, p, expected in flags if p.requires_grad != expected]
+        changed = [name for name in changed if name not in self._frozen_by_user]
+        woken = [
+            f"{name}.weight"
+            for name, module in self._model.named_modules()
+            if self._splits and isinstance(module, SplitModule) and module.frozen_weight.requires_grad
+        ]
+        if woken or (changed and not self.schedule.is_static):
+            raise ConfigError(
+                [
+                    f"requires_grad of {_first(woken or changed)} was changed after slim(), whose schedule sets it: freeze before "
+                    f"slim() or by slimfit.freeze.never_active, let layers train whole by always_active"
+                ]
+            )
+        if changed:
+            warnings.warn(f"frozen after slim(), and stays so: {_first(changed)}", stacklevel=2)
+            self._frozen_by_user.update(changed)
+
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._heed_user()
         active = sorted(self.schedule.active)
         present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
         factors = self.schedule.lr_factors()
@@ -216,15 +265,25 @@ class SlimHandle:
         self._applied = active
 
     def remove(self) -> None:
-        """Restore the model exactly: every layer trains again, nothing is compressed."""
+        """Restore the model exactly: every layer trains again (but what you froze since), nothing is compressed."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         for parameter in [*self._parameters, *self._small]:
             parameter.requires_grad_(True)
         self.compression.remove()
+        places = column_places(self._model)
         if self._splits:
             unsplit_columns(self._model)
+        wholes = {f"{name.removesuffix('weight')}{COLUMNS}": name for name in places}
+        for name in self._frozen_by_user:
+            self._model.get_parameter(wholes.get(name, name)).requires_grad_(False)
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def slim(model: nn.Module, config: SlimFitConfig | Mapping[str, Any] | None = None) -> SlimHandle:

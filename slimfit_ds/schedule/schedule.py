@@ -126,6 +126,11 @@ class FreezeSchedule:
         """Names of the units that train in the coming step."""
         return frozenset(self.names[unit] for unit in self.active)
 
+    @property
+    def never_names(self) -> frozenset[str]:
+        """Names of the units that `never_active` keeps from training."""
+        return frozenset(self.names[unit] for unit in self._never)
+
     def advance(self, statistics: Mapping[int, float]) -> frozenset[int]:
         """Count a step, take in its statistics and return the active set of the next one.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import batch_for, build, gradients, relative_error
+import transformers as hf
+from tiny_models import DECODER, batch_for, build, gradients, relative_error
 
 from slimfit_ds.activations.language_head import chunk_language_model_loss
 
@@ -47,6 +48,30 @@ def test_a_model_whose_logits_are_changed_after_the_head_is_refused():
             )
 
     model.__class__ = Capped
+    with pytest.raises(ValueError, match="not the shifted cross-entropy"):
+        chunk_language_model_loss(model)
+
+
+@pytest.mark.parametrize("config", [hf.MixtralConfig, hf.OlmoeConfig])
+def test_a_mixture_of_experts_keeps_the_load_balance_in_its_loss(config):
+    """Its class hands the vocabulary's size to `loss_function` by position."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = hf.AutoModelForCausalLM.from_config(
+        config(**DECODER, **experts, output_router_logits=True, router_aux_loss_coef=1.0)
+    ).train()
+    batch = batch_for("llama")
+    loss, expected = gradients(model, batch)
+    chunk_language_model_loss(model, chunk_tokens=7)
+    found_loss, found = gradients(model, batch)
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("config", [hf.Gemma2Config, hf.GraniteConfig])
+def test_soft_caps_and_scales_behind_the_head_are_refused_for_a_new_model_too(config):
+    """Logits of a model that has not learned are so small that a soft cap changes nothing."""
+    model = hf.AutoModelForCausalLM.from_config(config(**DECODER, head_dim=8, logits_scaling=8.0))
     with pytest.raises(ValueError, match="not the shifted cross-entropy"):
         chunk_language_model_loss(model)
 

@@ -176,6 +176,16 @@ def test_parameters_frozen_by_the_user_stay_frozen():
     assert not engine.module.hidden[2].weight.requires_grad
 
 
+@pytest.mark.parametrize(("stage", "policy"), [(1, "ils"), (2, "none")])
+def test_freezing_after_the_engine_was_made_is_refused_not_undone(stage, policy):
+    engine, *_ = make({"freeze": {"policy": policy, "rate": 0.7 if policy == "ils" else 0.0}}, stage=stage)
+    train(engine, 2)
+    engine.module.requires_grad_(False)
+    engine.module.head.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"was changed after the engine was made.*freeze before"):
+        train(engine)
+
+
 def test_a_layer_unused_in_a_step_is_not_moved_by_old_momentum():
     engine, *_ = make({"freeze": {"policy": "ils", "rate": 0.7, "always_active": ["side"]}})
     train(engine, 3)

@@ -195,3 +195,46 @@ def test_an_optimizer_without_a_rate_cannot_have_one_for_single_layers():
     model(torch.ones(3, 4)).sum().backward()
     with pytest.raises(ValueError, match="SGD works out its learning rate itself"):
         optimizer.step()
+
+
+def test_an_optimizer_that_lacks_layers_which_train_in_their_turn_is_refused():
+    model = bert()
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": "ils", "rate": 0.8}})
+    # The usual idiom, but waiting layers have requires_grad=False.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ConfigError, match=r"the optimizer lacks .* and .* more, which train in their turn"):
+        handle.follow(optimizer)
+    handle.follow(torch.optim.SGD(handle.trainable.values(), lr=0.1))
+
+
+def test_what_the_user_freezes_after_slim_stays_as_it_is():
+    model, inputs = bert(), batch()
+    handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.6}})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    handle.follow(optimizer)
+    mine = model.bert.encoder.layer[1].requires_grad_(False)
+    before = {name: value.clone() for name, value in mine.state_dict().items()}
+    model(**inputs).loss.backward()
+    with pytest.warns(UserWarning, match=r"frozen after slim\(\), and stays so: bert.encoder.layer.1"):
+        optimizer.step()
+    for _ in range(2):
+        model(**inputs).loss.backward()
+        optimizer.step()
+    for name, value in mine.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    handle.remove()
+    assert not any(p.requires_grad for p in mine.parameters())
+    assert all(p.requires_grad for p in model.bert.encoder.layer[0].parameters())
+
+
+@pytest.mark.parametrize(("policy", "wake"), [("ils", False), ("ils", True), ("static", True)])
+def test_what_a_schedule_would_undo_is_refused(policy, wake):
+    model = bert()
+    handle = slimfit_ds.slim(model, {"freeze": {"policy": policy, "rate": 0.6}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    handle.follow(optimizer)
+    model.requires_grad_(wake)
+    if wake:
+        model(**batch()).loss.backward()
+    with pytest.raises(ConfigError, match="was changed after slim"):
+        optimizer.step()

@@ -110,8 +110,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        stored = ctx.records[0].payload_of(ctx.saved_tensors)
-        rstd, *affine = SavedTensors.restore(ctx.records[1:], ctx.saved_tensors)
+        # Once: torch's checkpointing lets what it has made again be read a single time.
+        tensors = ctx.saved_tensors
+        stored = ctx.records[0].payload_of(tensors)
+        rstd, *affine = SavedTensors.restore(ctx.records[1:], tensors)
         gradients = _gradients_in_kernel if ctx.fused else _gradients_of_rows
         weight = affine[0] if ctx.has_weight else None
         dx, dweight, dbias = gradients(

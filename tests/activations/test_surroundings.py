@@ -1,0 +1,133 @@
+"""Blocks among other machinery: torch's checkpointing, trainers that toggle it, outputs taken out of a block."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import DECODER, batch_for, build, gradients, relative_error
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from slimfit_ds.activations.apply import compress
+from slimfit_ds.activations.config import ActivationsConfig
+
+MINIMAL = {"block": "recompute"}
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    balance = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, **experts, **balance)).train()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ActivationsConfig(operations=MINIMAL, chunk_tokens=10),
+        ActivationsConfig(operations=MINIMAL, chunk_tokens=10, chunk_forward=True),
+    ],
+)
+def test_router_logits_that_leave_a_block_keep_their_gradient(config):
+    model, batch = mixtral(), batch_for("llama")
+    loss, expected = gradients(model, batch)
+    handle = compress(model, config)
+    with pytest.warns(UserWarning, match="router_logits leave it while it runs"):
+        found_loss, found = gradients(model, batch)
+    handle.remove()
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, expected) < 2e-6
+
+
+def test_attentions_taken_out_of_recomputed_blocks_are_those_of_the_whole_batch():
+    model, batch = build("llama"), batch_for("llama")
+    model.set_attn_implementation("eager")
+    expected = model(**batch, output_attentions=True).attentions
+    handle = compress(model, ActivationsConfig(operations=MINIMAL, chunk_tokens=10, chunk_forward=True))
+    with pytest.warns(UserWarning, match="attentions leave it while it runs"):
+        found = model(**batch, output_attentions=True).attentions
+    handle.remove()
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loss_of_what_a_users_hook_took_out_of_a_block_is_a_clear_error():
+    model, batch = build("llama"), batch_for("llama")
+    handle = compress(model, ActivationsConfig(preset="minimal"))
+    taken: list[torch.Tensor] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: taken.append(output))
+    model(**batch)
+    with pytest.raises(RuntimeError, match="left a recomputed part of the model other than by its result"):
+        taken[0].sum().backward()
+    handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("preset", ["balanced", "minimal"])
+def test_checkpointing_that_a_trainer_switches_off_and_on_leaves_ours_in_place(preset):
+    model, batch = build("llama"), batch_for("llama")
+    untouched = copy.deepcopy(model)
+    compress(untouched, ActivationsConfig(preset=preset))
+    _, expected = gradients(untouched, batch)
+    handle = compress(model, ActivationsConfig(preset=preset))
+    # What TRL's disable_gradient_checkpointing does around the pass of a reference model.
+    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, found = gradients(model, batch)
+    assert relative_error(found, expected) == 0
+    handle.remove()
+    assert not model.is_activation_checkpointing
+    model.gradient_checkpointing_enable()
+    assert model.is_activation_checkpointing
+
+
+class Checkpointed(nn.Module):
+    """The blocks of a model, each run through torch's own checkpointing."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        for layer in model.model.layers:
+            layer.forward, layer.plain = self._run(layer), layer.forward
+
+    @staticmethod
+    def _run(layer):
+        return lambda *args, **kwargs: checkpoint(layer.plain, *args, use_reentrant=False, **kwargs)
+
+    def forward(self, **batch):
+        return self.model(**batch, use_cache=False)
+
+
+@pytest.mark.parametrize("preset", ["paper", "balanced", "minimal", "ultra"])
+def test_inside_of_torchs_checkpointing_nothing_is_compressed(preset):
+    """A model or trainer that checkpoints by itself has what it wants: its blocks are exact, the rest is compressed."""
+    batch = batch_for("llama")
+    plain, own = build("llama"), Checkpointed(build("llama"))
+    _, expected = gradients(plain, batch)
+    for layer in own.model.model.layers:
+        compress(layer, ActivationsConfig(preset=preset))
+    _, found = gradients(own, batch)
+    assert relative_error({n.removeprefix("model."): g for n, g in found.items()}, expected) < 2e-6
+
+
+def test_a_norm_may_be_recomputed_by_torchs_checkpointing():
+    """Whose hooks are hidden behind others here."""
+    from slimfit_ds.activations.codecs import resolve_codec
+    from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
+
+    norm, kind = nn.LayerNorm(16), NormKind(True, 1e-5)
+    x = torch.randn(4, 16, requires_grad=True)
+    y = checkpoint(
+        lambda t: (
+            compressed_norm(norm, t, norm.weight, norm.bias, kind, resolve_codec("int8")).square().sum()
+        ),
+        x,
+        use_reentrant=False,
+    )
+    y.backward()
+    expected = torch.autograd.grad(norm(x).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, rtol=0.05, atol=0.05)
