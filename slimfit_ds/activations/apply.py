@@ -78,7 +78,7 @@ class CompressionHandle:
     """What `compress` changed in a model, and the way back."""
 
     patches: Patches
-    rows: tuple[Row, ...]
+    rows: list[Row]
     loss: ChunkedLoss | None = None
 
     def report(self) -> list[Row]:
@@ -114,7 +114,7 @@ def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
         raise ConfigError(problems)
     installer = _Installer(model, config)
     installer.run()
-    rows, loss = tuple(installer.rows), None
+    rows, loss = installer.rows, None
     if config.chunk_loss_tokens is not None:
         try:
             loss = chunk_language_model_loss(model, config.chunk_loss_tokens)

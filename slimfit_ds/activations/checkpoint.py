@@ -29,7 +29,13 @@ from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_ch
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
 from slimfit_ds.activations.surroundings import inside_torch_checkpoint, recorded_inside, warn_of_recorded
 
-__all__ = ["checkpoint", "compresses", "make_checkpoint"]
+__all__ = ["CHANGED", "ROWS", "checkpoint", "compresses", "is_opaque", "left_exact", "make_checkpoint", "recomputed_part"]
+
+CHANGED = "_slimfit_changed"
+"""Attribute of a module that the proof found wanting: options of `checkpoint` that stand in for its own, or `None`: left exact."""
+ROWS = "_slimfit_rows"
+"""Attribute of a module: whether the rows of its batch are independent, or what finds out, called with `_Call` and `Chunks`."""
+
 
 
 class _Depth(threading.local):
@@ -49,9 +55,16 @@ def recomputed_part() -> Iterator[None]:
         _depth.value -= 1
 
 
+def left_exact(module: nn.Module) -> bool:
+    """Return whether the proof on the first batch has left a patched module as it is."""
+    return module.__dict__.get(CHANGED, {}) is None
+
+
 def compresses(module: nn.Module) -> bool:
     """Return whether a patched module compresses what it keeps: training, with gradients, not inside a recomputed part."""
-    return module.training and torch.is_grad_enabled() and not _depth.value and not inside_torch_checkpoint()
+    if not module.training or not torch.is_grad_enabled() or _depth.value:
+        return False
+    return not left_exact(module) and not inside_torch_checkpoint()
 
 
 def make_checkpoint(
@@ -124,6 +137,8 @@ def checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
     plan = plan_chunks(call.tensors, chunk_tokens)
+    if len(plan) > 1 and not _rows_are_independent(call, plan):
+        plan = plan.undivided()
     outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
     if any(outcome.differentiable):
         mask = (select or _hidden_states)(call.tensors)
@@ -143,6 +158,12 @@ def checkpoint(
     return outcome.take()
 
 
+def _rows_are_independent(call: _Call, plan: Chunks) -> bool:
+    """Return whether the batch may be cut: what the proof found out, or finds out now; true where nothing is to be proven."""
+    verdict = call.owner.__dict__.get(ROWS, True) if isinstance(call.owner, nn.Module) else True
+    return verdict if isinstance(verdict, bool) else verdict(call, plan)
+
+
 # Functions and modules that drew random numbers when they last ran: they start out in chunks the next time.
 _DRAWING: weakref.WeakSet = weakref.WeakSet()
 # Those with a result that belongs to no sample: it must be that of the whole batch.
@@ -153,7 +174,7 @@ class _Call:
     """A function with its arguments taken apart into tensors and the rest."""
 
     def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
-        leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_opaque)
+        leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
         self._function, self._again = function, recompute or function
         holders = (getattr(function, "__self__", None), *leaves)
         self.owner = next((x for x in holders if isinstance(x, nn.Module)), function)
@@ -178,7 +199,7 @@ class _Call:
             return function(*args, **kwargs)
 
 
-def _is_opaque(value: Any) -> bool:
+def is_opaque(value: Any) -> bool:
     """Caches and other objects are passed on as they are, even if they are registered as trees."""
     return not isinstance(value, (tuple, list, dict))
 

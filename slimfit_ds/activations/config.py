@@ -112,6 +112,9 @@ PRESETS = MappingProxyType(
     }
 )
 
+LARGEST_ERROR = MappingProxyType({"exact": 1e-3, "paper": 1.0, "balanced": 0.15, "minimal": 0.05, "ultra": 0.05})
+"""Largest relative error of a block's gradients that a preset has (docs/activations.md)."""
+
 _GONE = {"lean": "minimal, which has as small an error at half the bytes"}
 
 
@@ -150,6 +153,12 @@ class ActivationsConfig(BaseModel):
         description="blocks without an active weight run through torch.compile; where blocks are recomputed, or "
         "nothing is compressed",
     )
+
+    proof: bool = Field(
+        True,
+        description="compare each changed block with itself unchanged on the first batch, and leave exact what differs",
+    )
+    strict: bool = Field(False, description="what the proof finds is an error, before the first optimizer step")
 
     @field_validator("preset")
     @classmethod
@@ -191,6 +200,13 @@ class ActivationsConfig(BaseModel):
             if module is not None and fnmatch.fnmatchcase(module, glob):
                 changes |= table
         return PRESETS[self.preset].model_copy(update=changes)
+
+    @property
+    def largest_error(self) -> float:
+        """Of a block's gradients: that of the preset, or of the coarsest where operations name codecs of their own."""
+        named = [spec for table in (self.operations, *self.layers.values()) for spec in table.values()]
+        own = any(spec not in ("exact", "recompute", None) for spec in named)
+        return LARGEST_ERROR["paper" if own else self.preset]
 
     def unmatched_layers(self, modules: Iterable[str]) -> list[str]:
         """One line for each layer glob that no module name matches, with near names."""

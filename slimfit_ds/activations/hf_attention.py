@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimfit_ds.activations.checkpoint import compresses
+from slimfit_ds.activations.checkpoint import compresses, left_exact
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.ops.attention import recomputed_attention, stored_probabilities
 from slimfit_ds.activations.patch import Patches
@@ -64,7 +64,7 @@ def install_attention(patches: Patches, module: nn.Module, setting: AttentionSet
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     original = self.__dict__[_ORIGINAL] or MethodType(type(self).forward, self)
     name = getattr(self.config, "_attn_implementation", None)
-    if name is None or not compresses(self):
+    if name is None or not (compresses(self) or left_exact(self)):
         return original(*args, **kwargs)
     with _leads_to_ours(_globals(self)["ALL_ATTENTION_FUNCTIONS"], name):
         return original(*args, **kwargs)
@@ -118,9 +118,10 @@ def _attention(
     function = functools.partial(base, module)
     operands = query, key, value, attention_mask
     setting: AttentionSetting | None = module.__dict__.get(_SETTING)
-    if setting is None or not any(t.requires_grad for t in operands[:3]) or not compresses(module):
+    exact = setting is not None and (setting.codec is None or left_exact(module))
+    if setting is None or not any(t.requires_grad for t in operands[:3]) or not (exact or compresses(module)):
         return function(*operands, **kwargs)
-    if setting.codec is None:
+    if exact:
         # Exact softmax statistics beside lossy queries and keys can overflow.
         with saved_as_they_are():
             return function(*operands, **kwargs)

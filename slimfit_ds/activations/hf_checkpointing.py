@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from slimfit_ds.activations.patch import Patches
+from slimfit_ds.activations.patch import Patches, run_block
 
 __all__ = ["hold_checkpointing", "install_hook"]
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 def install_hook(patches: Patches, model: nn.Module, block: nn.Module, function: Callable) -> None:
     """Let a block with transformers' checkpoint hook run through `function(forward, *args)` while it trains."""
     patches.set(block, "gradient_checkpointing", True)
-    patches.set(block, "_gradient_checkpointing_func", function)
+    patches.set(block, "_gradient_checkpointing_func", functools.partial(run_block, function, block))
     # Some models look at their own flag before they hand a cache to a block.
     for module in model.modules():
         if "gradient_checkpointing" in module.__dict__ and any(child is block for child in module.modules()):

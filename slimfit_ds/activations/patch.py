@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimfit_ds.activations.checkpoint import checkpoint, compresses
+from slimfit_ds.activations.checkpoint import CHANGED, checkpoint, compresses
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.ops.activation import compressed_activation
 from slimfit_ds.activations.ops.dropout import philox_dropout, replayed_dropout
@@ -39,6 +39,7 @@ __all__ = [
     "install",
     "original_forward",
     "run_as_it_is",
+    "run_block",
     "run_compressed",
 ]
 
@@ -92,6 +93,9 @@ class NormSetting:
 
     def forward(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if weight is not None and x.shape[-1] != getattr(weight, "ds_shape", weight.shape)[0]:
+            # Over another dimension than the last.
+            return original(x)
         codec = self.active if weight is not None and weight.requires_grad else self.frozen
         needed = x.requires_grad or any(p is not None and p.requires_grad for p in (weight, bias))
         if codec is None or not needed:
@@ -203,7 +207,7 @@ class BlockSetting:
     run: Callable
 
     def forward(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        return self.run(original, *args, recompute=module, **kwargs)
+        return run_block(self.run, module, original, *args, recompute=module, **kwargs)
 
 
 Setting = NormSetting | ActivationSetting | DropoutSetting | LinearSetting | ConsumerSetting | BlockSetting
@@ -228,6 +232,14 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not compresses(self):
         return original(*args, **kwargs)
     return self.__dict__[_SETTING].forward(self, original, *args, **kwargs)
+
+
+def run_block(run: Callable, block: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a block through `run`, unless the block compresses nothing now."""
+    if not compresses(block):
+        kwargs.pop("recompute", None)
+        return function(*args, **kwargs)
+    return run(function, *args, **kwargs, **block.__dict__.get(CHANGED, {}))
 
 
 def run_as_it_is(function: Callable, *args: Any, **kwargs: Any) -> Any:

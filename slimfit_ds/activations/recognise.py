@@ -62,7 +62,8 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     with real_tensors(), torch.no_grad():
         random = torch.Generator().manual_seed(0)
         drawn = {name: torch.randn(width, generator=random) for name in parameters}
-        samples = [torch.randn(3, width, generator=random) * size + 0.3 * size for size in (1.0, 1e-2)]
+        # [batch, tokens, width]: a norm over channels (GroupNorm) sees others here than in rows.
+        samples = [torch.randn(2, 3, width, generator=random) * size + 0.3 * size for size in (1.0, 1e-2)]
         for kind in (NormKind(True, eps), NormKind(False, eps), NormKind(False, eps, offset=1.0)):
             if all(_agrees(module, drawn, x, _normalise(kind, drawn, x)) for x in samples):
                 return kind
@@ -126,9 +127,11 @@ def is_attention(module: nn.Module) -> bool:
 
 def _agrees(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, expected: Tensor) -> bool:
     """Return whether the module with these parameters maps `x` to `expected`; a module that refuses does not."""
+    # Running statistics are the model's: it is tried on copies.
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with replay.replayed(replay.capture([x])):
         try:
-            found = functional_call(module, parameters, (x,)) if parameters else module(x)
+            found = functional_call(module, {**parameters, **buffers}, (x,))
         except Exception:
             return False
     return (
@@ -155,7 +158,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in modules.items():
             if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
                 blocks |= {
-                    f"{name}.{i}".lstrip("."): child for i, child in enumerate(module) if _is_deep(child)
+                    f"{name}.{i}".lstrip("."): child
+                    for i, child in enumerate(module)
+                    if _is_deep(child) and not isinstance(child, nn.ModuleList)
                 }
     return {name: module for name, module in blocks.items() if not inside(name, blocks)}
 

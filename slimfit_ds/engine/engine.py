@@ -13,6 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from slimfit_ds.activations.apply import compress
+from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.optimizer import FreezeOptimizer
@@ -35,6 +36,7 @@ class SlimFitEngine(DeepSpeedEngine):
 
     Attributes:
         schedule: the freeze schedule.
+        proof: compares changed blocks with themselves unchanged on the first batch; `None`: switched off, or nothing trains.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -45,7 +47,10 @@ class SlimFitEngine(DeepSpeedEngine):
         super().__init__(*args, **kwargs)
         if self.global_rank == 0:
             self.schedule.warn_of_oversized()
-        self.compression = compress(self.module, self.slimfit_config.activations)
+        activations = self.slimfit_config.activations
+        self.compression = compress(self.module, activations)
+        trains = activations.proof and isinstance(self.optimizer, FreezeOptimizer)
+        self.proof = Proof(self.module, self.compression, activations) if trains else None
         self._apply_active_set()
 
     def _configure_basic_optimizer(self, model_parameters):
@@ -148,6 +153,8 @@ class SlimFitEngine(DeepSpeedEngine):
     def allreduce_gradients(self, bucket_size=0):
         if not isinstance(self.optimizer, FreezeZeroOptimizer):
             return super().allreduce_gradients(bucket_size)
+        if self.proof is not None and not self.proof.settled:
+            self.proof.see_gradients({n: self.module.get_parameter(n) for n in self.schedule.active_names})
         boundary = self.is_gradient_accumulation_boundary()
         self.optimizer.set_gradient_accumulation_boundary(boundary)
         self.optimizer.collect_gradients(boundary)
@@ -174,7 +181,13 @@ class SlimFitEngine(DeepSpeedEngine):
         """
         self.optimizer.require_finite(value)
 
+    def _sum_of_ranks(self, flags: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(flags, group=self.seq_data_parallel_group)
+        return flags
+
     def _take_model_step(self, lr_kwargs):
+        if self.proof is not None and not self.proof.settled:
+            self.proof.settle(self._sum_of_ranks)
         super()._take_model_step(lr_kwargs)
         if not self.optimizer.overflow:
             # A skipped step is tried again with the same layers and the next batch.

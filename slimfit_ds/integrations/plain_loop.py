@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimfit_ds import private_names
 from slimfit_ds.activations.apply import CompressionHandle, compress
+from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
@@ -72,6 +73,7 @@ class SlimHandle:
     Attributes:
         schedule: the freeze schedule.
         compression: the compressed activations; its `report()` says what was recognised.
+        proof: compares changed blocks with themselves unchanged on the first batch; `None`: switched off.
         trainable: every parameter that may train at some step, by name.
     """
 
@@ -100,6 +102,7 @@ class SlimHandle:
         self._hooks: list[Any] = []
         for parameter in self._small:
             parameter.requires_grad_(False)
+        self.proof = Proof(model, self.compression, config.activations) if config.activations.proof else None
         self._apply()
 
     @property
@@ -186,6 +189,9 @@ class SlimHandle:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._heed_user()
         active = sorted(self.schedule.active)
+        if self.proof is not None and not self.proof.settled:
+            self.proof.see_gradients({self.schedule.names[layer]: self._parameters[layer] for layer in active})
+            self.proof.settle(self._combine)
         present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
         factors = self.schedule.lr_factors()
         scaled = {p: factors[layer] for layer, p in present.items() if factors[layer] != 1.0}
@@ -271,6 +277,8 @@ class SlimHandle:
         self._hooks = []
         for parameter in [*self._parameters, *self._small]:
             parameter.requires_grad_(True)
+        if self.proof is not None:
+            self.proof.remove()
         self.compression.remove()
         places = column_places(self._model)
         if self._splits:
