@@ -29,13 +29,21 @@ from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_ch
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
 from slimfit_ds.activations.surroundings import inside_torch_checkpoint, recorded_inside, warn_of_recorded
 
-__all__ = ["CHANGED", "ROWS", "checkpoint", "compresses", "is_opaque", "left_exact", "make_checkpoint", "recomputed_part"]
+__all__ = [
+    "CHANGED",
+    "ROWS",
+    "checkpoint",
+    "compresses",
+    "is_opaque",
+    "left_exact",
+    "make_checkpoint",
+    "recomputed_part",
+]
 
 CHANGED = "_slimfit_changed"
 """Attribute of a module that the proof found wanting: options of `checkpoint` that stand in for its own, or `None`: left exact."""
 ROWS = "_slimfit_rows"
 """Attribute of a module: whether the rows of its batch are independent, or what finds out, called with `_Call` and `Chunks`."""
-
 
 
 class _Depth(threading.local):

@@ -112,7 +112,9 @@ PRESETS = MappingProxyType(
     }
 )
 
-LARGEST_ERROR = MappingProxyType({"exact": 1e-3, "paper": 1.0, "balanced": 0.15, "minimal": 0.05, "ultra": 0.05})
+LARGEST_ERROR = MappingProxyType(
+    {"exact": 1e-3, "paper": 1.0, "balanced": 0.15, "minimal": 0.05, "ultra": 0.05}
+)
 """Largest relative error of a block's gradients that a preset has (docs/activations.md)."""
 
 _GONE = {"lean": "minimal, which has as small an error at half the bytes"}
@@ -158,7 +160,9 @@ class ActivationsConfig(BaseModel):
         True,
         description="compare each changed block with itself unchanged on the first batch, and leave exact what differs",
     )
-    strict: bool = Field(False, description="what the proof finds is an error, before the first optimizer step")
+    strict: bool = Field(
+        False, description="what the proof finds is an error, before the first optimizer step"
+    )
 
     @field_validator("preset")
     @classmethod

@@ -118,13 +118,14 @@ def _attention(
     function = functools.partial(base, module)
     operands = query, key, value, attention_mask
     setting: AttentionSetting | None = module.__dict__.get(_SETTING)
-    exact = setting is not None and (setting.codec is None or left_exact(module))
-    if setting is None or not any(t.requires_grad for t in operands[:3]) or not (exact or compresses(module)):
+    if setting is None or not any(t.requires_grad for t in operands[:3]):
         return function(*operands, **kwargs)
-    if exact:
+    if setting.codec is None or left_exact(module):
         # Exact softmax statistics beside lossy queries and keys can overflow.
         with saved_as_they_are():
             return function(*operands, **kwargs)
+    if not compresses(module):
+        return function(*operands, **kwargs)
     if setting.probabilities is None or kwargs.get("dropout") or not _is_plain(kwargs):
         return recomputed_attention(
             function,

@@ -26,9 +26,9 @@ from slimfit_ds.activations.recognise import find_blocks, inside
 from slimfit_ds.activations.replay import Chunks, Merged
 from slimfit_ds.activations.twin import (
     Arguments,
+    NothingRandom,
     Outcome,
     difference,
-    nothing_random,
     relative_error,
     rounding,
     run,
@@ -90,7 +90,9 @@ class Proof:
         self._model, self._compression, self._config = model, compression, config
         self._trains = {p for p in model.parameters() if p.requires_grad}
         self._names = {module: name for name, module in model.named_modules()}
-        self._changed = {r.module: model.get_submodule(r.module) for r in compression.rows if r.codec != "exact"}
+        self._changed = {
+            r.module: model.get_submodule(r.module) for r in compression.rows if r.codec != "exact"
+        }
         self._handles: dict[str, Any] = {}
         self._unread: set[str] | None = None
         parameters = [*model.parameters()]
@@ -98,7 +100,9 @@ class Proof:
         if any(isinstance(p, FakeTensor) or p.is_meta for p in parameters):
             return
         if any(hasattr(p, "ds_id") for p in parameters):
-            _log.warning("no proof on the first batch under ZeRO 3, which has whole weights only while they are used")
+            _log.warning(
+                "no proof on the first batch under ZeRO 3, which has whole weights only while they are used"
+            )
             return
         self.settled = False
         blocks = find_blocks(model)
@@ -150,7 +154,8 @@ class Proof:
         if failure.remedy == "left exact":
             rows = self._compression.rows
             rows[:] = [
-                Row(r.module, r.kind, "exact", str(failure)) if r.module == failure.module else r for r in rows
+                Row(r.module, r.kind, "exact", str(failure)) if r.module == failure.module else r
+                for r in rows
             ]
 
     def see_gradients(self, trained: Mapping[str, nn.Parameter]) -> None:
@@ -190,7 +195,10 @@ class Proof:
                 module.__dict__[ROWS] = False
             _log.warning("proof on the first batch: %s failed on another rank and is treated as there", name)
         if everyone[-1] and self._config.strict:
-            raise ConfigError([f"proof on the first batch: {f}" for f in self.failures] or ["proof on the first batch: see the other ranks"])
+            raise ConfigError(
+                [f"proof on the first batch: {f}" for f in self.failures]
+                or ["proof on the first batch: see the other ranks"]
+            )
 
     def is_recomputed(self, name: str) -> bool:
         """Return whether the module of that name is a block that runs again from its input."""
@@ -225,7 +233,13 @@ class _Part:
         problem_left, last = self._compare()
         if problem_left is not None:
             # What is wrong is not in what is kept.
-            self._proof.fail(Failure(self._name, *problem_left, "differs also with everything kept exactly; let its layers train whole"))
+            self._proof.fail(
+                Failure(
+                    self._name,
+                    *problem_left,
+                    "differs also with everything kept exactly; let its layers train whole",
+                )
+            )
             return
         cost = 0
         if first is not None and last is not None:
@@ -313,12 +327,14 @@ def _dependence(call: Any, plan: Chunks) -> str | None:
     def results(some: list[Tensor]) -> list[Any]:
         return pytree.tree_leaves(call.run(some))
 
-    with replay.replayed(replay.capture(tensors)), undisturbed(call.owner), nothing_random():
+    with replay.replayed(replay.capture(tensors)), undisturbed(call.owner), NothingRandom():
         whole = results(tensors)
         cut = Merged(part)
         for index in range(2):
             cut.add(index, results(part.slice(tensors, index)))
-        beside = results([t[others.to(t.device)] if split else t for t, split in zip(tensors, plan.divided, strict=True)])
+        beside = results(
+            [t[others.to(t.device)] if split else t for t, split in zip(tensors, plan.divided, strict=True)]
+        )
     parameters: Iterable[Tensor] = call.owner.parameters()
     loose = rounding([*tensors, *parameters])
     for value, joined, other in zip(whole, cut.values, beside, strict=True):

@@ -11,11 +11,11 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -24,9 +24,18 @@ from slimfit_ds.activations import replay
 from slimfit_ds.activations.checkpoint import is_opaque, recomputed_part
 from slimfit_ds.activations.replay import AutocastState, plan_chunks
 from slimfit_ds.memory.saved import SavedActivations
-from slimfit_ds.trainable.split import SplitModule
+from slimfit_ds.trainable.split import SplitModule, whole_weight
 
-__all__ = ["Arguments", "Outcome", "difference", "nothing_random", "relative_error", "rounding", "run", "undisturbed"]
+__all__ = [
+    "Arguments",
+    "NothingRandom",
+    "Outcome",
+    "difference",
+    "relative_error",
+    "rounding",
+    "run",
+    "undisturbed",
+]
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,11 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def run(
-    module: nn.Module, arguments: Arguments, trains: set[nn.Parameter], plain: bool, state: replay.RngState | None
+    module: nn.Module,
+    arguments: Arguments,
+    trains: set[nn.Parameter],
+    plain: bool,
+    state: replay.RngState | None,
 ) -> Outcome:
     """Run a module forward and backward on copies of its arguments.
 
@@ -166,7 +179,9 @@ def run(
 def _direction(tensor: Tensor, seed: int) -> Tensor:
     """Return a gradient of a result: random, the same at every call."""
     random = torch.Generator(tensor.device).manual_seed(seed)
-    return torch.randn(tensor.shape, generator=random, device=tensor.device, dtype=torch.float32).to(tensor.dtype)
+    return torch.randn(tensor.shape, generator=random, device=tensor.device, dtype=torch.float32).to(
+        tensor.dtype
+    )
 
 
 @contextlib.contextmanager
@@ -211,59 +226,55 @@ def _requiring_grad(parameters: Any) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-class _Whole(torch.autograd.Function):
-    """The whole weight of a split layer, whose gradient is that of the columns that train."""
-
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, layer: SplitModule) -> Tensor:
-        ctx.split = layer.split
-        layer.split.fill(layer.weight, columns)
-        return layer.weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.split.of_weight(gradients[0]).contiguous(), None
-
-
 @contextlib.contextmanager
 def _whole_layers(module: nn.Module) -> Iterator[None]:
-    """Let split layers compute what they computed before the split, also for who reads their weight without calling them."""
-    layers = [part for part in module.modules() if isinstance(part, SplitModule)]
-    forwards = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["weight"] = _Whole.apply(layer.weight_columns, layer)
-        layer.__dict__["forward"] = MethodType(layer.whole_class.forward, layer)
+    """Make split layers what they were before the split, also for who reads their weight without calling them."""
+    changed = []
+    for layer in module.modules():
+        if isinstance(layer, SplitModule):
+            weight = whole_weight(layer)
+            changed.append((layer, layer.__class__, layer.__dict__.pop("forward", None)))
+            layer.__class__ = layer.whole_class  # type: ignore[assignment]
+            layer.__dict__["weight"] = weight
     try:
         yield
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            del layer.__dict__["weight"], layer.__dict__["forward"]
+        for layer, split_class, forward in changed:
+            layer.__class__ = split_class
+            del layer.__dict__["weight"]
             if forward is not None:
                 layer.__dict__["forward"] = forward
 
 
-class nothing_random(TorchFunctionMode):  # noqa: N801
-    """Let dropout pass everything and random numbers be constant, so that rows are alike whatever runs beside them."""
+_DROPOUTS = frozenset(
+    [getattr(F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")]
+    + [torch.dropout, torch.alpha_dropout, torch.feature_dropout, F.feature_alpha_dropout]
+)
+_DRAWS = {
+    torch.rand: 0.5,
+    torch.rand_like: 0.5,
+    Tensor.uniform_: 0.5,
+    torch.bernoulli: 1,
+    Tensor.bernoulli_: 1,
+}
+_DRAWS |= dict.fromkeys((torch.randn, torch.randn_like, Tensor.normal_), 0)
 
-    _dropouts = frozenset(
-        getattr(where, name)
-        for where, names in (
-            (torch.nn.functional, ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")),
-            (torch, ("dropout", "feature_dropout", "alpha_dropout")),
-        )
-        for name in names
-    )
-    _draws = {torch.rand: 0.5, torch.rand_like: 0.5, torch.bernoulli: 1, Tensor.bernoulli_: 1, Tensor.uniform_: 0.5,
-              torch.randn: 0, torch.randn_like: 0, Tensor.normal_: 0}  # fmt: skip
+
+class NothingRandom(TorchFunctionMode):
+    """Let dropout pass everything and random numbers be constant, so that rows are alike whatever runs beside them."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in self._dropouts:
+        if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            args, kwargs["dropout_p"] = (*args[:4], *args[5:]) if len(args) > 4 else args, 0.0
+        if func is F.scaled_dot_product_attention:
+            # query, key, value, attn_mask, dropout_p
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
         result = func(*args, **kwargs)
-        return result.fill_(self._draws[func]) if func in self._draws else result
+        return result.fill_(_DRAWS[func]) if func in _DRAWS else result
 
 
 def rounding(tensors: Sequence[Tensor]) -> float:

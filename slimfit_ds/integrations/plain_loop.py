@@ -190,7 +190,9 @@ class SlimHandle:
         self._heed_user()
         active = sorted(self.schedule.active)
         if self.proof is not None and not self.proof.settled:
-            self.proof.see_gradients({self.schedule.names[layer]: self._parameters[layer] for layer in active})
+            self.proof.see_gradients(
+                {self.schedule.names[layer]: self._parameters[layer] for layer in active}
+            )
             self.proof.settle(self._combine)
         present = {layer: p for layer in active if (p := self._parameters[layer]).grad is not None}
         factors = self.schedule.lr_factors()

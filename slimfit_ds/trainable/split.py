@@ -36,6 +36,7 @@ __all__ = [
     "fill_columns",
     "split_columns",
     "unsplit_columns",
+    "whole_weight",
 ]
 
 
@@ -96,9 +97,9 @@ class SplitModule(nn.Module):
         if weight.shape != full_shape(weight) or columns.shape != full_shape(columns):
             # Cut by ZeRO 3, and not gathered.
             return weight
-        self.split.fill(weight, columns)
         if columns.requires_grad and torch.is_grad_enabled() and _inside_forward():
-            return _Whole.apply(columns, self)
+            return whole_weight(self)
+        self.split.fill(weight, columns)
         return weight
 
     def __repr__(self) -> str:
@@ -171,6 +172,12 @@ def _inside_forward() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def whole_weight(layer: SplitModule) -> Tensor:
+    """The weight of a split layer, up to date, as a tensor of the graph, whose gradient reaches the columns that train."""
+    layer.split.fill(layer.frozen_weight, layer.weight_columns)
+    return _Whole.apply(layer.weight_columns, layer)
 
 
 class _Whole(torch.autograd.Function):
