@@ -22,6 +22,10 @@ class ConfigError(ValueError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default it would be made again of its text, between processes.
+        return type(self), (self.problems,)
+
 
 def parse_bytes(value: str | int | float) -> int:
     """Bytes of a human-readable size: `24GB` (10^9), `24GiB` (2^30), `512 MB` or a plain number.

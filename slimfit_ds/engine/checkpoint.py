@@ -208,6 +208,8 @@ def load(
         if len(groups) == len(state.optimizer.param_groups):
             for group, options in zip(state.optimizer.param_groups, groups, strict=True):
                 group.update(options)
+    else:
+        state.optimizer.refresh_fp32_params()
     if lr_scheduler and state.lr_scheduler is not None and metadata["lr_scheduler"] is not None:
         state.lr_scheduler.load_state_dict(metadata["lr_scheduler"])
     if schedule:

@@ -1,5 +1,6 @@
 """The files of a checkpoint folder: which checkpoints are whole, shards in any cut, random states. Reading runs no code.
 
+DIR/zero_to_fp32.py                         one file of float32 weights, by DeepSpeed's name for it
 DIR/latest                                  the tag of the newest whole checkpoint
 DIR/TAG/slimfit.json                        counters, schedule, scheduler, hyperparameters, client state
 DIR/TAG/model.safetensors                   whole weights and buffers, by their names
@@ -48,6 +49,20 @@ __all__ = [
 FORMAT = 1
 METADATA = "slimfit.json"
 MODEL = "model.safetensors"
+
+_SCRIPT = '''"""Write the float32 weights of this folder's newest checkpoint, or of the one that is named.
+
+    python zero_to_fp32.py CHECKPOINT OUTPUT
+
+The checkpoint is one of slimfit_ds, not of DeepSpeed's own format: this is `slimfit-ds export`.
+"""
+
+import sys
+
+from slimfit_ds.engine.export import main
+
+sys.exit(main())
+'''
 
 
 class CheckpointError(RuntimeError):
@@ -102,6 +117,8 @@ def publish(directory: str | os.PathLike, tag: str, save_latest: bool = True) ->
     part.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+    if not (script := Path(directory) / "zero_to_fp32.py").is_file():
+        write_atomically(script, _SCRIPT)
     if save_latest:
         write_atomically(Path(directory) / "latest", tag)
 

@@ -115,6 +115,8 @@ class SlimFitEngine(DeepSpeedEngine):
             scaler,
             clip=self.gradient_clipping(),
             communication_dtype=self._config.communication_data_type or torch.float32,
+            # DeepSpeed's own optimizers of other stages do not know the setting.
+            must_use_all=stage in (1, 2) and not self.zero_ignore_unused_parameters(),
         )
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -194,7 +196,7 @@ class SlimFitEngine(DeepSpeedEngine):
             self.schedule.advance(self.optimizer.layer_statistics)
             if not self.schedule.is_static:
                 self._apply_active_set()
-        if self.monitor.enabled and self.global_rank == 0:
+        if self.monitor.enabled and self.global_rank == 0 and self.layer_names:
             # Beside DeepSpeed's own learning rate, for loops that leave the logging to the engine.
             share = 1 - len(self.schedule.active) / len(self.layer_names)
             self.monitor.write_events([("Train/Samples/frozen_layers", share, self.global_samples)])

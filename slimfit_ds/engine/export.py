@@ -55,17 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint", type=Path, help="a checkpoint folder, or the folder that holds `latest`"
     )
-    parser.add_argument("output", type=Path, help="the .safetensors file to write; must not exist")
+    parser.add_argument(
+        "output", type=Path, help="the .safetensors file to write, or a folder for it; the file must not exist"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.output.exists():
-        print(f"slimfit-ds export: {arguments.output} exists; choose another name", file=sys.stderr)
+    output = arguments.output if arguments.output.suffix == ".safetensors" else arguments.output / MODEL
+    if output.exists():
+        print(f"slimfit-ds export: {output} exists; choose another name", file=sys.stderr)
         return 2
     try:
         weights = load_states_of(arguments.checkpoint)
     except (CheckpointError, SafetensorError) as error:
         print(f"slimfit-ds export: {error}", file=sys.stderr)
         return 2
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, arguments.output, metadata={"format": "pt"})
-    print(f"{len(weights)} tensors, {arguments.output.stat().st_size:,} bytes: {arguments.output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, output, metadata={"format": "pt"})
+    print(f"{len(weights)} tensors, {output.stat().st_size:,} bytes: {output}")
     return 0

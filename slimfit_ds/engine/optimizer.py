@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.checkpoint_files import Shard, ShardReader
+from slimfit_ds.engine.full_values import FullValues
 from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import Unit
 from slimfit_ds.errors import ConfigError
@@ -29,7 +30,7 @@ __all__ = ["FreezeOptimizer"]
 _SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
 
-class FreezeOptimizer:
+class FreezeOptimizer(FullValues):
     """Steps the active units; stands in front of a DeepSpeed optimizer class, which brings the attributes named here."""
 
     optimizer: torch.optim.Optimizer
@@ -47,6 +48,7 @@ class FreezeOptimizer:
         group: Any,
         device: torch.device,
         rank: int,
+        rows: int,
         states: OptimizerStatesConfig | None = None,
     ) -> None:
         """Make the states of these units; all of them are active at first.
@@ -58,6 +60,7 @@ class FreezeOptimizer:
             group: the data-parallel process group.
             device: where updates are worked out.
             rank: position of this rank among the shards.
+            rows: number of shards.
             states: instead of the block's `optimizer_states`.
         """
         self.units = list(units)
@@ -78,6 +81,8 @@ class FreezeOptimizer:
         self._reduced: dict[int, Tensor] = {}
         """Unit -> own shard of its reduced gradient."""
         self._must_be_finite = torch.zeros(())
+        self._rows = rows
+        self._link(self.units)
 
     # What each stage does in its own way.
 

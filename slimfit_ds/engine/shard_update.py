@@ -193,6 +193,49 @@ class ShardUpdater:
         }
         return of_units(dict(zip(layers, totals, strict=True)), sizes)
 
+    def read(self, unit: Unit, name: str | None) -> Tensor:
+        """Return the own shard of one state in float32; without a name that of the weights, as exact as they are known.
+
+        Makes no states: before a unit has trained its moments are zero. May be a view.
+        """
+        known = self.states.peek(unit.index).tensors if unit.index in self.states else {}
+        if name is None:
+            return known["master"] if "master" in known else unit.own_weights.to(torch.float32)
+        self._check_name(unit, name)
+        if not known:
+            return torch.zeros(unit.length, device=self.device)
+        return self._layout.plain(self.states.peek(unit.index), unit.length).tensors[name]
+
+    def write(self, unit: Unit, name: str | None, values: Tensor, active: bool) -> None:
+        """Set the own shard of one state, or without a name that of the weights and their master.
+
+        Args:
+            values: `[own length]` float32.
+            active: the unit trains now; the states of the others go where inactive ones belong.
+        """
+        if name is None:
+            unit.own_weights.copy_(values)
+            if unit.index in self.states and "master" in (state := self.states.peek(unit.index)).tensors:
+                state.tensors["master"].copy_(values)
+            return
+        self._check_name(unit, name)
+        if unit.index not in self.states:
+            self.states.get(unit.index)
+        self._layout.set(self.states.peek(unit.index), name, values)
+        if not active:
+            self.states.write_back([unit.index])
+
+    def _check_name(self, unit: Unit, name: str) -> None:
+        names = self._rule.states(self._options(unit))
+        if name not in names:
+            raise KeyError(f"{name!r} is no state of this optimizer, which has {', '.join(names) or 'none'}")
+
+    def refresh_masters(self) -> None:
+        """Take every master from the weights."""
+        for index in self.states.units:
+            if "master" in (state := self.states.peek(index)).tensors:
+                state.tensors["master"].copy_(self.units[index].own_weights)
+
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
         for index in self.states.units:

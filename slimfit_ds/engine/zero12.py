@@ -30,6 +30,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         clip: largest global norm of the gradients; 0: no clipping.
         communication_dtype: what gradients are sent in; float32 sums make the norm the same on any number of ranks.
             Between reduction and update they are kept in the dtype of the weights.
+        must_use_all: a step in which a parameter that trains has no gradient is an error.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         loss_scaler: Any,
         clip: float = 0.0,
         communication_dtype: torch.dtype = torch.float32,
+        must_use_all: bool = False,
     ):
         super().__init__()
         self.optimizer = optimizer
@@ -51,6 +53,8 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         self.dynamic_loss_scale = loss_scaler.dynamic
         self.clip_grad = clip
         self.communication_dtype = communication_dtype
+        self._must_use_all = must_use_all
+        self._used: set[str] = set()
         self.custom_loss_scaler = False
         self.external_loss_scale = None
         self.torch_autocast_gradscaler = None
@@ -59,9 +63,10 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         self._global_grad_norm = 0.0
         self._accumulated: dict[int, Tensor] = {}
         self._present: set[int] = set()
-        self._squared = torch.zeros(())
+        self._squared: Tensor | None = torch.zeros(())
+        """Of the own shards of all reduced gradients; None: not worked out yet."""
         device = sharding.units[0].device
-        self._set_up(sharding.units, config, static, sharding.group, device, sharding.row)
+        self._set_up(sharding.units, config, static, sharding.group, device, sharding.row, sharding.rows)
 
     # What DeepSpeed's engine and schedulers ask of an optimizer.
 
@@ -101,6 +106,8 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         Args:
             boundary: this was the last micro-batch before a step.
         """
+        if self._must_use_all:
+            self._check_used(boundary)
         live = [unit for unit in self._active if unit.has_gradient()]
         self._present.update(unit.index for unit in live)
         gradients = {unit.index: unit.flat_gradient() for unit in live}
@@ -119,6 +126,20 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
             else:
                 self._reduced, self._squared = self._reduce(sums, keep=torch.float32)
 
+    def _check_used(self, boundary: bool) -> None:
+        named = [pair for unit in self._active for pair in zip(unit.names, unit.parameters, strict=True)]
+        self._used.update(name for name, parameter in named if parameter.grad is not None)
+        if not boundary:
+            return
+        unused = [name for name, _ in named if name not in self._used]
+        self._used.clear()
+        if unused:
+            # DeepSpeed's error is one of assert.
+            raise AssertionError(
+                f"the module has parameters that were not used in producing loss: {', '.join(unused)}; set "
+                "zero_optimization.ignore_unused_parameters to true, or let all of them take part in the loss"
+            )
+
     def _accumulate(self, gradients: Mapping[int, Tensor]) -> None:
         for index, gradient in gradients.items():
             if index in self._accumulated:
@@ -135,7 +156,13 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
                 gradients[unit.index] = torch.zeros(unit.numel, dtype=unit.dtype, device=unit.device)
         return self.sharding.reduce(self._active, gradients, self.communication_dtype, keep)
 
+    def _gradient_was_set(self, unit: Any) -> None:
+        self._present.add(unit.index)
+        self._squared = None
+
     def _own_norm(self) -> tuple[Tensor, set[int]]:
+        if self._squared is None:
+            self._squared = squared_norm(list(self._reduced.values()))
         squared = self._squared.to(self.updater.device)
         # At stage 0 every rank has the whole.
         return squared / self.sharding.world if self.sharding.rows == 1 else squared, self._present

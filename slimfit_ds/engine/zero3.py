@@ -107,7 +107,8 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
         self._squares: dict[int, Tensor] = {}
         """Unit -> squared norm of its own shard, taken before that was rounded to the dtype of the weights."""
         group = self.dp_process_group
-        self._set_up(units, config, self._setting.static, group, device, dist.get_rank(group=group), states)
+        rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
+        self._set_up(units, config, self._setting.static, group, device, rank, world, states)
 
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
         """Take a gradient that backward has just finished into the bucket that is reduced next."""
@@ -171,6 +172,9 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
         super().step(closure)
         self._squares.clear()
         self._post_step(set())
+
+    def _gradient_was_set(self, unit: Any) -> None:
+        self._squares.pop(unit.index, None)
 
     def _own_norm(self) -> tuple[Tensor, set[int]]:
         device = torch.device(get_accelerator().current_device_name())

@@ -48,6 +48,7 @@ def enable_deepspeed() -> None:
     _restore.append(_replace_initialize())
     _restore.append(_replace_finalize())
     _restore.append(_replace_process())
+    _restore.append(_watch_accelerator())
 
 
 def disable_deepspeed() -> None:
@@ -75,12 +76,13 @@ def _replace_initialize() -> Callable[[], None]:
         if deepspeed.DeepSpeedEngine is SlimFitEngine:  # a script has called slimfit_ds.initialize itself
             return stock(*args, **kwargs)
         # Ours ends in a call of the stock one, under the same name.
+        before = deepspeed.initialize
         deepspeed.initialize = stock
         try:
             arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
             return initialize(**(_without_block(arguments) if _nothing_trains(arguments) else arguments))
         finally:
-            deepspeed.initialize = with_slimfit
+            deepspeed.initialize = before
 
     deepspeed.initialize = with_slimfit
     return lambda: setattr(deepspeed, "initialize", stock)
@@ -160,3 +162,30 @@ def _replace_process() -> Callable[[], None]:
 
     setattr(DeepSpeedPlugin, stock.__name__, without_block)
     return lambda: setattr(DeepSpeedPlugin, stock.__name__, stock)
+
+
+def _watch_accelerator() -> Callable[[], None]:
+    """accelerate leaves DeepSpeed out without a word where it was told to use the CPU (`accelerate launch --cpu`).
+
+    Returns:
+        what puts the stock method back.
+    """
+    from accelerate import Accelerator
+
+    stock = Accelerator.__init__
+
+    @functools.wraps(stock)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        plugin = inspect.signature(stock).bind(self, *args, **kwargs).arguments.get("deepspeed_plugin")
+        if plugin is not None and self.distributed_type.name != "DEEPSPEED":
+            raise ConfigError(
+                [
+                    f"deepspeed: accelerate has chosen {self.distributed_type.name} and would train without DeepSpeed and "
+                    "without the slimfit block: unset ACCELERATE_USE_CPU (accelerate launch without --cpu), "
+                    "and set DS_ACCELERATOR=cpu instead to train on a CPU"
+                ]
+            )
+
+    setattr(Accelerator, "__init__", checked)  # noqa: B010 - mypy knows no assignment to a method
+    return lambda: setattr(Accelerator, "__init__", stock)

@@ -228,6 +228,11 @@ def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[s
             "SlimFitCallback is for runs without DeepSpeed: remove the callback, put its config into the "
             'DeepSpeed JSON as "slimfit", and call slimfit_ds.integrations.enable_deepspeed()'
         )
+    elif args.deepspeed is not None:
+        problems.append(
+            f"deepspeed is given, but accelerate has chosen {kind} and would train without it: unset ACCELERATE_USE_CPU and "
+            "set DS_ACCELERATOR=cpu to train on a CPU with DeepSpeed, or leave deepspeed out"
+        )
     elif kind not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
         problems.append(f"SlimFitCallback does not work with {kind}: {_WITH_DEEPSPEED}")
     if args.n_gpu > 1:

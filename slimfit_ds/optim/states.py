@@ -98,7 +98,7 @@ class UnitStates:
                 self.rule.decay(moments, missed, options)
                 state.step += missed
             for name, moment in moments.items():
-                self._write(state, name, moment)
+                self.set(state, name, moment)
         state.step += 1
         state.last_step = now
 
@@ -125,7 +125,7 @@ class UnitStates:
         for name, values in moments.items():
             for state, value in zip(states, values, strict=True):
                 if name not in state.tensors:
-                    self._write(state, name, value)
+                    self.set(state, name, value)
 
     def plain(self, state: LayerState, length: int) -> LayerState:
         """The same states with every moment in float32 `[length]`."""
@@ -153,7 +153,8 @@ class UnitStates:
         codes, scale = state.tensors[f"{name}.codes"], state.tensors[f"{name}.scale"]
         return low_bit.dequantize(codes, scale, codes.numel(), signed=name != "exp_avg_sq")
 
-    def _write(self, state: LayerState, name: str, values: Tensor) -> None:
+    def set(self, state: LayerState, name: str, values: Tensor) -> None:
+        """Replace a moment, or the master, in place."""
         if name in state.tensors:
             state.tensors[name].copy_(values)
             return

@@ -65,7 +65,7 @@ def _plan(model: nn.Module, config: FreezeConfig) -> Plan:
 def freeze_problems(model: nn.Module, config: FreezeConfig) -> list[str]:
     """What is wrong with a `freeze` block for this model, a line each; the model is not changed."""
     try:
-        narrow = config.splits and split_record(model) is None
+        narrow = config.splits and split_record(model) is None and bool(discover(model).units)
         FreezeSchedule(_plan(model, config).roles if narrow else discover(model), config)
     except ConfigError as error:
         return error.problems
@@ -241,8 +241,8 @@ def _resolve(roles: ParameterRoles, config: FreezeConfig) -> tuple[frozenset[int
     """The positions of the units that always and that never train, and what a set may cost."""
     names = roles.names
     problems: list[str] = []
-    if not names:
-        problems.append("the model has no trainable layer: every weight has requires_grad=False")
+    if not names and not (roles.small and POLICIES[config.policy].trains_all and not config.splits):
+        problems.append(_no_layers(roles))
     always, never = match_always_and_never(config.always_active, config.never_active, roles, problems)
     if names and len(never) == len(names):
         problems.append("slimfit.freeze.never_active matches every layer: nothing would train")
@@ -255,6 +255,16 @@ def _resolve(roles: ParameterRoles, config: FreezeConfig) -> tuple[frozenset[int
     if problems:
         raise ConfigError(problems)
     return always, never, budget
+
+
+def _no_layers(roles: ParameterRoles) -> str:
+    if not roles.small:
+        return "the model has no trainable layer: every weight has requires_grad=False"
+    shown = ", ".join(roles.small[:3]) + (", ..." if len(roles.small) > 3 else "")
+    return (
+        f"slimfit.freeze: the model has no layer to freeze, only vectors ({shown}), which train at every step: set policy "
+        "to none, or leave the slimfit block out"
+    )
 
 
 def _whole(units: Sequence[Unit]) -> frozenset[int]:

@@ -67,6 +67,28 @@ def expected_rates(
     }
 
 
+def value_errors(engine, reference: Reference) -> dict[str, float]:
+    """What DeepSpeed's own functions say of single parameters, against the reference, and what they set."""
+    error, size, unlike = 0.0, 0.0, 0
+    for name, parameter in engine.module.named_parameters():
+        moment = deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg")
+        expected = reference.optimizers[name].state.get(reference.masters[name], {}).get("exp_avg")
+        expected = torch.zeros_like(moment) if expected is None else expected
+        error += (moment - expected).square().sum().item()
+        size += expected.square().sum().item()
+        for value, get, put in (
+            (reference.masters[name].detach(), (), ()),
+            (moment + 0.5, ("exp_avg",), ("exp_avg",)),
+        ):
+            setter = "safe_set_full_optimizer_state" if put else "safe_set_full_fp32_param"
+            getattr(deepspeed.utils, setter)(parameter, value, *put)
+            getter = "safe_get_full_optimizer_state" if get else "safe_get_full_fp32_param"
+            unlike += not torch.equal(getattr(deepspeed.utils, getter)(parameter, *get), value)
+    for name, weight in full_weights(engine).items():
+        unlike += not torch.equal(weight, reference.masters[name].detach().to(weight.dtype))
+    return {"moments": (error / size) ** 0.5, "values_not_set": unlike}
+
+
 def run_cell(
     stage: int,
     dtype: str = "fp32",
@@ -134,6 +156,7 @@ def run_cell(
         expected = reference.model.get_parameter(name).detach().double()
         error += (weight.double() - expected).square().sum().item()
         moved += (expected - start[name].double()).square().sum().item()
+    values = value_errors(engine, reference)
     trained = len(engine.update_statistics)
     report = engine.memory_report()
     engine.destroy()
@@ -142,6 +165,7 @@ def run_cell(
         "drift": drift,
         "norm_error": norm_error,
         "difference": (error / moved) ** 0.5,
+        **values,
         "sets_equal": sets_equal,
         "frozen_gradients": leaks,
         "trained": trained,

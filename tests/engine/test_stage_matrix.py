@@ -21,6 +21,8 @@ def check(results: list[dict], cells: list[dict]) -> None:
         assert result["frozen_gradients"] == 0, result
         assert result["sets_equal"], result
         assert result["norm_error"] < 1e-3, result
+        assert result["values_not_set"] == 0, result
+        assert result["moments"] < TOLERANCE[cell.get("dtype", "fp32")], result
         assert result["difference"] < TOLERANCE[cell.get("dtype", "fp32")], result
 
 

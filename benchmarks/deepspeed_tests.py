@@ -1,0 +1,275 @@
+"""DeepSpeed's own unit tests, on stock and with `deepspeed.initialize` replaced by ours, on a CPU with gloo ranks.
+
+    git clone --depth 1 --branch v0.19.5 https://github.com/deepspeedai/DeepSpeed /tmp/DeepSpeed
+    python benchmarks/deepspeed_tests.py --tests /tmp/DeepSpeed/tests
+
+Ours is `slimfit_ds.enable_deepspeed` with the block `{"freeze": {"policy": "none"}, "activations": "exact"}`: everything
+trains, so every value must be DeepSpeed's own. Each test of `SAMPLE` runs twice in fresh ranks, on stock and, where that
+passes, on ours; of a test with parameters the first `--variants` (0: all) are taken. DeepSpeed's FusedAdam is torch's,
+because its build for a CPU takes longer than a test may. Adds what `benchmarks/results/deepspeed_tests.csv` (`--csv`) lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from common import Study, machine, markdown
+
+STUDY = "deepspeed_tests"
+SAMPLE = (
+    "runtime/test_ds_initialize.py runtime/zero/test_zero_tensor_fragment.py v1/zero/test_zero.py "
+    "checkpoint/test_zero_optimizer.py checkpoint/test_lr_scheduler.py checkpoint/test_latest_checkpoint.py "
+    "runtime/zero/test_ignore_unused_parameters.py runtime/zero/test_zero_grad_clip.py v1/half_precision/test_bf16.py "
+    "runtime/half_precision runtime/test_lr_schedulers.py checkpoint/test_other_optimizer.py "
+    "checkpoint/test_shared_weights.py checkpoint/test_tag_validation.py runtime/test_ds_config_dict.py "
+    "runtime/test_multi_output_model.py runtime/test_no_sync_ctxt.py v1/half_precision v1/zero runtime/zero "
+    "runtime/activation_checkpointing runtime/test_multiple_models.py"
+).split()
+NOT_OURS = (
+    "test_zeropp test_nvme test_mics test_zero_tiled test_zero_config test_zero_context test_fp8 onebit offloadpp "
+    "test_offload_states"
+).split()
+"""Of these folders: ZeRO++, NVMe, quantised states and what makes no engine; docs/composability.md names what is refused."""
+BLOCK = {"freeze": {"policy": "none"}, "activations": "exact"}
+OUTCOMES = ("passed", "refused", "differs")
+
+
+# In the processes of the tests: `unit/common.py` of the copy ends with a call of `prepare`.
+
+
+def prepare(executor: type) -> None:
+    """Start the ranks of each test twice, so that one that fails or hangs ends its test and not the run."""
+    import deepspeed
+
+    import slimfit_ds.integrations.accelerate_deepspeed  # noqa: F401 - ranks are forked with it
+
+    # Takes half a minute to build, and serves inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    executor._launch_daemonic_procs = _launch  # type: ignore[attr-defined]
+    _use_torch_adam()
+
+
+def _use_torch_adam() -> None:
+    import deepspeed
+    import torch
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, params, adam_w_mode=True, bias_correction=True, **options):
+            super().__init__(params, **options)
+            for group in self.param_groups:
+                group["decoupled_weight_decay"] = adam_w_mode
+
+    deepspeed.ops.adam.FusedAdam = FusedAdam
+    deepspeed.runtime.engine.FusedAdam = FusedAdam
+    ZERO_SUPPORTED_OPTIMIZERS.append(FusedAdam)
+
+
+def _use_ours() -> None:
+    import inspect
+
+    import deepspeed
+
+    from slimfit_ds import enable_deepspeed
+    from slimfit_ds.engine.initialize import read_config
+
+    signature = inspect.signature(deepspeed.initialize)
+    enable_deepspeed()
+    ours = deepspeed.initialize
+
+    def with_block(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        config = given.pop("config_params", None) if given.get("config") is None else given["config"]
+        config, given["args"] = read_config(config, given.get("args"))
+        return ours(**{**given, "config": {"slimfit": BLOCK, **config}})
+
+    deepspeed.initialize = with_block
+
+
+def _rank(mode: str, test: Any, *arguments: Any) -> Any:
+    if mode == "ours":
+        _use_ours()
+    return test._dist_run(*arguments)
+
+
+class _Skipped(Exception):
+    """By the test itself."""
+
+
+def _launch(test: Any, ranks: int, init_method: str) -> None:
+    """Run one test on stock, then on ours, and write what became of it."""
+    row = {"test": os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]}
+    for mode in ("stock", "ours"):
+        outcome, error = _outcome(mode, test, ranks, f"{init_method}-{mode}")
+        kind = type(error).__name__ if error else None
+        message = " ".join(str(error).split())[:300] if error else None
+        if mode == "stock":
+            row |= {"stock": outcome}
+            if outcome != "passed":
+                row |= {"ours": None, "error": kind, "message": message}
+                break
+        else:
+            if kind in ("ConfigError", "CheckpointError"):
+                outcome = "refused"
+            row |= {"ours": "differs" if outcome == "failed" else outcome, "error": kind, "message": message}
+    with Path(os.environ["DEEPSPEED_TESTS_OUT"]).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _outcome(mode: str, test: Any, ranks: int, init_method: str) -> tuple[str, BaseException | None]:
+    import torch.multiprocessing as mp
+
+    pool = mp.Pool(processes=ranks)
+    try:
+        port = str(20000 + os.getpid() % 20000)
+        calls = [
+            pool.apply_async(_rank, (mode, test, rank, ranks, port, init_method)) for rank in range(ranks)
+        ]
+        end = time.monotonic() + test.exec_timeout
+        while not all(call.ready() for call in calls):
+            for call in calls:
+                if call.ready():
+                    call.get()
+            if time.monotonic() > end:
+                raise TimeoutError(f"no end within {test.exec_timeout} s")
+            time.sleep(0.05)
+        said = [call.get() for call in calls]
+        return ("skipped", _Skipped(said[0])) if any(said) else ("passed", None)
+    except Exception as error:
+        return "failed", error
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+# In the process of pytest, as its plugin.
+
+
+class Chosen:
+    """Runs the first tests of each function that start ranks.
+
+    Args:
+        known: names that are left out.
+        variants: of a test with parameters; 0: all.
+        until: no test starts after this time of the clock.
+    """
+
+    def __init__(self, known: list[str], variants: int, until: float):
+        self.known, self.variants, self.until = set(known), variants, until
+
+    def pytest_collection_modifyitems(self, items):
+        seen: Counter[str] = Counter()
+        kept = []
+        for item in items:
+            function = item.nodeid.partition("[")[0]
+            makes_ranks = getattr(item.cls, "is_dist_test", False)
+            if not makes_ranks or any(name in item.nodeid for name in NOT_OURS):
+                continue
+            seen[function] += 1
+            if item.nodeid not in self.known and (not self.variants or seen[function] <= self.variants):
+                kept.append(item)
+        items[:] = kept
+
+    def pytest_runtest_setup(self, item):
+        import pytest
+
+        if time.time() > self.until:
+            pytest.exit("the time of the run is over", returncode=0)
+
+
+def _pytest(setting: str) -> int:
+    import multiprocessing
+
+    import pytest
+
+    options = json.loads(setting)
+    # Ranks are forked from a process that has imported what all of them need.
+    multiprocessing.set_forkserver_preload(["unit.common"])
+    plugin = Chosen(options["known"], options["variants"], options["until"])
+    return pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", *options["files"]], plugins=[plugin])
+
+
+# The program.
+
+
+def run(tests: Path, known: list[str], options: Any, out: Path) -> None:
+    """Run the tests of a copy of DeepSpeed's folder."""
+    environment = {
+        **os.environ,
+        "DEEPSPEED_TESTS_OUT": str(out),
+        "DS_ACCELERATOR": "cpu",
+        "DS_UNITTEST_TIMEOUT": str(options.seconds),
+        "DS_DISABLE_REUSE_DIST_ENV": "1",
+        "LOCAL_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(tests), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    setting = {
+        "known": known,
+        "variants": options.variants,
+        "until": time.time() + 60 * options.minutes,
+        "files": [f"unit/{name}" for name in options.only or SAMPLE],
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), "--pytest", json.dumps(setting)]
+    subprocess.run(command, cwd=tests, env=environment, check=False)
+
+
+def tables() -> dict[str, str]:
+    """Return the outcomes by file, and each refusal and difference with its error."""
+    rows = Study(STUDY, ()).rows()
+    files: dict[str, Counter[str]] = {}
+    for row in rows:
+        name = row["test"].partition("::")[0].removeprefix("unit/").removesuffix(".py")
+        files.setdefault(name, Counter()).update([f"stock {row['stock']}", f"ours {row['ours']}"])
+    columns = ["stock passed", *(f"ours {outcome}" for outcome in OUTCOMES)]
+    lines = [[name, *(str(count[column] or "") for column in columns)] for name, count in files.items()]
+    total = sum(files.values(), Counter[str]())
+    lines.append(["all", *(f"**{total[column]}**" for column in columns)])
+    others = [
+        [row["test"].partition("::")[2], row["ours"], f"`{row['error']}: {row['message'][:150]}`"]
+        for row in rows
+        if row["ours"] in OUTCOMES[1:]
+    ]
+    return {
+        "deepspeed-tests": markdown(["file", *columns], lines),
+        "deepspeed-tests-others": markdown(["test", "ours", "error"], others),
+    }
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--pytest"]:
+        return _pytest(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tests", type=Path, required=True, help="the folder `tests` of a checkout of DeepSpeed")
+    parser.add_argument("--only", nargs="+", help="files or folders below tests/unit instead of the sample")
+    parser.add_argument("--variants", type=int, default=1, help="of a test with parameters; 0: all")
+    parser.add_argument("--seconds", type=int, default=120, help="time limit of a test")
+    parser.add_argument("--minutes", type=float, default=600, help="no test starts after them")
+    parser.add_argument("--csv", default=STUDY)
+    arguments = parser.parse_args()
+    study = Study(arguments.csv, ("test",))
+    with tempfile.TemporaryDirectory() as scratch:
+        tests = Path(shutil.copytree(arguments.tests, Path(scratch) / "tests"))
+        with (tests / "unit" / "common.py").open("a") as file:
+            file.write("\n\nimport deepspeed_tests\n\ndeepspeed_tests.prepare(DistributedExec)\n")
+        out = Path(scratch) / "rows.jsonl"
+        run(tests, [row["test"] for row in study.rows()], arguments, out)
+        for line in out.read_text().splitlines() if out.is_file() else ():
+            study.add({**json.loads(line), **machine()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
