@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ __all__ = ["EMBEDDED", "open_splits"]
 TRAIN_NAMES = ("train", "training")
 EVALUATION_NAMES = ("validation", "validation_matched", "dev", "val", "valid", "eval", "test")
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def open_splits(recipe: Recipe) -> Splits:
@@ -142,19 +142,44 @@ def _read(files: list[Path]) -> Dataset:
         rows = _nested_squad(files[0])
         if rows is not None:
             return rows
-    # Words such as "null", "NA" and "None" are text; what is really empty stays an empty text.
-    options: dict[str, Any] = {"keep_default_na": False} if READERS[suffix] == "csv" else {}
-    if suffix == ".tsv":
-        options |= {"delimiter": "\t", "quoting": 3}
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": 3} if suffix == ".tsv" else {}
     try:
-        return load_dataset(
+        if READERS[suffix] == "csv":
+            # Words such as "null", "NA" and "None" are text; what is really empty stays an empty text.
+            options |= {"converters": dict.fromkeys(_header(files[0], options), str), "keep_default_na": False}
+        rows = load_dataset(
             READERS[suffix], data_files={"train": [str(file) for file in files]}, split="train", **options
         )
+        return _with_numbers(rows) if READERS[suffix] == "csv" else rows
     except Exception as error:  # each reader fails in its own way
         cause = error.__cause__ or error
         raise ConfigError(
             [f"data_dir: cannot read {_names(files)} as {suffix[1:]} ({_one_line(cause)})"]
         ) from None
+
+
+def _header(file: Path, options: Mapping[str, Any]) -> list[str]:
+    import pandas
+
+    return list(pandas.read_csv(file, nrows=0, **options).columns)
+
+
+def _with_numbers(rows: Dataset) -> Dataset:
+    """Make numbers of the columns in which every text is written as its number is: "7", not "007" or "1.50"."""
+    from datasets import Value
+
+    table = rows.with_format("arrow")[:]
+    for name in rows.column_names:
+        texts = table.column(name)
+        for kind in ("int64", "float64"):
+            try:
+                exact = texts.cast(kind).cast(texts.type).equals(texts)
+            except ValueError:
+                continue
+            if exact:
+                rows = rows.cast_column(name, Value(kind))
+                break
+    return rows
 
 
 def _nested_squad(file: Path) -> Dataset | None:
@@ -188,10 +213,18 @@ def _nested_squad(file: Path) -> Dataset | None:
         raise ConfigError([f"data_dir: {file} is not in the SQuAD format (missing {error})"]) from None
 
 
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    """Of every format that Pillow reads, `.tif` and `.gif` among them."""
+    from PIL import Image
+
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
 def _has_images(folder: Path) -> bool:
     """Whether the folder holds one sub-folder of images for each class."""
     return any(
-        file.suffix.lower() in IMAGE_SUFFIXES
+        file.suffix.lower() in _image_suffixes()
         for inner in folder.iterdir()
         if inner.is_dir()
         for file in inner.iterdir()
@@ -207,7 +240,7 @@ def _image_folder(folder: Path) -> Dataset:
         (str(file), number)
         for number, name in enumerate(classes)
         for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        if file.suffix.lower() in _image_suffixes()
     ]
     return Dataset.from_dict(
         {"image": [file for file, _ in files], "label": [number for _, number in files]},

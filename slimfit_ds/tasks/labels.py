@@ -38,7 +38,7 @@ class Labels:
         for name, split in splits.named():
             is_scalar = isinstance(split.features[column], ClassLabel | Value)
             found = set(split.select_columns([column])[:][column]) if is_scalar else {None}
-            if None in found or any(isinstance(value, float) for value in found):
+            if found & {None, ""} or any(isinstance(value, float) for value in found):
                 problems.append(
                     f"task.label_column: column {column!r} of split {name!r} must hold whole numbers or texts, "
                     "one class for each row"

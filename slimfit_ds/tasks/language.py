@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -119,11 +119,29 @@ class _LanguageTask(TextTask[Any]):
             key = f"{self.name} {self.layout} {self.options!r}"
             return map_rows(split, self._convert, key, batch_size=None)
 
-        return {
-            "train_dataset": columns(splits.train),
-            "eval_dataset": columns(splits.evaluation),
-            "processing_class": self.tokenizer,
-        }
+        problems, made = [], []
+        for name, split in splits.named():
+            try:
+                made.append(columns(split))
+                self._check_turns(made[-1])
+            except ValueError as error:
+                problems.append(f"task.columns: {' + '.join(self.layout)} of split {name!r}: {error}")
+        if problems:
+            raise ConfigError(problems)
+        return {"train_dataset": made[0], "eval_dataset": made[1], "processing_class": self.tokenizer}
+
+    def _check_turns(self, split: Dataset) -> None:
+        """Whether the template takes every row: TRL would meet one that it refuses in the middle of its preparations."""
+        refused = []
+        for number, row in enumerate(split):
+            try:
+                for turns in _conversations(row):
+                    self.tokenizer.apply_chat_template(turns, tokenize=False)
+            except Exception as error:  # templates raise errors of their own
+                refused.append(f"row {number}: {' '.join(str(error).split()):.120}")
+        if refused:
+            more = f" (and {len(refused) - 3} rows more)" if len(refused) > 3 else ""
+            raise ValueError(f"{'; '.join(refused[:3])}{more}; change or remove what cannot be written as turns")
 
 
 class CausalLanguageModelling(_LanguageTask):
@@ -154,13 +172,13 @@ class CausalLanguageModelling(_LanguageTask):
 
     def _convert(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         if self.layout == ("prompt", "completion"):
-            return {name: batch[name] for name in self.layout}
+            return {name: _each(batch[name], _text_or_turns) for name in self.layout}
         if len(self.layout) == 2:
             return {"prompt": _asked(batch, self.layout[0]), "completion": _answered(batch[self.layout[1]])}
         column = batch[self.layout[0]]
         if isinstance(column[0], str):
             return {"text": column}
-        return {"messages": [[_turn(turn) for turn in turns] for turns in column]}
+        return {"messages": _each(column, _conversation)}
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         return {**metrics, "eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))}
@@ -188,7 +206,7 @@ class PreferenceOptimisation(_LanguageTask):
 
     def _convert(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         if "chosen" in self.layout:
-            return {name: batch[name] for name in self.layout}
+            return {name: _each(batch[name], _text_or_turns) for name in self.layout}
         answers = batch[self.layout[1]]
         wrong = (
             _other_numbers(answers) if self.options.wrong_answers == "number" else [*answers[1:], answers[0]]
@@ -200,6 +218,17 @@ class PreferenceOptimisation(_LanguageTask):
         }
 
 
+def _each(column: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
+    """Convert the cells of a column; an error names the row."""
+    made = []
+    for number, cell in enumerate(column):
+        try:
+            made.append(convert(cell))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+    return made
+
+
 def _asked(batch: Mapping[str, list[Any]], column: str) -> list[list[dict[str, str]]]:
     """What the user says; an `instruction` is followed by its `input`, where there is one."""
     extra = batch.get("input") if column == "instruction" else None
@@ -208,11 +237,30 @@ def _asked(batch: Mapping[str, list[Any]], column: str) -> list[list[dict[str, s
         if extra is None
         else [f"{text}\n\n{more}" if more else text for text, more in zip(batch[column], extra, strict=True)]
     )
-    return [[{"role": "user", "content": str(text)}] for text in texts]
+    return _each(texts, lambda cell: _said(cell, "user"))
 
 
 def _answered(texts: Sequence[Any]) -> list[list[dict[str, str]]]:
-    return [[{"role": "assistant", "content": str(text)}] for text in texts]
+    return _each(texts, lambda cell: _said(cell, "assistant"))
+
+
+def _said(cell: Any, role: str) -> list[dict[str, str]]:
+    if isinstance(cell, str | int | float):
+        return [{"role": role, "content": str(cell)}]
+    return _turns(cell)
+
+
+def _text_or_turns(cell: Any) -> Any:
+    return cell if isinstance(cell, str) else _turns(cell)
+
+
+def _conversations(row: Mapping[str, Any]) -> list[list[dict[str, str]]]:
+    """The turns of a row as TRL reads it, one list for each answer; nothing for plain texts."""
+    if "messages" in row:
+        return [row["messages"]]
+    asked = row.get("prompt", [])
+    answers = [row[name] for name in ("completion", "chosen", "rejected") if isinstance(row.get(name), list)]
+    return [(asked if isinstance(asked, list) else []) + answer for answer in answers]
 
 
 def _other_numbers(answers: Sequence[str]) -> list[str]:
@@ -228,10 +276,36 @@ def _other_numbers(answers: Sequence[str]) -> list[str]:
     return [change(answer) for answer in answers]
 
 
+def _turns(turns: Any) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"must hold turns, got {turns!r:.60}")
+    return [_turn(turn) for turn in turns]
+
+
+def _conversation(turns: Any) -> list[dict[str, str]]:
+    made = _turns(turns)
+    if all(turn["role"] != "assistant" for turn in made):
+        raise ValueError("has no turn of an assistant, so there is nothing to learn")
+    return made
+
+
 def _turn(turn: Any) -> dict[str, str]:
     if not isinstance(turn, Mapping):
         raise ValueError(f"a turn must have a role and a content, got {turn!r:.60}")
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise ValueError("a turn has tool calls, which are not supported: write them into its content as text")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None or content is None:
         raise ValueError(f"a turn must have a role and a content, got keys {', '.join(map(str, turn))}")
-    return {"role": _ROLES.get(str(role), str(role)), "content": str(content)}
+    return {"role": _ROLES.get(str(role), str(role)), "content": _text(content)}
+
+
+def _text(content: Any) -> str:
+    """A content: a text, or parts of which each is one."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a content must be a text or parts of text, got {content!r:.60}")
+    return "".join(texts)

@@ -133,7 +133,7 @@ class SequenceRegression(_SequenceTask):
         problems = splits.missing("task.label_column", column)
         for name, split in splits.named():
             values = split.select_columns([column])[:][column] if column in split.column_names else []
-            if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+            if not all(map(_is_number, values)):
                 problems.append(
                     f"task.label_column: column {column!r} of split {name!r} must hold numbers only"
                 )
@@ -148,6 +148,14 @@ class SequenceRegression(_SequenceTask):
 
     def compute_metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return regression_metrics(predicted.squeeze(-1), labels)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a label is a finite number, be it written as a text ("1.50")."""
+    try:
+        return bool(np.isfinite(float(value)))
+    except (TypeError, ValueError):
+        return False
 
 
 def first(predictions: Any) -> np.ndarray:

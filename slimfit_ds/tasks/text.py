@@ -38,8 +38,10 @@ class TextTask(Task[Options]):
     def model_problems(self, config: PretrainedConfig) -> list[str]:
         text = config.get_text_config()
         longest = getattr(text, "max_position_embeddings", None)
-        if longest is not None and "roberta" in config.model_type:
-            longest -= text.pad_token_id + 1  # positions are counted from there
+        if longest is not None and self.max_length is not None:
+            padding = getattr(text, "pad_token_id", None) or 0
+            if longest - padding - 1 < self.max_length <= longest:
+                longest = min(longest, _positions(self.auto_class, config) or longest)
         if longest is not None and self.max_length is not None and self.max_length > longest:
             key = "max_length" if self.loss_counts_tokens else "task.max_length"
             return [f"{key} must be at most the model's {longest} positions, got {self.max_length}"]
@@ -60,9 +62,25 @@ class TextTask(Task[Options]):
                     f"{vocabulary}; use the model's own tokenizer"
                 ]
             )
-        if getattr(text, "pad_token_id", None) is None:
+        if getattr(text, "pad_token_id", None) != self.tokenizer.pad_token_id:
             # A decoder with a classification head looks for the last token that is no padding.
             text.pad_token_id = config.pad_token_id = self.tokenizer.pad_token_id
+
+
+def _positions(auto_class: str, config: PretrainedConfig) -> int | None:
+    """Tokens that a learned table of positions holds, of models that count from behind the padding's place (RoBERTa, MPNet).
+
+    None: the model has no such table. Looks at the model itself, made without memory for its weights.
+    """
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(config)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.tasks.data import open_splits
@@ -84,6 +86,29 @@ def test_words_that_read_like_nothing_are_text(tmp_path, suffix):
     for name in ("train", "dev"):
         write_rows(tmp_path / f"{name}.{suffix}", rows)
     assert splits_of(f"data_dir={tmp_path}").train[:]["text"] == words
+
+
+def test_a_column_of_a_csv_is_numbers_only_if_it_is_written_as_numbers_are(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").write_text("text,label,score,price\n007,0,0.5,1.50\n1.50,1,2.25,2\n")
+    train = splits_of(f"data_dir={tmp_path}").train
+    assert train[:] == {
+        "text": ["007", "1.50"],
+        "label": [0, 1],
+        "score": [0.5, 2.25],
+        "price": ["1.50", "2"],
+    }
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".gif", ".PNG"])
+def test_an_image_folder_of_any_format(tmp_path, suffix):
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (3, 2), 200).save(tmp_path / split / name / f"a{suffix}")
+    train = splits_of(f"data_dir={tmp_path}").train
+    assert train[:]["label"] == [0, 1]
+    assert np.asarray(train[0]["image"].convert("L")).tolist() == [[200] * 3] * 2
 
 
 def test_the_nested_squad_file(tmp_path):

@@ -10,7 +10,14 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
-from transformers import BertConfig, GPT2Config, GPT2ForSequenceClassification, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ViTConfig,
+)
 
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.tasks import Splits, make_task
@@ -59,18 +66,37 @@ def test_padding_and_cutting(tokenizer_folder):
     assert batch["input_ids"][0, 3:].eq(0).all()
 
 
-def test_a_decoder_without_a_padding_token_classifies_a_padded_batch(tokenizer_folder):
-    """Its head reads the last token that is no padding: the logits are those of each row alone."""
+@pytest.mark.parametrize("padding", [None, 5])
+def test_a_decoder_classifies_a_padded_batch_like_each_row(tokenizer_folder, padding):
+    """Its head reads the last token that is no padding, by the id that its configuration names."""
     rows = [{"text": "cat", "label": 0}, {"text": "dog on the mat", "label": 1}]
     task, splits = study("sequence_classification", rows)
-    config = GPT2Config(vocab_size=43, n_embd=16, n_layer=1, n_head=2, n_positions=128, num_labels=2)
-    assert config.pad_token_id is None
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    config = GPT2Config(vocab_size=43, num_labels=2, pad_token_id=padding, **sizes)
     batch, _ = batch_of(task, splits, tokenizer_folder, config)
     model = GPT2ForSequenceClassification(config).eval()
     with torch.no_grad():
         together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         alone = model(input_ids=batch["input_ids"][:1, : int(batch["attention_mask"][0].sum())]).logits
     torch.testing.assert_close(together[:1], alone)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "mpnet", "bert", "gpt2"])
+@pytest.mark.parametrize("length", [32, 33, 34])
+def test_as_many_tokens_as_a_model_has_positions_for(kind, length):
+    """Some count positions from behind the padding's place: what is not refused must run."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, pad_token_id=1,
+        **({} if kind == "gpt2" else {"intermediate_size": 64}), max_position_embeddings=34,
+    )  # fmt: skip
+    task = make_task({"name": "sequence_classification", "max_length": length})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    try:
+        model(input_ids=torch.full((1, length), 5))
+        works = True
+    except (IndexError, RuntimeError):
+        works = False
+    assert bool(task.model_problems(config)) != works
 
 
 @pytest.mark.parametrize(
@@ -107,6 +133,7 @@ def test_class_labels_keep_their_order():
         ([{"text": "x", "label": [1]}], {}, "whole numbers or texts"),
         ([{"text": "x", "label": 0}], {"columns": ["a", "b"]}, "no 'a' and 'b'"),
         ([{"text": "x", "label": 0}, {"text": None, "label": 1}], {}, "has 1 empty"),
+        ([{"text": "x", "label": "a"}, {"text": "y", "label": ""}], {}, "one class for each row"),
     ],
 )
 def test_wrong_columns_of_texts(rows, options, message):
@@ -119,6 +146,8 @@ def test_regression_keeps_numbers_and_refuses_words(tokenizer_folder):
     batch, _ = batch_of(task, splits, tokenizer_folder, BertConfig())
     assert batch["labels"].tolist() == [2.5]
     assert task.model_values() == {"num_labels": 1, "problem_type": "regression"}
+    written, _ = study("sequence_regression", [{"text": "a", "label": "1.50"}])
+    assert written._encode(["1.50"]) == [1.5]
     with pytest.raises(ConfigError, match="must hold numbers only"):
         study("sequence_regression", [{"text": "a", "label": "high"}])
 

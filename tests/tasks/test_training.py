@@ -116,6 +116,59 @@ def test_the_loss_of_turns_is_on_the_answers(tokenizer_folder):
     assert tokenizer.decode(learned) == "bye bye </s>"
 
 
+def prepared(rows, tokenizer_folder, template=None):
+    """Rows of `causal_lm` as TRL gets them."""
+    data = Dataset.from_list(rows)
+    task = make_task({"name": "causal_lm"})
+    splits = task.study(Splits(data, data))
+    task.load_preprocessing(str(tokenizer_folder), LlamaConfig(vocab_size=WORDS))
+    task.tokenizer.chat_template = template or task.tokenizer.chat_template
+    return task.trainer_parts(splits)["train_dataset"][:]
+
+
+USER, SAID = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "bye"}
+PARTS = [{"type": "text", "text": "b"}, {"type": "text", "text": "ye"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{**SAID, "content": PARTS}, {**SAID, "content": PARTS}]}, {"messages": [SAID, SAID]}),
+        ({"messages": [SAID, USER, SAID]}, {"messages": [SAID, USER, SAID]}),
+        ({"prompt": [USER], "completion": [SAID]}, {"prompt": [USER], "completion": [SAID]}),
+        ({"question": 7, "answer": "yes"}, None),
+        ({"prompt": "hello", "response": [SAID]}, {"prompt": [USER], "completion": [SAID]}),
+    ],
+)
+def test_structured_turns_are_texts(row, expected, tokenizer_folder):
+    if expected is None:
+        expected = {"prompt": [{**USER, "content": "7"}], "completion": [{**SAID, "content": "yes"}]}
+    assert prepared([row], tokenizer_folder) == {name: [value] for name, value in expected.items()}
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + PLAIN_TEMPLATE
+)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "2"}}]}
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ([{"role": "system", "content": "in"}, USER, SAID], "row 1: no system turn"),
+        ([], "row 1: must hold turns"),
+        ([USER], "row 1: has no turn of an assistant"),
+        ([USER, CALL], "row 1: a turn has tool calls"),
+        ([USER, {"role": "assistant", "content": None}], "row 1: a turn must have a role and a content"),
+    ],
+)
+def test_a_row_that_no_template_can_write_is_named_before_training(second, message, tokenizer_folder):
+    rows = [{"messages": [USER, SAID]}, {"messages": second}]
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepared(rows, tokenizer_folder, NO_SYSTEM)
+    assert "split 'train'" in str(caught.value)
+
+
 def dpo_recipe(folder):
     torch.manual_seed(0)
     values = {key: value for key, value in LLAMA.items() if key != "model_type"}
