@@ -3,7 +3,7 @@
     git clone --depth 1 --branch v0.19.5 https://github.com/deepspeedai/DeepSpeed /tmp/DeepSpeed
     python benchmarks/deepspeed_tests.py --tests /tmp/DeepSpeed/tests
 
-Ours is `slimfit_ds.enable_deepspeed` with the block `{"freeze": {"policy": "none"}, "activations": "exact"}`: everything
+Ours is `slimfit_ds.integrations.enable_deepspeed` with the block `{"freeze": {"policy": "none"}, "activations": "exact"}`: everything
 trains, so every value must be DeepSpeed's own. Each test of `SAMPLE` runs twice in fresh ranks, on stock and, where that
 passes, on ours; of a test with parameters the first `--variants` (0: all) are taken. DeepSpeed's FusedAdam is torch's,
 because its build for a CPU takes longer than a test may. Adds what `benchmarks/results/deepspeed_tests.csv` (`--csv`) lacks.
@@ -80,7 +80,7 @@ def _use_ours() -> None:
 
     import deepspeed
 
-    from slimfit_ds import enable_deepspeed
+    from slimfit_ds.integrations import enable_deepspeed
     from slimfit_ds.engine.initialize import read_config
 
     signature = inspect.signature(deepspeed.initialize)
@@ -196,7 +196,7 @@ def _pytest(setting: str) -> int:
     # Ranks are forked from a process that has imported what all of them need.
     multiprocessing.set_forkserver_preload(["unit.common"])
     plugin = Chosen(options["known"], options["variants"], options["until"])
-    return pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", *options["files"]], plugins=[plugin])
+    return pytest.main(["-q", "--tb=no", "--continue-on-collection-errors", "-p", "no:cacheprovider", *options["files"]], plugins=[plugin])
 
 
 # The program.

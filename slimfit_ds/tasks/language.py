@@ -305,7 +305,7 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a content must be a text or parts of text, got {content!r:.60}")
     return "".join(texts)
