@@ -26,19 +26,42 @@ from typing import Any
 from common import Study, machine, markdown
 
 STUDY = "deepspeed_tests"
-SAMPLE = (
-    "runtime/test_ds_initialize.py runtime/zero/test_zero_tensor_fragment.py v1/zero/test_zero.py "
-    "checkpoint/test_zero_optimizer.py checkpoint/test_lr_scheduler.py checkpoint/test_latest_checkpoint.py "
-    "runtime/zero/test_ignore_unused_parameters.py runtime/zero/test_zero_grad_clip.py v1/half_precision/test_bf16.py "
-    "runtime/half_precision runtime/test_lr_schedulers.py checkpoint/test_other_optimizer.py "
-    "checkpoint/test_shared_weights.py checkpoint/test_tag_validation.py runtime/test_ds_config_dict.py "
-    "runtime/test_multi_output_model.py runtime/test_no_sync_ctxt.py v1/half_precision v1/zero runtime/zero "
-    "runtime/activation_checkpointing runtime/test_multiple_models.py"
-).split()
-NOT_OURS = (
-    "test_zeropp test_nvme test_mics test_zero_tiled test_zero_config test_zero_context test_fp8 onebit offloadpp "
-    "test_offload_states"
-).split()
+SAMPLE = [
+    "runtime/test_ds_initialize.py",
+    "runtime/zero/test_zero_tensor_fragment.py",
+    "v1/zero/test_zero.py",
+    "checkpoint/test_zero_optimizer.py",
+    "checkpoint/test_lr_scheduler.py",
+    "checkpoint/test_latest_checkpoint.py",
+    "runtime/zero/test_ignore_unused_parameters.py",
+    "runtime/zero/test_zero_grad_clip.py",
+    "v1/half_precision/test_bf16.py",
+    "runtime/half_precision",
+    "runtime/test_lr_schedulers.py",
+    "checkpoint/test_other_optimizer.py",
+    "checkpoint/test_shared_weights.py",
+    "checkpoint/test_tag_validation.py",
+    "runtime/test_ds_config_dict.py",
+    "runtime/test_multi_output_model.py",
+    "runtime/test_no_sync_ctxt.py",
+    "v1/half_precision",
+    "v1/zero",
+    "runtime/zero",
+    "runtime/activation_checkpointing",
+    "runtime/test_multiple_models.py",
+]
+NOT_OURS = [
+    "test_zeropp",
+    "test_nvme",
+    "test_mics",
+    "test_zero_tiled",
+    "test_zero_config",
+    "test_zero_context",
+    "test_fp8",
+    "onebit",
+    "offloadpp",
+    "test_offload_states",
+]
 """Of these folders: ZeRO++, NVMe, quantised states and what makes no engine; docs/composability.md names what is refused."""
 BLOCK = {"freeze": {"policy": "none"}, "activations": "exact"}
 OUTCOMES = ("passed", "refused", "differs")
@@ -80,8 +103,8 @@ def _use_ours() -> None:
 
     import deepspeed
 
-    from slimfit_ds.integrations import enable_deepspeed
     from slimfit_ds.engine.initialize import read_config
+    from slimfit_ds.integrations import enable_deepspeed
 
     signature = inspect.signature(deepspeed.initialize)
     enable_deepspeed()
@@ -196,7 +219,10 @@ def _pytest(setting: str) -> int:
     # Ranks are forked from a process that has imported what all of them need.
     multiprocessing.set_forkserver_preload(["unit.common"])
     plugin = Chosen(options["known"], options["variants"], options["until"])
-    return pytest.main(["-q", "--tb=no", "--continue-on-collection-errors", "-p", "no:cacheprovider", *options["files"]], plugins=[plugin])
+    return pytest.main(
+        ["-q", "--tb=no", "--continue-on-collection-errors", "-p", "no:cacheprovider", *options["files"]],
+        plugins=[plugin],
+    )
 
 
 # The program.
@@ -252,7 +278,9 @@ def main() -> int:
     if sys.argv[1:2] == ["--pytest"]:
         return _pytest(sys.argv[2])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tests", type=Path, required=True, help="the folder `tests` of a checkout of DeepSpeed")
+    parser.add_argument(
+        "--tests", type=Path, required=True, help="the folder `tests` of a checkout of DeepSpeed"
+    )
     parser.add_argument("--only", nargs="+", help="files or folders below tests/unit instead of the sample")
     parser.add_argument("--variants", type=int, default=1, help="of a test with parameters; 0: all")
     parser.add_argument("--seconds", type=int, default=120, help="time limit of a test")

@@ -139,3 +139,12 @@ def test_keys_and_values_that_are_gone_name_the_new_way():
     ]
     (problem,) = problems_of({"freeze": {"policy": "isl"}})
     assert "unknown 'isl'; did you mean 'ils'? known: auto, static, none, ils" in problem
+
+
+def test_an_error_is_the_same_behind_a_process():
+    import pickle
+
+    from slimfit_ds.errors import ConfigError
+
+    error = pickle.loads(pickle.dumps(ConfigError(["one", "two"])))
+    assert (error.problems, str(error)) == (["one", "two"], "one\ntwo")

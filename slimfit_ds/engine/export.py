@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint", type=Path, help="a checkpoint folder, or the folder that holds `latest`"
     )
     parser.add_argument(
-        "output", type=Path, help="the .safetensors file to write, or a folder for it; the file must not exist"
+        "output",
+        type=Path,
+        help="the .safetensors file to write, or a folder for it; the file must not exist",
     )
     arguments = parser.parse_args(argv)
     output = arguments.output if arguments.output.suffix == ".safetensors" else arguments.output / MODEL

@@ -146,7 +146,10 @@ def _read(files: list[Path]) -> Dataset:
     try:
         if READERS[suffix] == "csv":
             # Words such as "null", "NA" and "None" are text; what is really empty stays an empty text.
-            options |= {"converters": dict.fromkeys(_header(files[0], options), str), "keep_default_na": False}
+            options |= {
+                "converters": dict.fromkeys(_header(files[0], options), str),
+                "keep_default_na": False,
+            }
         rows = load_dataset(
             READERS[suffix], data_files={"train": [str(file) for file in files]}, split="train", **options
         )

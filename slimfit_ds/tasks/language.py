@@ -141,7 +141,9 @@ class _LanguageTask(TextTask[Any]):
                 refused.append(f"row {number}: {' '.join(str(error).split()):.120}")
         if refused:
             more = f" (and {len(refused) - 3} rows more)" if len(refused) > 3 else ""
-            raise ValueError(f"{'; '.join(refused[:3])}{more}; change or remove what cannot be written as turns")
+            raise ValueError(
+                f"{'; '.join(refused[:3])}{more}; change or remove what cannot be written as turns"
+            )
 
 
 class CausalLanguageModelling(_LanguageTask):
@@ -293,7 +295,9 @@ def _turn(turn: Any) -> dict[str, str]:
     if not isinstance(turn, Mapping):
         raise ValueError(f"a turn must have a role and a content, got {turn!r:.60}")
     if turn.get("tool_calls") or turn.get("function_call"):
-        raise ValueError("a turn has tool calls, which are not supported: write them into its content as text")
+        raise ValueError(
+            "a turn has tool calls, which are not supported: write them into its content as text"
+        )
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None or content is None:
         raise ValueError(f"a turn must have a role and a content, got keys {', '.join(map(str, turn))}")

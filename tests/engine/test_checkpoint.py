@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +134,7 @@ class TestOneRank:
         monkeypatch.setattr(checkpoint, "save_file", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
             engine.save_checkpoint(tmp_path, tag="bad")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "latest"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "latest", "zero_to_fp32.py"]
         assert latest_tag(tmp_path) == "good"
         assert engine_of().load_checkpoint(tmp_path)[0] == str(tmp_path / "good")
 
@@ -142,7 +144,7 @@ class TestOneRank:
         train(engine, 2)
         engine.save_checkpoint(tmp_path, tag="x")
         assert json.loads((tmp_path / "x" / "slimfit.json").read_text())["counters"]["global_steps"] == 2
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "x"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "x", "zero_to_fp32.py"]
 
     def test_foreign_folders_and_formats_are_refused(self, tmp_path):
         (tmp_path / "old").mkdir()
@@ -185,10 +187,22 @@ class TestOneRank:
         target = tmp_path / "out.safetensors"
         assert main(["export", str(tmp_path / "run"), str(target)]) == 0
         assert torch.equal(load_file(target)["0.weight"], engine.module[0].weight)
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
+        assert load_file(tmp_path / "folder" / "model.safetensors").keys() == load_file(target).keys()
         assert main(["export", str(tmp_path / "run"), str(target)]) == 2
         assert "exists; choose another name" in capsys.readouterr().err
         assert main(["export", str(tmp_path), str(tmp_path / "new.safetensors")]) == 2
         assert "is no SlimFit checkpoint" in capsys.readouterr().err
+
+    def test_the_folder_brings_the_script_that_deepspeeds_users_call(self, tmp_path, monkeypatch):
+        engine = engine_of()
+        engine.save_checkpoint(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["zero_to_fp32.py", str(tmp_path), str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(tmp_path / "zero_to_fp32.py"))
+        assert torch.equal(
+            load_file(tmp_path / "out" / "model.safetensors")["0.weight"], engine.module[0].weight
+        )
 
     def test_save_pretrained_loads_with_plain_transformers(self, tmp_path):
         config = BertConfig(

@@ -19,6 +19,7 @@ from deepspeed.utils import (
 from torch import nn
 
 import slimfit_ds
+from slimfit_ds.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -103,3 +104,60 @@ def test_masters_follow_weights_that_somebody_else_has_changed(tmp_path):
     engine.load_checkpoint(tmp_path, load_module_only=True)
     for name, parameter in engine.module.named_parameters():
         assert torch.equal(safe_get_full_fp32_param(parameter), start[name].float())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_model_of_vectors_only(stage):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return x * self.factor + self.shift
+
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": stage},
+    }
+    for block in ({}, {"freeze": {"policy": "ils"}}):
+        with pytest.raises(ConfigError, match=r"only vectors \(factor, shift\).*set policy to none"):
+            slimfit_ds.initialize(model=Scale(), config={**config, "slimfit": block})
+    engine = slimfit_ds.initialize(
+        model=Scale(), config={**config, "slimfit": {"freeze": {"policy": "none"}}}
+    )[0]
+    engine.backward(engine(torch.ones(4, 4)).square().sum())
+    engine.step()
+    factor, shift = engine.module.parameters()
+    # d(sum over four rows of factor^2) = 8.
+    assert safe_get_full_fp32_param(factor).tolist() == pytest.approx([0.2] * 4)
+    assert safe_get_full_fp32_param(shift).tolist() == pytest.approx([-0.8] * 4)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_parameters_that_the_loss_does_not_use(ignored):
+    engine = engine_of(1, {"policy": "none"}, gradient_accumulation_steps=2)
+    engine.optimizer._must_use_all = not ignored
+    first = engine.module[0]
+    engine.backward(engine(torch.ones(4, 6)).square().sum())
+    engine.step()
+    # Used in one micro-batch of a step is used.
+    engine.backward(first(torch.ones(4, 6)).square().sum())
+    engine.step()
+    for _ in range(2):
+        if ignored or engine.is_gradient_accumulation_boundary() is False:
+            engine.backward(first(torch.ones(4, 6)).square().sum())
+        else:
+            with pytest.raises(AssertionError, match=r"not used in producing loss: 2.weight, 2.bias"):
+                engine.backward(first(torch.ones(4, 6)).square().sum())
+            return
+        engine.step()
+    assert ignored
+
+
+def test_the_setting_of_unused_parameters_arrives():
+    for stage, expected in ((0, False), (1, True), (2, True)):
+        config = {"zero_optimization": {"stage": stage, "ignore_unused_parameters": False}}
+        assert engine_of(stage, {"policy": "none"}, **config).optimizer._must_use_all is expected

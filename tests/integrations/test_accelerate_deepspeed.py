@@ -162,3 +162,19 @@ def test_disabling_puts_back_what_was_there():
     assert deepspeed.initialize is initialize
     assert HfTrainerDeepSpeedConfig.trainer_config_finalize is finalizer
     assert DeepSpeedPlugin.deepspeed_config_process is process
+
+
+@pytest.mark.usefixtures("_enabled", "no_ranks")
+def test_accelerate_that_leaves_deepspeed_out_is_told(monkeypatch, tmp_path):
+    """As under `accelerate launch --cpu`: the run would train everything without a word."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DeepSpeedPlugin
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = DeepSpeedPlugin(hf_ds_config={**config(), "slimfit": {}})
+    with pytest.raises(ConfigError, match=r"would train without DeepSpeed.*unset ACCELERATE_USE_CPU"):
+        Accelerator(deepspeed_plugin=plugin)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -147,7 +147,8 @@ def test_structured_turns_are_texts(row, expected, tokenizer_folder):
 
 
 NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + PLAIN_TEMPLATE
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    + PLAIN_TEMPLATE
 )
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "2"}}]}
 
