@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -145,9 +146,10 @@ def checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
     plan = plan_chunks(call.tensors, chunk_tokens)
-    if len(plan) > 1 and not _rows_are_independent(call, plan):
-        plan = plan.undivided()
-    outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
+    ran = _run_unchanged(call, plan, chunk_forward, preserve_rng_state)
+    if ran is None:
+        return function(*args, **kwargs)
+    plan, outcome = ran
     if any(outcome.differentiable):
         mask = (select or _hidden_states)(call.tensors)
         chosen = resolve_codec(codec)
@@ -176,6 +178,54 @@ def _rows_are_independent(call: _Call, plan: Chunks) -> bool:
 _DRAWING: weakref.WeakSet = weakref.WeakSet()
 # Those with a result that belongs to no sample: it must be that of the whole batch.
 _JOINT: weakref.WeakSet = weakref.WeakSet()
+
+
+# Modules that leave their inputs as they are, and those that change them in place: these cannot be repeated.
+_LEAVING: weakref.WeakSet = weakref.WeakSet()
+_CHANGING: weakref.WeakSet = weakref.WeakSet()
+
+
+def _run_unchanged(
+    call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool
+) -> tuple[Chunks, _Outcome] | None:
+    """Return the chunks and the forward pass, run in them where rows are independent; `None` for a module that changes
+    its hidden states in place, which are then as before.
+
+    A module is found out when it runs for the first time, on a copy of its hidden states.
+    """
+    owner, inputs = call.owner, call.tensors
+    if owner in _CHANGING:
+        return None
+    before = replay.capture(inputs) if preserve_rng_state else None
+    if isinstance(owner, nn.Module) and owner not in _LEAVING:
+        copied = zip(inputs, _hidden_states(inputs), strict=True)
+        call.tensors = [
+            t.detach().clone().requires_grad_(t.requires_grad) if hidden else t for t, hidden in copied
+        ]
+    versions = [t._version for t in call.tensors]
+    try:
+        if len(plan) > 1 and not _rows_are_independent(call, plan):
+            plan = plan.undivided()
+        outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
+        changes = versions != [t._version for t in call.tensors]
+    except RuntimeError as error:
+        if "leaf Variable that requires grad is being used in an in-place" not in str(error):
+            raise
+        outcome, changes = None, True
+    tried, call.tensors = call.tensors is not inputs, inputs
+    if outcome is not None and not changes:
+        if tried:
+            _LEAVING.add(owner)
+        return plan, outcome
+    if not tried:
+        raise RuntimeError(f"{type(owner).__name__} {_CHANGES}: leave it exact, by activations.layers")
+    warnings.warn(f"{type(owner).__name__} {_CHANGES}: it is left exact", stacklevel=3)
+    _CHANGING.add(owner)
+    replay.restore(before)
+    return None
+
+
+_CHANGES = "changes its input in place, so it cannot be computed again"
 
 
 class _Call:

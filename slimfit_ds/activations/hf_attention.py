@@ -126,7 +126,8 @@ def _attention(
             return function(*operands, **kwargs)
     if not compresses(module):
         return function(*operands, **kwargs)
-    if setting.probabilities is None or kwargs.get("dropout") or not _is_plain(kwargs):
+    learned = attention_mask is not None and attention_mask.requires_grad
+    if setting.probabilities is None or learned or kwargs.get("dropout") or not _is_plain(kwargs):
         return recomputed_attention(
             function,
             *operands,

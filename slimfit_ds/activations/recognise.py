@@ -92,6 +92,7 @@ def activation_name(module: nn.Module) -> str | None:
     """Return which activation function of `codecs.step_derivative` a module computes; `None`: none that is known."""
     if (
         isinstance(module, _DropoutNd)
+        or getattr(module, "inplace", False)
         or any(True for _ in module.children())
         or any(True for _ in module.parameters())
     ):
