@@ -26,87 +26,68 @@ HEADS = {
     "segmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
     "depth": "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
 }
-VOCABULARY, WIDTH, HEADS_OF_ATTENTION, LAYERS = 128, 32, 4, 2
+VOCABULARY, WIDTH = 128, 32
 
-_EXACT: dict[str, Any] = {
-    **dict.fromkeys(
-        "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim encoder_hidden_size projection_dim word_embed_proj_dim"
-        " hidden_dim_encoder audio_channel output_dim proj_dim cross_attention_hidden_size out_hidden_size conv_dim_out"
-        " attention_hidden_size lru_width rnn_hidden_size decoder_hidden_size block_size_width vision_embed_dim"
-        " encoder_embed_dim decoder_embed_dim classifier_proj_size embed_size".split(),
-        WIDTH,
+_NAMES: dict[Any, str] = {
+    WIDTH: (
+        "attention_hidden_size audio_channel classifier_proj_size codebook_size conv_dim_out "
+        "cross_attention_hidden_size d_model decoder_embed_dim decoder_hidden_size dim emb_dim embed_dim "
+        "embedding_size encoder_embed_dim encoder_hidden_size hidden_size image_size img_size input_size "
+        "lru_width n_embd out_hidden_size output_dim proj_dim projection_dim rnn_hidden_size vision_embed_dim "
+        "word_embed_proj_dim"
     ),
-    **dict.fromkeys(
-        "intermediate_size ffn_dim d_ff d_inner n_inner dim_feedforward encoder_ffn_dim decoder_ffn_dim ffn_hidden_size hidden_dim"
-        " moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size d_inner_size ffn_intermediate_size"
-        " intermediate_size_mlp mlp_dim shared_intermediate_size moe_shared_expert_intermediate_size"
-        " dense_intermediate_size expert_intermediate_size encoder_intermediate_size".split(),
-        2 * WIDTH,
+    2 * WIDTH: (
+        "d_ff d_inner d_inner_size decoder_ffn_dim dense_intermediate_size dim_feedforward encoder_ffn_dim "
+        "encoder_intermediate_size expert_ffn_hidden_size expert_intermediate_size ffn_dim ffn_hidden_size "
+        "ffn_intermediate_size hidden_dim intermediate_size intermediate_size_mlp max_source_positions "
+        "max_target_positions mlp_dim moe_intermediate_size moe_shared_expert_intermediate_size n_inner "
+        "shared_expert_intermediate_size shared_intermediate_size"
     ),
-    **dict.fromkeys(
-        "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers depth"
-        " num_hidden_layers_encoder num_layers_encoder encoder_num_layers decoder_num_layers num_blocks n_encoder_layers"
-        " encoder_num_hidden_layers decoder_num_hidden_layers transformer_layers speech_encoder_layers text_encoder_layers"
-        " text_decoder_layers num_block_layers".split(),
-        LAYERS,
+    2: (
+        "decoder_layers decoder_num_hidden_layers decoder_num_layers depth encoder_layers "
+        "encoder_num_hidden_layers encoder_num_layers experts_per_token moe_k moe_topk n_encoder_layers "
+        "n_layer n_layers num_block_layers num_blocks num_decoder_layers num_encoder_layers "
+        "num_experts_per_tok num_experts_per_token num_feat_extract_layers num_hidden_layers "
+        "num_hidden_layers_encoder num_layers num_layers_encoder qformer_layers speech_encoder_layers "
+        "text_decoder_layers text_encoder_layers top_k_experts transformer_layers tubelet_size window_size"
     ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_encoder_attention_heads"
-        " num_decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads"
-        " num_key_value_heads n_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads".split(),
-        HEADS_OF_ATTENTION,
+    4: (
+        "decoder_attention_heads decoder_num_attention_heads decoder_num_key_value_heads "
+        "encoder_attention_heads encoder_num_attention_heads encoder_num_key_value_heads expert_num "
+        "index_n_heads linear_num_key_heads linear_num_value_heads moe_num_experts n_experts n_head n_heads "
+        "n_kv_heads n_routed_experts num_attention_heads num_conv_pos_embedding_groups "
+        "num_decoder_attention_heads num_encoder_attention_heads num_experts num_frames num_heads "
+        "num_key_value_heads num_local_experts num_query_tokens num_routed_experts"
     ),
-    **dict.fromkeys(
-        "head_dim d_kv attention_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim attention_head_size d_head"
-        " qk_head_dim global_head_dim swa_head_dim attention_key_size kv_channels index_head_dim"
-        " linear_key_head_dim linear_value_head_dim mamba_head_dim mamba_d_head dim_head".split(),
-        WIDTH // HEADS_OF_ATTENTION,
+    8: (
+        "attention_head_dim attention_head_size attention_key_size attention_window_size chunk_length "
+        "chunk_size conv_dimension d_head d_kv dim_head global_head_dim head_dim hidden_size_per_layer_input "
+        "index_head_dim index_topk kv_channels linear_key_head_dim linear_value_head_dim local_attention "
+        "mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim mamba_n_heads mamba_ssm_state_size "
+        "num_buckets num_conv_pos_embeddings patch_size qk_head_dim qk_nope_head_dim qk_rope_head_dim "
+        "rotary_dim sliding_window spatial_patch_size ssm_state_size state_size swa_head_dim v_head_dim "
+        "window"
     ),
-    **dict.fromkeys("kv_lora_rank q_lora_rank time_step_rank mamba_dt_rank o_lora_rank rank".split(), 16),
-    **dict.fromkeys(
-        "n_routed_experts num_experts num_local_experts num_routed_experts moe_num_experts n_experts expert_num".split(),
-        4,
+    16: (
+        "feature_size input_feat_per_channel kv_lora_rank mamba_dt_rank num_mel_bins o_lora_rank q_lora_rank "
+        "rank time_step_rank"
     ),
-    **dict.fromkeys(
-        "num_experts_per_tok moe_topk moe_k num_experts_per_token experts_per_token top_k_experts".split(), 2
+    1: (
+        "fc_layers first_k_dense_replace mamba_n_groups n_group n_groups n_shared_experts num_dense_layers "
+        "num_shared_experts topk_group"
     ),
-    **dict.fromkeys(
-        "n_group topk_group n_groups n_shared_experts mamba_n_groups num_shared_experts".split(), 1
-    ),
-    **dict.fromkeys("state_size mamba_d_state ssm_state_size conv_dimension mamba_ssm_state_size".split(), 8),
-    **dict.fromkeys("first_k_dense_replace num_dense_layers".split(), 1),
-    **dict.fromkeys("linear_num_key_heads linear_num_value_heads index_n_heads".split(), 4),
-    **dict.fromkeys("chunk_size mamba_chunk_size chunk_length".split(), 8),
-    **dict.fromkeys("mamba_n_heads".split(), 8),
-    **dict.fromkeys("index_topk".split(), 8),
-    **dict.fromkeys("image_size input_size img_size".split(), 32),
-    **dict.fromkeys("patch_size spatial_patch_size".split(), 8),
-    **dict.fromkeys("num_frames".split(), 4),
-    **dict.fromkeys("num_mel_bins feature_size input_feat_per_channel".split(), 16),
-    **dict.fromkeys("num_labels".split(), 3),
-    **dict.fromkeys("sliding_window attention_window_size local_attention window".split(), 8),
-    **dict.fromkeys("max_source_positions max_target_positions".split(), 64),
-    "tubelet_size": 2,
-    "window_size": 2,
-    "rotary_dim": 8,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "num_feat_extract_layers": 2,
-    "qformer_layers": 2,
-    "num_query_tokens": 4,
-    "codebook_size": 32,
-    "fc_layers": 1,
-    "num_buckets": 8,
-    "lsh_num_chunks_before": 0,
-    "image_token_index": 120,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "mask_time_prob": 0.0,
+    3: "num_labels",
+    0: "lsh_num_chunks_before num_kv_shared_layers num_nextn_predict_layers",
+    120: "image_token_index",
+    VOCABULARY: "vocab_size_per_layer_input",
+}
+"""A value of small configurations -> the keys that have it."""
+_VALUES: dict[str, Any] = {
+    **{key: value for value, keys in _NAMES.items() for key in keys.split()},
     "mask_feature_prob": 0.0,
-    "use_cache": False,
+    "mask_time_prob": 0.0,
     "apply_spec_augment": False,
-    "num_nextn_predict_layers": 0,
-    "num_kv_shared_layers": 0,
+    "use_cache": False,
 }
 _LISTS: dict[str, Any] = {
     "depths": lambda n: [1] * n,
@@ -166,9 +147,9 @@ def small(config_class: Any, sections: bool = False) -> Any:
 def _smaller(key: str, value: Any, values: dict[str, Any]) -> Any:
     """Return the value of a key of a small configuration; None: what the class has."""
     if isinstance(value, bool):
-        return _EXACT.get(key) if isinstance(_EXACT.get(key), bool) else None
+        return _VALUES.get(key) if isinstance(_VALUES.get(key), bool) else None
     if isinstance(value, float):
-        return 0.0 if "drop" in key or key in _EXACT else None
+        return 0.0 if "drop" in key or key in _VALUES else None
     if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
         rule = _LISTS.get(key)
         return None if rule is None else rule(len(value))
@@ -189,7 +170,7 @@ def _smaller(key: str, value: Any, values: dict[str, Any]) -> Any:
         return VOCABULARY
     if re.search(r"max_.*position|n_positions|max_seq|max_length|context_length", key):
         return min(value, 64)
-    new = _EXACT.get(key)
+    new = _VALUES.get(key)
     return min(new, value) if isinstance(new, int) and key not in ("index_topk",) else new
 
 

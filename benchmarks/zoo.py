@@ -2,6 +2,7 @@
 
 python benchmarks/zoo.py                      # all types that the CSV lacks; half a day of one slow core, or an hour of a fast one
 python benchmarks/zoo.py --types bert llama   # these
+python benchmarks/zoo.py --proof on           # with the proof on the first batch; off shows what it has to catch
 python benchmarks/zoo.py --out /tmp/zoo.csv   # another file
 
 For each type and setting: the loss, the gradient of every part that trains (exact where the setting is exact, and within the class
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import re
 import signal
 import sys
@@ -39,18 +41,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "balanced": {"freeze": {"policy": "none"}, "activations": {"preset": "balanced", "chunk_tokens": CHUNK}},
     "ils": {"freeze": {"policy": "ils", "rate": 0.7}},
 }
-ERRORS = {"{}": 1e-3, "ils": 1e-3, "minimal": 0.05, "balanced": 0.15}
+ERRORS = {"{}": 1e-3, "ils": 1e-3, "minimal": 0.1, "balanced": 0.15}
 """Largest relative error of the whole gradient: of sums in another order, or of the preset's codecs on untrained models."""
 RATES = (None, 0.8, 0.6, 0.4)
 """Of the recommended setting: on models this narrow 0.9 may leave no column, which is refused."""
-STUDY = Study("zoo", ("type", "setting"))
+STUDY = Study("zoo", ("type", "setting", "proof"))
 
 
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a step and the gradients by name, with the same random numbers at every call."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(2)
-    np.random.seed(2)
+    np.random.seed(2)  # noqa: NPY002 (wav2vec2 and others draw their masks from it)
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -96,16 +98,18 @@ def state_of(model: nn.Module) -> list[Any]:
     ]
 
 
-def try_setting(model: nn.Module, batch: dict[str, Tensor], name: str, plain: Any) -> dict[str, Any]:
+def try_setting(
+    model: nn.Module, batch: dict[str, Tensor], name: str, plain: Any, proof: bool
+) -> dict[str, Any]:
     """Return `verdict` and measurements of one setting; the model is given back as it was, or the verdict says so."""
     loss, gradients = plain
     weights = {n: t.clone() for n, t in model.state_dict().items()}
     before = state_of(model)
     said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _logged() as logged:
         warnings.simplefilter("always")
         try:
-            handle, rate = slim(model, name)
+            handle, rate = slim(model, name, proof)
         except ConfigError as error:
             return {"verdict": "refused", "reason": _line(error.problems[0])}
         try:
@@ -114,9 +118,8 @@ def try_setting(model: nn.Module, batch: dict[str, Tensor], name: str, plain: An
             parts = sum(isinstance(m, SplitModule) for m in model.modules())
         finally:
             handle.remove()
-        said = [
-            _line(str(w.message)) for w in caught if "slimfit_ds" in w.filename or "slimfit" in str(w.message)
-        ]
+        said = [str(w.message) for w in caught if "slimfit" in f"{w.filename} {w.message}"]
+        said = [_line(text) for text in (*said, *logged)]
     error, worst, own = difference(found, expected)
     row = {
         "rate": rate,
@@ -147,14 +150,31 @@ def try_setting(model: nn.Module, batch: dict[str, Tensor], name: str, plain: An
     return row
 
 
-def slim(model: nn.Module, name: str) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """Collect what the package warns of by its loggers."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("slimfit_ds")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def slim(model: nn.Module, name: str, proof: bool) -> tuple[Any, Any]:
     """Return a handle under a setting, and the rate that was possible."""
     block = SETTINGS[name]
+    if block:
+        block = {**block, "activations": {**block.get("activations", {}), "proof": proof}}
     if block:
         return slimfit_ds.slim(model, block), block["freeze"].get("rate")
     for rate in RATES:
         try:
-            return slimfit_ds.slim(model, {} if rate is None else {"freeze": {"rate": rate}}), rate
+            freeze = {} if rate is None else {"freeze": {"rate": rate}}
+            return slimfit_ds.slim(model, {**freeze, "activations": {"proof": proof}}), rate
         except ConfigError as error:
             if rate == RATES[-1] or "can train within" not in str(error):
                 raise
@@ -166,7 +186,7 @@ def _line(text: str) -> str:
     return text.strip().splitlines()[0][:160] if text.strip() else ""
 
 
-def rows_of(model_type: str, settings: list[str]) -> Iterator[dict[str, Any]]:
+def rows_of(model_type: str, settings: list[str], proof: bool = True) -> Iterator[dict[str, Any]]:
     """Yield a row for each setting of a model type; one in all, if no model can be built."""
     try:
         model, batch, head = build(model_type)
@@ -187,7 +207,7 @@ def rows_of(model_type: str, settings: list[str]) -> Iterator[dict[str, Any]]:
         return
     for name in settings:
         try:
-            row = try_setting(model, batch, name, plain)
+            row = try_setting(model, batch, name, plain, proof)
         except Exception as error:
             row = {"verdict": "error", "reason": f"{type(error).__name__}: {_line(str(error))}"}
             model, batch, _ = build(model_type, head)
@@ -248,6 +268,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--types", nargs="*", help="model types; default: all")
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--proof", choices=["on", "off"], default="on")
     parser.add_argument("--out", default="zoo", help="a study, or a path that ends in .csv")
     parser.add_argument("--seconds", type=int, default=240, help="for one model type")
     arguments = parser.parse_args()
@@ -255,18 +276,18 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()
     study = Study(arguments.out, STUDY.keys)
-    known = {row["type"] for row in study.rows()}
+    known = {row["type"] for row in study.rows(proof=arguments.proof)}
     for name in arguments.types or types():
         if name in known:
             continue
         rows: list[dict[str, Any]] = []
         try:
             with at_most(arguments.seconds):
-                for row in rows_of(name, arguments.settings):
+                for row in rows_of(name, arguments.settings, arguments.proof == "on"):
                     rows.append(row)
         except _TookTooLong:
             rows.append({"type": name, "setting": "", "verdict": "not built", "reason": "took too long"})
-        study.add(*({**row, **machine()} for row in rows))
+        study.add(*({**row, "proof": arguments.proof, **machine()} for row in rows))
         print(
             name,
             *(f"{row['setting']}: {row['verdict']} ({row.get('reason') or ''})" for row in rows),

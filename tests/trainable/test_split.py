@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import pickle
+import re
 import weakref
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 import slimfit_ds
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.trainable.new_words import warn_of_new_words
 from slimfit_ds.trainable.plan import plan_units
 from slimfit_ds.trainable.split import (
     _KEPT,
@@ -764,3 +766,34 @@ def test_a_weight_that_is_read_without_a_call_gets_its_gradient_in_recomputed_bl
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.parametrize(("rate", "words"), [(0.9, "the first [0-9]+ words trains"), (0.5, None)])
+def test_added_words_that_will_not_learn_are_named(rate, words, recwarn):
+    torch.manual_seed(0)
+    model = bert()
+    model.resize_token_embeddings(302)
+    split(model, rate=rate)
+    warn_of_new_words(model, {"<end>": 280, "<tool>": 300, "<done>": 301})
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (words is not None)
+    if words is not None:
+        pattern = (
+            rf"2 added tokens will not learn \(<tool>, <done>\).*{words}.*'bert.embeddings.word_embeddings'"
+        )
+        assert re.match(pattern, said[0])
+
+
+def test_added_words_of_a_tied_vocabulary_are_named():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes, tie_word_embeddings=True))
+    model.resize_token_embeddings(301)
+    warn_of_new_words(model, {"<tool>": 300})
+    split(model, rate=0.9)
+    with pytest.warns(
+        UserWarning, match=r"added tokens will not learn \(<tool>\).*nothing trains under policy static"
+    ):
+        warn_of_new_words(model, {"<tool>": 300})
