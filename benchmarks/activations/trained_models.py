@@ -80,12 +80,12 @@ def smollm2(batch: str = "padded", steps: int = 0) -> Trained:
     Args:
         batch: `padded`: 4 questions and answers of GSM8K cut at 160 tokens; `packed`: the same in one row, each with its own
             positions; `text`: one row of 1024 tokens of sentences of SST-2.
-        steps: of AdamW (1e-5) on such padded batches before.
+        steps: of AdamW (1e-5) before, each on one such answer.
     """
     import pyarrow.parquet as parquet
 
     tokenizer, model = pretrained_smollm2()
-    rows = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, 4 * (steps + 1)).to_pylist()
+    rows = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, 4 + steps).to_pylist()
     answers = [tokenizer(f"{row['question']}\n{row['answer']}")["input_ids"][:160] for row in rows]
 
     def padded(some: list[list[int]]) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def smollm2(batch: str = "padded", steps: int = 0) -> Trained:
         sentences = parquet.read_table(DATA / "sst2" / "train.parquet").slice(0, 400).to_pydict()["sentence"]
         ids = torch.tensor([tokenizer(". ".join(sentences))["input_ids"][:1024]])
         inputs = {"input_ids": ids, "labels": ids}
-    training = (padded(answers[4 * i : 4 * i + 4]) for i in range(1, steps + 1))
+    training = (padded([answer]) for answer in answers[4:])
     trained = _train(model, training, [], 1e-5)
     return Trained(trained.model, [inputs], trained.accuracy)
 
