@@ -71,6 +71,8 @@ def pretrained_smollm2() -> tuple[hf.PreTrainedTokenizerBase, nn.Module]:
     model = hf.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=hf.GgufConfig(dequantize=True), **source
     )
+    # With a cache transformers does not see where packed sequences begin; compressed runs make none.
+    model.config.use_cache = False
     return tokenizer, model
 
 
