@@ -25,6 +25,7 @@ PROGRAMS = (
     "step_time_vs_full",
     "step_time",
     "bytes",
+    "held_out_loss",
     "summary",
 )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Study, machine
+from common import Study, machine, markdown
 from trained_models import DATA, pretrained_smollm2
 
 import slimfit_ds
@@ -117,6 +117,20 @@ def run(
         "train_loss": round(sum(losses[steps // 2 :]) / (steps - steps // 2), 5),
         "cpu_seconds": round(seconds),
     }
+
+
+def tables(csv: str = "held_out_loss") -> dict[str, str]:
+    """Return the table of the documents by its mark: loss with exact activations, and of each preset against it."""
+    rows = Study(csv, SETTING).rows()
+    presets = [preset for preset in PRESETS if preset not in ("exact", "paper")]
+    lines = []
+    for key in dict.fromkeys((row["frozen"], row["seed"]) for row in rows):
+        of = {row["preset"]: row["loss"] for row in rows if (row["frozen"], row["seed"]) == key}
+        if "exact" in of:
+            frozen, seed = key
+            against = [f"{of[p] - of['exact']:+.4f}" if p in of else "" for p in presets]
+            lines.append([f"{frozen:.0%}", seed, f"{of['exact']:.4f}", *against])
+    return {"held-out-loss": markdown(["frozen", "seed", "exact", *presets], lines)}
 
 
 def main() -> None:
