@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m slimfit_ds.cli compare --config recipes/digits_vit.yaml --ranks 2 --strategies full,slimfit,minimal_host
 
+# Two workers of one thread each; the tests of a file stay together and share what they have set up.
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
