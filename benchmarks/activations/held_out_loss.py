@@ -95,7 +95,7 @@ def run(
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if frozen:
-        block = {"freeze": {"rate": frozen, "seed": seed}, "activations": preset}
+        block = {"freeze": {"rate": frozen, "seed": seed, "lr_scale": 1.0}, "activations": preset}
         handle = slimfit_ds.slim(model, block).follow(optimizer)
     else:
         handle = compress(model, ActivationsConfig(preset=preset))

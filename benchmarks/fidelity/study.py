@@ -50,7 +50,9 @@ WEIGHT_DECAY = 0.01
 
 
 def _frozen(policy: str, rate: float, states: dict | None = None, **freeze: Any) -> dict[str, Any]:
-    return {"freeze": {"policy": policy, "rate": rate, **freeze}, "optimizer_states": states or {}}
+    # The rate of each contender is searched for, so none is multiplied by a factor.
+    block = {"policy": policy, "rate": rate, "lr_scale": 1.0, **freeze}
+    return {"freeze": block, "optimizer_states": states or {}}
 
 
 def _contenders() -> dict[str, dict[str, Any]]:

@@ -47,7 +47,8 @@ class _ScaledRates:
             if group.get("lr") is None:
                 raise ValueError(
                     f"{type(optimizer).__name__} works out its learning rate itself, so layers cannot have one of their "
-                    f"own: give it a rate, or set slimfit.freeze lr_scale, always_lr_scale and embedding_lr_scale to 1"
+                    f"own: give it a rate, or set slimfit.freeze.lr_scale and embedding_lr_scale (and always_lr_scale, if "
+                    "it is set) to 1"
                 )
             self._split.append(
                 [{**group, "params": part, "lr": group["lr"] * factor} for factor, part in parts.items()]

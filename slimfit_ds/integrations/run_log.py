@@ -54,6 +54,7 @@ class RunLog(TrainerCallback):
         }
         if self._schedule is not None:
             active = self._schedule.active_names
+            self._line["lr_scale"] = self._schedule.lr_scale
             self._line["active_layers"] = [name for name in self._schedule.names if name in active]
         self._started = time.perf_counter()
 

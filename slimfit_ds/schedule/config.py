@@ -59,12 +59,6 @@ def _budget(value: Any) -> Any:
     return value
 
 
-def _lr_scale(value: Any) -> Any:
-    if value == "auto":
-        raise ValueError("'auto' is gone: give a number, 1.0 is the optimizer's own rate")
-    return value
-
-
 class FreezeConfig(StrictModel):
     """Which parts of the model train at each step."""
 
@@ -95,21 +89,20 @@ class FreezeConfig(StrictModel):
         "width), or parameters",
     )
     interval: int = Field(1, ge=1, description="choose new units every this many optimizer steps")
-    lr_scale: Annotated[float, BeforeValidator(_lr_scale)] = Field(
-        1.0,
-        gt=0,
-        description="factor of the learning rate of narrow units and of units that a policy chooses",
+    lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="factor of the learning rate of narrow units and of units that a policy chooses; auto: all columns "
+        "of a layer over trained ones, so that the rate of full fine-tuning is the right one",
     )
-    always_lr_scale: float = Field(
-        1.0,
-        gt=0,
+    always_lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
         description="factor of the learning rate of what trains whole at every step: biases, always_active layers, and "
-        "beside narrow units the norms and the head",
+        "beside narrow units the norms and the head; auto: that of the narrow units, as long as lr_scale is auto",
     )
     embedding_lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
-        description="factor of the learning rate of the word embedding's trained columns; auto: the square root of all "
-        "columns over trained ones, so that a vector moves as far as if all of it trained",
+        description="factor of the learning rate of the word embedding's trained columns, beside lr_scale; auto: the "
+        "square root of all columns over trained ones, so that a vector moves as far as if all of it trained",
     )
     always_active: tuple[str, ...] = Field((), description="globs of layers that train whole at every step")
     never_active: tuple[str, ...] = Field((), description="globs of layers that never train")

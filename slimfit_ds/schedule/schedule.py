@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -163,12 +165,30 @@ class FreezeSchedule:
         """Steps in a row, up to the coming one, in which a unit did not train."""
         return self.step - self._last[unit] - 1
 
+    @cached_property
+    def lr_scale(self) -> float:
+        """Factor of the learning rate of narrow units.
+
+        `auto`: a layer of which k of n input columns train changes its output by k/n of what the same step of all columns
+        would do, whether the optimizer's step has the size of the gradient (SGD) or of the rate (Adam). n/k makes up for
+        it. k is the same in all layers, n is taken as most of them have it. One factor for all, as in the runs that
+        docs/fidelity.md compares: the rates of narrow layers and of what trains whole beside them were not searched
+        apart.
+        """
+        if self.config.lr_scale != "auto":
+            return self.config.lr_scale
+        counts = Counter(unit.width for unit in self.units if is_part(unit.name))
+        return 1 / max(counts, key=lambda width: (counts[width], width)) if counts else 1.0
+
     def lr_factors(self) -> dict[int | None, float]:
         """What the learning rate of each active unit, and of small parameters (None), is multiplied by."""
         config = self.config
-        factors: dict[int | None, float] = {None: config.always_lr_scale}
+        always = config.always_lr_scale
+        if always == "auto":
+            always = self.lr_scale if config.lr_scale == "auto" else 1.0
+        factors: dict[int | None, float] = {None: always}
         for i in self.active:
-            factors[i] = config.always_lr_scale if i in self._always else config.lr_scale
+            factors[i] = always if i in self._always else self.lr_scale
             if self.units[i].kind == "embedding" and is_part(self.names[i]):
                 # auto: the step of a vector has the norm that it would have if all of its places trained.
                 scale = config.embedding_lr_scale

@@ -247,6 +247,31 @@ def schedule_of(model: nn.Module, **values) -> FreezeSchedule:
     return FreezeSchedule(discover(model), config)
 
 
+@pytest.mark.parametrize("policy", ["static", "ils"])
+def test_the_rate_of_full_fine_tuning_is_multiplied_by_columns_over_trained_ones(policy):
+    block = {"policy": policy, "rate": 0.8} | ({"width": 0.2} if policy == "ils" else {})
+    model = Net()
+    schedule = schedule_of(model, **block)
+    count = model.blocks[0]["up"].split.count
+    assert count < 20
+    assert set(schedule.lr_factors().values()) == {1 / (count / 40)}
+    # A number is taken as it stands, and then what trains whole has the optimizer's own rate.
+    given = schedule_of(Net(), **block, lr_scale=3.0).lr_factors()
+    whole = {i for i, unit in enumerate(schedule.units) if unit.width == 1} | {None}
+    assert {given[i] for i in given.keys() - whole} == {3.0}
+    assert {given[i] for i in given.keys() & whole} == {1.0}
+
+
+def test_layers_of_another_input_width_take_the_factor_of_the_others():
+    model = Net()
+    for block in model.blocks:
+        block["down"] = nn.Linear(160, 40)
+    schedule = schedule_of(model, policy="static", rate=0.8)
+    up, down = (model.blocks[0][name].split.count for name in ("up", "down"))
+    assert up == down
+    assert set(schedule.lr_factors().values()) == {1 / (up / 40)}
+
+
 @pytest.mark.parametrize("budget", ["layers", "parameters"])
 @pytest.mark.parametrize("policy", ["ils", "random", "lisa", "badam", "far", "bsr"])
 def test_policies_choose_among_narrow_units(policy, budget):
