@@ -231,7 +231,6 @@ TABLE: tuple[Name, ...] = (
         ".get_full_hp_grad",
         ".set_full_hp_param",
         ".set_full_hp_grad",
-        "._z3_optimizer",
     ),
     *_names(
         "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
@@ -245,6 +244,7 @@ TABLE: tuple[Name, ...] = (
         "set_local_grad_for_param(self, value, param)",
         "get_local_fp32_param(self, param, optim_state_key)",
         "set_local_hp_param(self, value, param, optim_state_key)",
+        "get_hp_param_device(self, param, optim_state_key)",
         "update_fp32_grad_for_param_vectorized(self, update_func, param_list)",
         "refresh_fp32_params(self)",
     ),

@@ -14,6 +14,7 @@ PROGRAMS = [
     "estimate_vs_measured",
     "engine_vs_stock",
     "ddp_freezing",
+    "deepspeed_tests",
     "scaling",
     "step_time_vs_full",
     "tables",
