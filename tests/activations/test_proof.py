@@ -114,6 +114,16 @@ def test_hooks_of_users_do_not_see_the_proof():
     assert seen[0] == seen[1]
 
 
+def test_dropout_with_masks_of_its_own_is_proven_with_those_of_torch(monkeypatch):
+    """As on a GPU, where `philox` draws others; without its kernel it would leave nothing but noise here."""
+    monkeypatch.setattr("slimfit_ds.activations.ops.dropout.has_fused_kernels", lambda x: True)
+    monkeypatch.setattr("slimfit_ds.activations.ops.dropout.backend_of", lambda x: "none")
+    model = build("bert")
+    handle = slim(model, "balanced")
+    model(**batch_for("bert"))
+    assert handle.proof.failures == []
+
+
 # ---------------------------------------------------------------- what is wrong in a model
 
 
@@ -525,6 +535,39 @@ def test_left_padding_under_eager_attention_has_finite_gradients(preset):
     _, expected = gradients(model, batch)
     slim(model, preset)
     assert relative_error(gradients(model, batch)[1], expected) < 0.1
+
+
+def test_biases_of_batch_times_heads_rows_are_not_cut():
+    config = hf.BloomConfig(
+        vocab_size=60, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.0, attention_dropout=0.0
+    )
+    model = hf.BloomForCausalLM(config).train()
+    ids = torch.randint(3, 60, (6, 8))
+    loss, expected = gradients(model, {"input_ids": ids, "labels": ids})
+    handle = slim(model, "minimal", chunk_tokens=16)
+    found_loss, found = gradients(model, {"input_ids": ids, "labels": ids})
+    assert {(f.module, f.check) for f in handle.proof.failures} == {("transformer.h.0", "rows")}
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, expected) < 0.03
+
+
+@pytest.mark.parametrize("preset", ["balanced", "minimal"])
+def test_blocks_with_norms_of_an_unknown_kind_train(preset):
+    config = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    torch.manual_seed(0)
+    model = hf.ResNetForImageClassification(config).train()
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.arange(4) % 3}
+    before = copy.deepcopy(model.state_dict())
+    loss, expected = gradients(model, batch)
+    after = copy.deepcopy(model.state_dict())
+    model.load_state_dict(before)
+    slim(model, preset)
+    found_loss, found = gradients(model, batch)
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, expected) < 0.1
+    assert all(torch.equal(model.state_dict()[n], v) for n, v in after.items())
 
 
 def test_public_checkpoint_is_not_asked_to_prove_anything():

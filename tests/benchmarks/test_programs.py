@@ -23,6 +23,7 @@ PROGRAMS = [
     "codec_speed",
     "gradient_error",
     "held_out_loss",
+    "proof_cost",
     "step_time",
     "study",
     "summary",
@@ -32,6 +33,12 @@ SMALL = [
     ("codec_error", "--numel 1280", ("codec", "rounding", "data"), None),
     ("codec_speed", "--device cpu --tokens 8 --hidden 64 --repeats 1", ("codec", "dtype", "device"), None),
     ("bytes", "--models DistilBERT --presets minimal", ("model", "preset"), 1),
+    (
+        "proof_cost",
+        "--models bert --presets minimal --hidden 32 --layers 1 --rows 2 --tokens 8 --steps 1",
+        ("model", "preset"),
+        1,
+    ),
     ("step_time", "--models llama --rows 1 --tokens 8 --steps 1", ("model", "method"), 7),
     (
         "step_time_vs_full",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from types import SimpleNamespace
 
@@ -76,6 +77,42 @@ def test_frozen_layers_do_not_move_and_have_no_gradient(stage):
         engine.step()
         for name, parameter in engine.module.named_parameters():
             assert torch.equal(parameter, before[name]) == (name in frozen), name
+
+
+class TokensFirst(nn.Module):
+    """Hidden states of [tokens, batch, width]: rows of their first dimension attend to each other."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(x).square().mean()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_proof_on_the_first_batch_comes_before_the_first_step(strict):
+    activations = {"preset": "minimal", "chunk_tokens": 8, "strict": strict}
+    engine, *_ = make({"freeze": {"policy": "none"}, "activations": activations}, TokensFirst())
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    plain = copy.deepcopy(engine.module.encoder.layers)
+    x = torch.randn(12, 2, 16)
+    loss = engine(x)
+    engine.backward(loss)
+    assert {(f.check, f.remedy) for f in engine.proof.failures} == {("rows", "not cut into chunks")}
+    if strict:
+        with pytest.raises(ConfigError, match=r"encoder\.layers\.1: rows"):
+            engine.step()
+        assert all(torch.equal(a, b) for a, b in zip(engine.module.parameters(), before, strict=True))
+        return
+    engine.step()
+    assert engine.proof.settled
+    engine.proof.remove()
+    engine.compression.remove()
+    for layer in plain.eval():
+        x = layer(x)
+    torch.testing.assert_close(loss, x.square().mean())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

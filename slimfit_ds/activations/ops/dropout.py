@@ -7,8 +7,10 @@ a mask of bytes on a GPU. Where that kernel does not run (on a CPU), it is `repl
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,24 @@ from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs.backend import backend_of, has_fused_kernels
 from slimfit_ds.activations.saved_tensors import SHARED, Payload, Rebuilt
 
-__all__ = ["philox_dropout", "replayed_dropout"]
+__all__ = ["masks_of_torch", "philox_dropout", "replayed_dropout"]
+
+
+class _Masks(threading.local):
+    of_torch = False
+
+
+_masks = _Masks()
+
+
+@contextlib.contextmanager
+def masks_of_torch() -> Iterator[None]:
+    """Let `philox_dropout` draw the masks that PyTorch draws, so that results can be compared with PyTorch's."""
+    before, _masks.of_torch = _masks.of_torch, True
+    try:
+        yield
+    finally:
+        _masks.of_torch = before
 
 
 def replayed_dropout(forward: Callable[[Tensor], Tensor], x: Tensor, p: float) -> Tensor:
@@ -102,7 +121,7 @@ def philox_dropout(forward: Callable[[Tensor], Tensor], x: Tensor, p: float) -> 
         x: any shape.
         p: the probability of a zero.
     """
-    if not (x.is_contiguous() and 0 < p < 1 and has_fused_kernels(x)):
+    if _masks.of_torch or not (x.is_contiguous() and 0 < p < 1 and has_fused_kernels(x)):
         return replayed_dropout(forward, x, p)
     if backend_of(x) == "none":
         return _Philox.apply(x, p, 0, 0)
