@@ -3,7 +3,7 @@
 Before a part (a block, or a changed module outside of the blocks) runs in training for the first time, it runs twice more: as it is,
 and as it was changed. Results, gradients, buffers and caches must agree. What does not agree is left as it is for the whole run, and
 a line says so. Whether rows of the batch may be cut into chunks is tried where a function is about to be cut for the first time
-(`checkpoint` asks). One part at a time is kept uncompressed, for about as many tokens as a chunk has.
+(`checkpoint` asks). One part at a time is kept uncompressed, for some rows of the batch.
 """
 
 from __future__ import annotations

@@ -61,20 +61,27 @@ class Outcome:
 
 
 class Arguments:
-    """Arguments of a module's forward, of which copies are made: for some rows of the batch, about `tokens` tokens.
+    """Arguments of a module's forward, of which copies are made: of some rows of the batch, spread over it.
+
+    An eighth of the rows, but two at least and about `tokens` tokens at most: what is kept of a block uncompressed must be little
+    beside what the run keeps of all blocks.
 
     Attributes:
         tensors: of the whole batch.
-        share: of the rows in the copies.
     """
 
     def __init__(self, args: tuple, kwargs: dict[str, Any], tokens: int):
         self._leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
         self.tensors: list[Tensor] = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        hidden = next((t for t in self.tensors if t.is_floating_point() and t.dim() > 2 and t.numel()), None)
+        if hidden is not None:
+            batch, of_row = hidden.shape[0], hidden[0].numel() // hidden.shape[-1]
+            tokens = min(tokens, max(2, batch // 8) * of_row)
         self._plan = plan_chunks(self.tensors, tokens)
 
     @property
     def share(self) -> float:
+        """Of the rows that are in the copies."""
         start, stop = self._plan.bounds[0]
         return (stop - start) / self._plan.batch
 
@@ -86,13 +93,19 @@ class Arguments:
         """Copy the whole batch from now on."""
         self._plan = self._plan.undivided()
 
+    def _part(self, tensor: Tensor, divided: bool) -> Tensor:
+        if not divided:
+            return tensor.detach().clone()
+        rows = torch.linspace(0, self._plan.batch - 1, self._plan.bounds[0][1]).long()
+        return tensor.detach()[rows.to(tensor.device)]
+
     def copies(self) -> tuple[tuple, dict[str, Any], list[Tensor], list[Any]]:
         """Return arguments and keyword arguments, the leaves among them that want a gradient, and copies of caches."""
         fresh: dict[int, Tensor] = {}
         wanting: list[Tensor] = []
-        for whole, part in zip(self.tensors, self._plan.slice(self.tensors, 0), strict=True):
+        for whole, divided in zip(self.tensors, self._plan.divided, strict=True):
             if id(whole) not in fresh:
-                leaf = part.detach().clone()
+                leaf = self._part(whole, divided)
                 if whole.requires_grad:
                     wanting.append(leaf.requires_grad_())
                 # No leaf: the part may write into it.

@@ -115,9 +115,15 @@ def test_hooks_of_users_do_not_see_the_proof():
 
 
 def test_dropout_with_masks_of_its_own_is_proven_with_those_of_torch(monkeypatch):
-    """As on a GPU, where `philox` draws others; without its kernel it would leave nothing but noise here."""
-    monkeypatch.setattr("slimfit_ds.activations.ops.dropout.has_fused_kernels", lambda x: True)
-    monkeypatch.setattr("slimfit_ds.activations.ops.dropout.backend_of", lambda x: "none")
+    """As on a GPU, where the kernel of `philox` draws others."""
+
+    def other_mask(values: Tensor, p: float, seed: int, first: int) -> Tensor:
+        random = torch.Generator().manual_seed(first)
+        return values * (torch.rand(values.shape, generator=random) >= p) / (1 - p)
+
+    for name, stand_in in (("has_fused_kernels", lambda x: True), ("backend_of", lambda x: "none")):
+        monkeypatch.setattr(f"slimfit_ds.activations.ops.dropout.{name}", stand_in)
+    monkeypatch.setattr("slimfit_ds.activations.ops.dropout._masked", other_mask)
     model = build("bert")
     handle = slim(model, "balanced")
     model(**batch_for("bert"))
