@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+_FEW = 256
+"""Tokens of which fewer say little: a rounded ReLU input near zero weighs much among few."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a part gave.
@@ -63,7 +67,7 @@ class Outcome:
 class Arguments:
     """Arguments of a module's forward, of which copies are made: of some rows of the batch, spread over it.
 
-    An eighth of the rows, but two at least and about `tokens` tokens at most: what is kept of a block uncompressed must be little
+    An eighth of the rows, but two and about 256 tokens at least, and about `tokens` tokens at most: what is kept of a block uncompressed must be little
     beside what the run keeps of all blocks.
 
     Attributes:
@@ -75,8 +79,8 @@ class Arguments:
         self.tensors: list[Tensor] = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         hidden = next((t for t in self.tensors if t.is_floating_point() and t.dim() > 2 and t.numel()), None)
         if hidden is not None:
-            batch, of_row = hidden.shape[0], hidden[0].numel() // hidden.shape[-1]
-            tokens = min(tokens, max(2, batch // 8) * of_row)
+            whole = hidden.numel() // hidden.shape[-1]
+            tokens = min(tokens, max(2 * whole // hidden.shape[0], whole // 8, _FEW))
         self._plan = plan_chunks(self.tensors, tokens)
 
     @property
