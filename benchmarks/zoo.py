@@ -53,8 +53,12 @@ def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tens
     model.zero_grad(set_to_none=True)
     torch.manual_seed(2)
     np.random.seed(2)  # noqa: NPY002 (wav2vec2 and others draw their masks from it)
+    # Running statistics, which training changes.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     loss = model(**batch).loss
     loss.backward()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -103,7 +107,7 @@ def try_setting(
 ) -> dict[str, Any]:
     """Return `verdict` and measurements of one setting; the model is given back as it was, or the verdict says so."""
     loss, gradients = plain
-    weights = {n: t.clone() for n, t in model.state_dict().items()}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = state_of(model)
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught, _logged() as logged:
@@ -134,7 +138,7 @@ def try_setting(
     # A parameter whose gradient is zero for plain PyTorch may as well have none.
     lost = [n for n, g in expected.items() if n not in found and float(g.abs().max()) > 0]
     after = state_of(model)
-    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, weights[n])]
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, weights[n])]
     wrong = []
     if float(row["loss_error"]) > 1e-4:
         wrong.append("another loss")
