@@ -137,7 +137,8 @@ def _encode_rows(x: Tensor, kind: NormKind, codec: Codec) -> tuple[Encoded, Tens
         values, deviations[index] = kind.statistics(rows[slice(*parts[index])])
         return values
 
-    encoded = codec.encode_parts(x_hat, len(parts), x.shape)
+    # Of four dimensions codecs take the second one for heads; of a map [batch, height, width, hidden] it is not.
+    encoded = codec.encode_parts(x_hat, len(parts), x.shape if x.dim() < 4 else rows.shape)
     rstd = deviations[0] if len(parts) == 1 else torch.cat([deviations[i] for i in range(len(parts))])
     return encoded, rstd.view(*x.shape[:-1], 1)
 
@@ -194,8 +195,8 @@ def _output(
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
         if len(parts) == 1:
-            return y.to(dtype).view(encoded.shape)
-        whole = torch.empty(encoded.shape, dtype=dtype, device=y.device) if whole is None else whole
+            return y.to(dtype).view(stored.shape)
+        whole = torch.empty(stored.shape, dtype=dtype, device=y.device) if whole is None else whole
         whole.view(-1, width)[start:stop] = y
     assert whole is not None
     return whole

@@ -151,6 +151,17 @@ def test_the_output_can_be_computed_again_from_what_is_stored(codec, monkeypatch
     assert SHARED.find_rebuilt(y) is None
 
 
+def test_a_map_of_four_dimensions_has_no_heads():
+    """ConvNext normalises [batch, height, width, hidden]; codecs know [batch, heads, tokens, width] by four dimensions."""
+    module, kind, _ = module_and_input("layer", torch.float32)
+    x = torch.randn(2, H, 3, 5).permute(0, 2, 3, 1).requires_grad_()
+    y = compressed_norm(module, x, module.weight, module.bias, kind, get_codec("int8_channel"), share=True)
+    torch.testing.assert_close(SHARED.find_rebuilt(y).decode(), y.detach(), rtol=0, atol=0.1)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    (expected,) = torch.autograd.grad(module(x).square().sum(), x)
+    assert (dx - expected).norm() < 0.1 * expected.norm()
+
+
 def test_at_most_a_part_is_there_in_fp32():
     """The peak of forward and backward beside bf16 input, output and gradients is a few parts, not four fp32 copies."""
     from slimfit_ds.memory.tracker import MemoryTracker
