@@ -28,6 +28,7 @@ PROGRAMS = (
     "bytes",
     "held_out_loss",
     "summary",
+    "zoo",
 )
 
 

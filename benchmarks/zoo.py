@@ -239,33 +239,40 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+_VERDICTS = ("agrees", "falls back", "refused", "error", "wrong")
+
+
 def tables() -> dict[str, str]:
     """Return the tables of the documents by mark."""
-    rows = STUDY.rows()
-    built = [row for row in rows if row["verdict"] != "not built"]
-    verdicts = ("agrees", "falls back", "refused", "error", "wrong")
-    count = Counter((row["setting"], row["verdict"]) for row in built)
-    summary = [[f"`{name}`", *(count[name, verdict] for verdict in verdicts)] for name in SETTINGS]
-    kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
+    built = [row for row in STUDY.rows() if row["verdict"] != "not built"]
+    lines = []
+    for proof in ("off", "on"):
+        for name in SETTINGS:
+            verdicts = Counter(r["verdict"] for r in built if (r["setting"], r["proof"]) == (name, proof))
+            lines.append([proof, f"`{name}`", sum(verdicts.values()), *(verdicts[v] for v in _VERDICTS)])
+    kinds: dict[tuple[str, str, str], list[str]] = {}
     for row in built:
         if row["verdict"] != "agrees":
-            reason = re.sub(r"\b[\w]+(\.[\w*]+)+|\b[A-Z]\w+[A-Z]\w*|[-+.e\d]*\d", "...", row["reason"] or "")
-            kinds.setdefault((row["verdict"], reason), {}).setdefault(row["type"], []).append(row["setting"])
+            kinds.setdefault((row["proof"], row["verdict"], _kind(row["reason"] or "")), []).append(
+                f"{row['type']} ({row['setting']})"
+            )
     details = [
-        [
-            verdict,
-            reason.replace("|", "\\|"),
-            len(of),
-            ", ".join(list(of)[:6]) + (" ..." if len(of) > 6 else ""),
-        ]
-        for (verdict, reason), of in sorted(
-            kinds.items(), key=lambda item: (verdicts.index(item[0][0]), -len(item[1]))
-        )
+        [*key, len(of), ", ".join(of[:5]) + (", ..." if len(of) > 5 else "")]
+        for key, of in sorted(kinds.items(), key=lambda kind: (kind[0][0], _VERDICTS.index(kind[0][1]), kind[0][2]))
     ]
     return {
-        "zoo": markdown(["setting", *verdicts], summary),
-        "zoo-reasons": markdown(["", "why", "types", "such as"], details),
+        "zoo": markdown(["proof", "setting", "types", *_VERDICTS], lines),
+        "zoo-reasons": markdown(["proof", "verdict", "why", "cells", "such as"], details),
     }
+
+
+def _kind(reason: str) -> str:
+    """Return what a line says without names and numbers, which differ from model to model."""
+    first = reason.removeprefix("proof on the first batch: ").split("; proof on")[0]
+    found = re.match(r"\S+: (rows|gradient|forward|buffers|caches|read)\b.*?(; [a-z ]+)?(\(|$)", first)
+    if found:
+        return f"proof: {found[1]}{(found[2] or '').rstrip()}"
+    return re.sub(r"\S+[._]\S+|\d\S*", "...", first.partition(":")[0]).replace("|", "")
 
 
 def main() -> int:
