@@ -258,7 +258,9 @@ def tables() -> dict[str, str]:
             )
     details = [
         [*key, len(of), ", ".join(of[:5]) + (", ..." if len(of) > 5 else "")]
-        for key, of in sorted(kinds.items(), key=lambda kind: (kind[0][0], _VERDICTS.index(kind[0][1]), kind[0][2]))
+        for key, of in sorted(
+            kinds.items(), key=lambda kind: (kind[0][0], _VERDICTS.index(kind[0][1]), kind[0][2])
+        )
     ]
     return {
         "zoo": markdown(["proof", "setting", "types", *_VERDICTS], lines),
@@ -272,7 +274,8 @@ def _kind(reason: str) -> str:
     found = re.match(r"\S+: (rows|gradient|forward|buffers|caches|read)\b.*?(; [a-z ]+)?(\(|$)", first)
     if found:
         return f"proof: {found[1]}{(found[2] or '').rstrip()}"
-    return re.sub(r"\S+[._]\S+|\d\S*", "...", first.partition(":")[0]).replace("|", "")
+    words = first.removeprefix("slimfit.freeze: ").partition(":")[0]
+    return re.sub(r"\S+[._]\S+|\d\S*", "...", words).replace("|", "")
 
 
 def main() -> int:
