@@ -20,6 +20,7 @@ from slimfit_ds.activations.config import ActivationsConfig
 from slimfit_ds.errors import ConfigError, StrictModel, describe_validation_error, parse_bytes
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.schedule.config import FreezeConfig
+from slimfit_ds.streaming.config import FrozenWeightsConfig
 
 __all__ = ["SlimFitConfig"]
 
@@ -34,6 +35,7 @@ class SlimFitConfig(StrictModel):
     freeze: FreezeConfig = FreezeConfig()
     activations: ActivationsConfig = ActivationsConfig()
     optimizer_states: OptimizerStatesConfig = OptimizerStatesConfig()
+    frozen_weights: FrozenWeightsConfig = FrozenWeightsConfig()
     memory_budget: Annotated[int | Literal["auto"] | None, BeforeValidator(_budget)] = Field(
         None, description="bytes per device (24GB, 24GiB), or auto: what the device has free"
     )

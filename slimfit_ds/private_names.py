@@ -128,6 +128,7 @@ TABLE: tuple[Name, ...] = (
         "_configure_zero_optimizer(self, optimizer)",
         "_do_optimizer_sanity_check(self, basic_optimizer)",
         "_scheduler_from_config(self, optimizer)",
+        "_broadcast_model(self)",
         "_take_model_step(self, lr_kwargs)",
         "allreduce_gradients(self, bucket_size)",
         "clip_fp32_gradients(self)",
@@ -312,14 +313,25 @@ TABLE: tuple[Name, ...] = (
         "torch._C._autograd", "activations", "compressed blocks do not find their graph", "_get_sequence_nr"
     ),
     *_names(
-        "torch._C._autograd", "activations", "hooks of others are lost", "_top_saved_tensors_default_hooks"
+        "torch._C._autograd",
+        "activations streaming",
+        "hooks of others are lost",
+        "_top_saved_tensors_default_hooks",
     ),
     *_names(
         "torch._C:_FunctionBase", "activations", "compressed blocks do not find their graph", "_sequence_nr"
     ),
-    *_names("torch._C", "memory", "phases of a step are told apart wrongly", "_current_graph_task_id"),
     *_names(
-        "torch:Tensor", "activations trainable", "a changed tensor is taken for the kept one", "_version"
+        "torch._C",
+        "memory streaming",
+        "phases of a step are told apart wrongly, streamed blocks come in the wrong order",
+        "_current_graph_task_id",
+    ),
+    *_names(
+        "torch:Tensor",
+        "activations streaming trainable",
+        "a changed tensor is taken for the kept one",
+        "_version",
     ),
     *_names("torch:Tensor", "memory", "views are counted twice", "_base"),
     *_names(
@@ -354,6 +366,7 @@ TABLE: tuple[Name, ...] = (
     ),
     *_names("torch.nn.modules.module", "activations", "compiled blocks keep stale weights", "._parameters"),
     *_names("torch.nn:Module", "planner", "`plan` allocates real memory", "_apply(self, fn, recurse)"),
+    *_names("torch.nn:Module", "streaming", "`model.to` moves streamed weights", "_apply(self, fn, recurse)"),
     *_names("torch.nn.modules.conv", "trainable", "an AttributeError", "_ConvNd"),
     *_names("torch.nn.modules.dropout", "activations", "an ImportError", "_DropoutNd"),
     *_names(

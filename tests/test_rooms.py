@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "slimfit_ds"
 FLOORS = (
     {"errors", "files", "environment", "private_names", "report", "memory"},
     {"trainable", "optim"},
-    {"schedule", "activations"},
+    {"schedule", "activations", "streaming"},
     {"config"},
     {"engine"},
     {"integrations", "tasks"},

@@ -99,6 +99,11 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         "slimfit.activations.compile is true under ZeRO stage 3, whose hooks gather the weights of each module: "
         "set it to false, or use stage 1 or 2",
     )
+    refuse(
+        zero3 and slim.frozen_weights.live == "host",
+        "slimfit.frozen_weights.live 'host' under ZeRO stage 3, which cuts the weights over the ranks: use stage 0, 1 or 2, "
+        "or zero_optimization.offload_param",
+    )
     hpz = _get(config, "zero_optimization", "zero_hpz_partition_size") or 1
     refuse(
         hpz > 1,

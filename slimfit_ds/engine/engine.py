@@ -23,6 +23,7 @@ from slimfit_ds.engine.zero3_linear import ScopedLinear
 from slimfit_ds.engine.zero12 import FreezeZeroOptimizer
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.split import column_places, fill_columns
 from slimfit_ds.trainable.units import discover
 
@@ -147,6 +148,17 @@ class SlimFitEngine(DeepSpeedEngine):
         if self._linear is not None:
             self._linear.leave()
         super().destroy()
+
+    def _broadcast_model(self):
+        """Weights that live on the host travel through the device, block by block."""
+        streaming = streaming_of(self.module)
+        if streaming is None:
+            return super()._broadcast_model()
+        with streaming.hidden():
+            super()._broadcast_model()
+        group = self.seq_data_parallel_group
+        first = dist.get_global_rank(group, 0)
+        return streaming.send(lambda memory: dist.broadcast(memory, first, group=group))
 
     def _scheduler_from_config(self, optimizer):
         """Schedulers of torch want a torch optimizer; it holds the same parameter groups."""

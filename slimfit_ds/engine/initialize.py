@@ -17,6 +17,7 @@ from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.engine.processes import end_after_gloo
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.schedule import freeze_problems, prepare_units
+from slimfit_ds.streaming.streaming import stream, streaming_problems
 from slimfit_ds.trainable.split import adopt_columns
 
 __all__ = ["initialize", "read_config", "setting_problems"]
@@ -106,6 +107,7 @@ def initialize(
 
     private_names.check()
     prepare_units(model, slim.freeze, whole)
+    stream(model, slim.frozen_weights)
     arguments["model_parameters"] = _with_columns(model, arguments.get("model_parameters"))
     adopt_columns(model, getattr(arguments.get("optimizer"), "param_groups", ()))
     # DeepSpeed has no hook for the class of its engine; it looks the name up when it is called.
@@ -127,7 +129,10 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list
         return error.problems + config_problems(config, SlimFitConfig(), model)
     problems = config_problems(config, slim, model)
     problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
-    return problems + freeze_problems(model, slim.freeze)
+    problems += freeze_problems(model, slim.freeze)
+    return problems + streaming_problems(
+        model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile
+    )
 
 
 def _with_columns(model: nn.Module, parameters: Any) -> Any:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.split import column_places, fill_columns
 
 __all__ = ["check_names", "gather", "save_pretrained", "scatter", "stored_bytes", "whole"]
@@ -68,11 +69,16 @@ def scatter(module: nn.Module, read: Callable[[str], Tensor], names: Container[s
                 continue
             with whole(tensor, writes=True):
                 if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
-                    tensor.data.copy_(read(name))
+                    tensor.copy_(read(name))
 
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of weights that this rank holds on its device: whole ones, and with ZeRO 3 its stretches."""
+    streaming = streaming_of(module)
+    on_host, buffers = set(), 0
+    if streaming is not None:
+        on_host = {tensor.untyped_storage().data_ptr() for tensor in streaming.host_tensors}
+        buffers = sum(tensor.nbytes for tensor in streaming.device_tensors)
     held: dict[int, int] = {}
     for parameter in module.parameters():
         stretch = getattr(parameter, "ds_tensor", None)
@@ -80,7 +86,7 @@ def stored_bytes(module: nn.Module) -> int:
             if tensor.device.type == get_accelerator().device_name():
                 storage = tensor.untyped_storage()
                 held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
+    return sum(size for storage, size in held.items() if storage not in on_host) + buffers
 
 
 def check_names(module: nn.Module, saved: set[str]) -> None:

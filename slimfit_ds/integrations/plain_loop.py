@@ -18,6 +18,7 @@ from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
 from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
 from slimfit_ds.schedule.statistics import of_units, sum_of_move
+from slimfit_ds.streaming.streaming import Streaming, stream, streaming_problems
 from slimfit_ds.trainable.split import SplitModule, adopt_columns, column_places, unsplit_columns
 from slimfit_ds.trainable.units import COLUMNS, discover
 
@@ -76,10 +77,16 @@ class SlimHandle:
         compression: the compressed activations; its `report()` says what was recognised.
         proof: compares changed blocks with themselves unchanged on the first batch; `None`: switched off.
         trainable: every parameter that may train at some step, by name.
+        streaming: the blocks whose frozen weights live on the host; None: none do.
     """
 
     def __init__(self, model: nn.Module, config: SlimFitConfig):
         self._model = model
+        problems = streaming_problems(
+            model, config.frozen_weights, config.freeze.splits, config.activations.compile
+        )
+        if problems:
+            raise ConfigError(problems)
         self._splits = prepare_units(model, config.freeze)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
@@ -91,6 +98,7 @@ class SlimHandle:
         self.schedule = FreezeSchedule(roles, config.freeze)
         self.schedule.warn_of_oversized()
         self.compression: CompressionHandle = compress(model, config.activations)
+        self.streaming: Streaming | None = stream(model, config.frozen_weights)
         # Freshly discovered layers all train.
         self._applied = frozenset(range(len(self._parameters)))
         inactive = config.optimizer_states.inactive
@@ -278,6 +286,8 @@ class SlimHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self.streaming is not None:
+            self.streaming.remove()
         for parameter in [*self._parameters, *self._small]:
             parameter.requires_grad_(True)
         if self.proof is not None:

@@ -17,6 +17,7 @@ from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
+from slimfit_ds.streaming.streaming import streaming_problems
 from slimfit_ds.trainable.new_words import warn_of_new_words
 
 __all__ = ["SlimFitCallback"]
@@ -101,6 +102,9 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         problems = _argument_problems(args, self.config)
         problems += [f"slimfit.{line}" for line in activation_problems(model, self.config.activations)]
         problems += freeze_problems(model, self.config.freeze)
+        problems += streaming_problems(
+            model, self.config.frozen_weights, self.config.freeze.splits, self.config.activations.compile
+        )
         if problems:
             raise ConfigError(problems)
 

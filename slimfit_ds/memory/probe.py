@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimfit_ds.memory.tracker import HOST, MemoryReport, MemoryTracker, Roots
+from slimfit_ds.memory.tracker import HOST, HOST_WEIGHTS, MemoryReport, MemoryTracker, Roots, training_device
 from slimfit_ds.memory.traffic import TrafficCounter
 
 __all__ = ["StepCost", "StepProbe"]
@@ -23,6 +23,7 @@ _HELD = (
     "gradients",
     "optimizer",
     HOST,
+    HOST_WEIGHTS,
     "saved_activations_dynamic",
     "saved_activations_static",
 )
@@ -77,7 +78,7 @@ class StepProbe:
             updates_on_host: the update works in host memory, so the phase `step` does not count for the peak.
         """
         self.model, self._updater, self._roots = model, updater, roots
-        self._device = torch.device(device or next(model.parameters()).device)
+        self._device = torch.device(device or training_device(model))
         self._traffic = traffic
         self._without = ("step",) if updates_on_host else ()
         self._open: ExitStack | None = None

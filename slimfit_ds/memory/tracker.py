@@ -14,11 +14,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from slimfit_ds.memory.saved import DYNAMIC, STATIC, SavedActivations, StorageLedger, plain_tensors
+from slimfit_ds.memory.saved import (
+    DYNAMIC,
+    STATIC,
+    SavedActivations,
+    StorageLedger,
+    plain_tensors,
+    storage_key,
+)
 
-__all__ = ["HOST", "KINDS", "MemoryReport", "MemoryTracker", "Roots", "optimizer_tensors"]
+__all__ = [
+    "HOST",
+    "HOST_WEIGHTS",
+    "KINDS",
+    "MemoryReport",
+    "MemoryTracker",
+    "Roots",
+    "optimizer_tensors",
+    "training_device",
+]
 
 HOST = "optimizer_host"
+HOST_WEIGHTS = "parameters_host"
+_HOST_KINDS = (HOST, HOST_WEIGHTS)
 KINDS = (
     "parameters",
     "gradients",
@@ -28,7 +46,7 @@ KINDS = (
     "communication",
     "working",
 )
-"""Kinds of bytes on the training device; `optimizer_host` is counted beside them."""
+"""Kinds of bytes on the training device; `optimizer_host` and `parameters_host` are counted beside them."""
 _WORKING = frozenset({"working"})
 
 Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
@@ -39,7 +57,7 @@ Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
 class MemoryReport:
     """Bytes of one training step on one rank.
 
-    `parameters` to `optimizer_host` are what was held at most at any time, each by itself; `at_peak` is what was
+    `parameters` to `working` are what was held at most at any time, each by itself; `at_peak` is what was
     held, by kind, at the moment when the sum over the device was largest.
     """
 
@@ -47,6 +65,7 @@ class MemoryReport:
     gradients: int = 0
     optimizer: int = 0
     optimizer_host: int = 0
+    parameters_host: int = 0
     saved_activations_dynamic: int = 0
     saved_activations_static: int = 0
     communication: int = 0
@@ -132,7 +151,7 @@ class MemoryTracker(TorchDispatchMode):
         unknown = sorted(set(self._roots) - set(KINDS) - {HOST})
         if unknown:
             raise ValueError(f"roots must be of the kinds {[*KINDS, HOST]}, got {unknown}")
-        self._device = torch.device(device or next(model.parameters()).device).type
+        self._device = torch.device(device or training_device(model)).type
         if snapshot is not None and self._device != "cuda":
             raise ValueError(
                 f"snapshot: torch's allocator records them on CUDA only, the model is on {self._device}"
@@ -142,12 +161,14 @@ class MemoryTracker(TorchDispatchMode):
         self._path = _ModulePath(model)
         self._saved = SavedActivations(model, on_save=self._on_save)
         self._phase: str | None = None
+        self._on_host: set[int] = set()
         self._highest: dict[str, int] = {}
         self._peaks: dict[str, _Peak] = {}
         self._was_forward = False
         self.timeline: list[tuple[str, str, dict[str, int]]] | None = [] if timeline else None
 
     def __enter__(self) -> MemoryTracker:
+        self._find_streamed()
         for tensor in [*self._model.parameters(), *self._model.buffers()]:
             self._put(tensor, "parameters")
         self._grad_handles = [
@@ -186,8 +207,18 @@ class MemoryTracker(TorchDispatchMode):
             self.sync()
             self._phase = before
 
+    def _find_streamed(self) -> None:
+        """Learn which memory of a CPU stands for the host's: that of frozen weights that take turns in buffers."""
+        for module in self._model.modules():
+            streaming = module.__dict__.get("slimfit_streaming")
+            if streaming is not None:
+                self._on_host = {storage_key(tensor) for tensor in streaming.host_tensors}
+                for tensor in streaming.device_tensors:
+                    self._put(tensor, "parameters")
+
     def sync(self) -> None:
         """Ask the model and the roots again which tensors are theirs."""
+        self._find_streamed()
         for parameter in self._model.parameters():
             self._put(parameter, "parameters")
             self._on_gradient(parameter)
@@ -205,7 +236,7 @@ class MemoryTracker(TorchDispatchMode):
         counted = [peak for phase, peak in self._peaks.items() if phase not in without_phases]
         peak = max(counted, key=lambda p: p.total, default=_Peak(0, {}, "", ""))
         return MemoryReport(
-            **{kind: self._highest.get(kind, 0) for kind in (*KINDS, HOST)},
+            **{kind: self._highest.get(kind, 0) for kind in (*KINDS, *_HOST_KINDS)},
             peak=peak.total,
             peak_phase=peak.phase,
             peak_module=peak.module,
@@ -232,8 +263,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _put(self, tensor: torch.Tensor, kind: str, only_from: frozenset[str] | None = None) -> None:
         for plain in plain_tensors(tensor):
-            if plain.device.type not in (self._device, "meta"):
-                self._ledger.put(plain, HOST)
+            if plain.device.type not in (self._device, "meta") or storage_key(plain) in self._on_host:
+                self._ledger.put(plain, HOST_WEIGHTS if kind == "parameters" else HOST)
             elif plain.device.type == self._device and plain.untyped_storage().nbytes():
                 self._ledger.put(plain, kind, only_from)
 
@@ -264,14 +295,21 @@ class MemoryTracker(TorchDispatchMode):
         for kind, size in live.items():
             if size > self._highest.get(kind, 0):
                 self._highest[kind] = size
-        device_total = self._ledger.total - live.get(HOST, 0)
+        device_total = self._ledger.total - sum(live.get(kind, 0) for kind in _HOST_KINDS)
         phase, module = self._where()
         highest = self._peaks.get(phase)
         if highest is None or device_total > highest.total:
-            held = {kind: size for kind, size in live.items() if size and kind != HOST}
+            held = {kind: size for kind, size in live.items() if size and kind not in _HOST_KINDS}
             self._peaks[phase] = _Peak(device_total, held, phase, module)
         if self.timeline is not None:
             self.timeline.append((phase, module, dict(live)))
+
+
+def training_device(model: nn.Module) -> torch.device:
+    """Return where a model computes: its first parameter may be one whose data lives on the host."""
+    streamed = (module.__dict__.get("slimfit_streaming") for module in model.modules())
+    found = next((each.device for each in streamed if each is not None), None)
+    return found or next(model.parameters()).device
 
 
 class _ModulePath:

@@ -209,7 +209,14 @@ class _Plan:
         report = estimate.report
         if report is None:
             return PlanRow(label, None, error=estimate.error)
-        return PlanRow(label, report.peak, report.at_peak, report.optimizer_host, error, chosen=chosen)
+        return PlanRow(
+            label,
+            report.peak,
+            report.at_peak,
+            report.optimizer_host + report.parameters_host,
+            error,
+            chosen=chosen,
+        )
 
     def _others(self, parameters: int) -> list[PlanRow]:
         """Return rows of full fine-tuning, gradient checkpointing and LoRA."""

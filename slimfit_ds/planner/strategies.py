@@ -174,6 +174,12 @@ STRATEGIES: dict[str, Strategy] = {
         ),
         Strategy("slimfit", 1, slimfit={}, note="SlimFit"),
         *_presets(),
+        Strategy(
+            "streamed",
+            1,
+            slimfit={"activations": {"preset": "minimal"}, "frozen_weights": {"live": "host"}},
+            note="SlimFit minimal, frozen weights on host",
+        ),
     )
 }
 

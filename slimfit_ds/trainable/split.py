@@ -219,19 +219,20 @@ class _Product(torch.autograd.Function):
         layer: _SplitLinear,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.layer, ctx.x_dtype = layer, x.dtype
-        ctx.save_for_backward(kept, columns)
+        ctx.split, ctx.x_dtype = layer.split, x.dtype
+        # The parameter itself, never what it holds now: its data may come and go until backward.
+        ctx.save_for_backward(kept, columns, layer.frozen_weight)
         weight = layer.split.fill(layer.frozen_weight, columns).to(dtype)
         return _no_view(F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        kept, columns = ctx.saved_tensors
-        split = ctx.layer.split
+        kept, columns, weight = ctx.saved_tensors
+        split = ctx.split
         dx = d_columns = d_bias = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ split.fill(ctx.layer.frozen_weight, columns).to(dy.dtype)).to(ctx.x_dtype)
+            dx = (dy @ split.fill(weight, columns).to(dy.dtype)).to(ctx.x_dtype)
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[2]:
             kept = kept.reshape(-1, split.count)

@@ -1,0 +1,28 @@
+"""The `frozen_weights` block: where the weights live that never train."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from slimfit_ds.errors import StrictModel
+
+__all__ = ["FrozenWeightsConfig"]
+
+
+class FrozenWeightsConfig(StrictModel):
+    """Where the weights of the blocks live that never train."""
+
+    live: Literal["device", "host"] = Field(
+        "device",
+        description="host: blocks take turns in a few buffers of the device, into which they are copied in time",
+    )
+    resident: int = Field(
+        0,
+        ge=0,
+        description="with live: host, how many blocks (the last ones) stay on the device all the same",
+    )
+    buffers: int = Field(
+        2, ge=2, description="with live: host, how many blocks have room on the device at a time"
+    )

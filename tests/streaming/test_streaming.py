@@ -1,0 +1,345 @@
+"""Streamed training against resident training, bit for bit, with copies that are late and out of order."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import slimfit_ds
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.memory.tracker import MemoryTracker
+from slimfit_ds.streaming import streaming
+from slimfit_ds.streaming.copies import Copies
+
+HOST = {"frozen_weights": {"live": "host"}}
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 60,
+}
+DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 32}
+T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=8)),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2)
+    ),
+    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, pad_token_id=0, num_labels=3)),
+    "vit": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(**SIZES, image_size=16, patch_size=4, num_labels=3)
+    ),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)),
+}
+
+
+def build(name: str) -> nn.Module:
+    """A tiny model of four blocks (T5: two and two), with the dropout of its family."""
+    torch.manual_seed(0)
+    return MODELS[name]().train()
+
+
+def inputs(name: str, seed: int) -> dict[str, Tensor]:
+    """A batch of four, with padding and labels."""
+    random = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        return {"pixel_values": torch.randn(4, 3, 16, 16, generator=random), "labels": torch.arange(4) % 3}
+    ids = torch.randint(2, 60, (4, 10), generator=random)
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": torch.arange(4) % 3 if name == "bert" else ids,
+    }
+
+
+class LateCopies(Copies):
+    """Copies that spoil the buffer at once and arrive when they are waited for, not in the order of their start.
+
+    A stream may overwrite from the moment a copy is started: nothing that is still needed may stand there, and nobody
+    may hold a view of it.
+    """
+
+    started = 0
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._holders: dict[int, int] = {}
+
+    def start(self, target: Tensor, source: Tensor) -> int:
+        # A copy that nobody has waited for is overwritten in the stream's order.
+        self._pending.pop(target.data_ptr(), None)
+        storage = target.untyped_storage()
+        holders = torch._C._storage_Use_Count(storage._cdata)
+        assert holders == self._holders.setdefault(storage._cdata, holders), (
+            "a view of the buffer is still held"
+        )
+        target.fill_(255)  # NaN in every format
+        LateCopies.started += 1
+        self._pending[target.data_ptr()] = (target, source)
+        return target.data_ptr()
+
+    def wait(self, started: int | None) -> None:
+        if started is not None:
+            target, source = self._pending.pop(started)
+            target.copy_(source)
+
+
+@pytest.fixture
+def late(monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "Copies", LateCopies)
+    LateCopies.started = 0
+
+
+def train(
+    model: nn.Module,
+    name: str,
+    block: Mapping[str, Any],
+    steps: int = 10,
+    micro: int = 1,
+    between: Callable[[nn.Module, int], None] = lambda model, step: None,
+) -> list[dict[str, Tensor]]:
+    """Losses, gradients and weights of each step, by name."""
+    torch.manual_seed(1)
+    handle = slimfit_ds.slim(model, block)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    handle.follow(optimizer)
+    seen = []
+    for step in range(steps):
+        found: dict[str, Tensor] = {}
+        for part in range(micro):
+            loss = model(**inputs(name, seed=step * micro + part)).loss
+            loss.backward()
+            found[f"loss {part}"] = loss.detach().clone()
+        found |= {f"gradient {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        found |= {n: t.clone() for n, t in model.state_dict().items()}
+        seen.append(found)
+        between(model, step)
+    return seen
+
+
+def assert_equal_runs(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(found) == len(expected)
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+        assert not different, f"step {step}: {different[:4]}"
+
+
+CASES = [
+    ("llama", "exact"), ("llama", "balanced"), ("llama", "minimal"), ("llama", "ultra"),
+    ("qwen3", "minimal"), ("qwen3", "exact"), ("bert", "exact"), ("bert", "balanced"), ("bert", "minimal"),
+    ("vit", "balanced"), ("t5", "exact"), ("t5", "minimal"), ("mixtral", "exact"), ("mixtral", "minimal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "preset"), CASES)
+def test_streamed_is_resident_bit_for_bit(name, preset, late):
+    block = {"freeze": {"rate": 0.8}, "activations": {"preset": preset, "chunk_tokens": 20}}
+    micro = 2 if name in ("bert", "llama") else 1
+    expected = train(build(name), name, block, micro=micro)
+    found = train(build(name), name, {**block, **HOST}, micro=micro)
+    assert LateCopies.started > 10
+    assert_equal_runs(found, expected)
+
+
+def streamed(name: str = "llama", **more: Any) -> tuple[nn.Module, Any]:
+    model = build(name)
+    return model, slimfit_ds.slim(model, {"freeze": {"rate": 0.8}, **HOST, **more})
+
+
+def buffers_of(model: nn.Module) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in streaming.streaming_of(model).device_tensors}
+
+
+def test_a_choosing_policy_over_narrow_units_streams_too(late):
+    block = {"freeze": {"policy": "ils", "rate": 0.9, "width": 0.2}, "activations": "balanced"}
+    expected = train(build("llama"), "llama", block)
+    assert_equal_runs(train(build("llama"), "llama", {**block, **HOST}), expected)
+    assert LateCopies.started > 10
+
+
+def test_weights_that_the_user_froze_stream_under_any_policy(late):
+    """Plain frozen layers, whose weight autograd itself saves, also under torch's checkpointing."""
+
+    def frozen_base(checkpointing: bool) -> nn.Module:
+        model = build("llama")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q_proj" in name or "norm" in name)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    block = {"freeze": {"policy": "none"}}
+    for checkpointing in (False, True):
+        expected = train(frozen_base(checkpointing), "llama", block, steps=3)
+        assert_equal_runs(train(frozen_base(checkpointing), "llama", {**block, **HOST}, steps=3), expected)
+
+
+def test_what_happens_between_steps_is_right(late, tmp_path):
+    """Evaluation, generation, state dicts, saving, loading other weights, a backward pass from an old graph."""
+    block = {"freeze": {"rate": 0.8}, "activations": "exact"}
+    other = {n: t + 0.01 for n, t in build("llama").state_dict().items()}
+    seen: dict[str, list[Any]] = {"resident": [], "streamed": []}
+
+    def between(key: str) -> Callable[[nn.Module, int], None]:
+        def work(model: nn.Module, step: int) -> None:
+            model.eval()
+            with torch.no_grad():
+                ids = inputs("llama", 90 + step)["input_ids"]
+                seen[key].append(model(input_ids=ids).logits)
+                seen[key].append(model.generate(ids, max_new_tokens=3, do_sample=False))
+            model.train()
+            model.save_pretrained(tmp_path / key)
+            again = hf.LlamaForCausalLM.from_pretrained(tmp_path / key)
+            seen[key].append(torch.cat([t.flatten() for t in again.state_dict().values()]))
+            if step == 1:
+                model.load_state_dict(other)
+
+        return work
+
+    expected = train(build("llama"), "llama", block, steps=3, between=between("resident"))
+    found = train(build("llama"), "llama", {**block, **HOST}, steps=3, between=between("streamed"))
+    assert_equal_runs(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def test_a_backward_pass_may_come_late_and_twice(late):
+    def gradients(model: nn.Module) -> list[Tensor]:
+        first = model(**inputs("llama", 1)).loss
+        second = model(**inputs("llama", 2)).loss
+        first.backward(retain_graph=True)
+        second.backward()
+        first.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    resident = build("llama")
+    slimfit_ds.slim(resident, {"freeze": {"rate": 0.8}})
+    model, _ = streamed()
+    pairs = list(zip(gradients(model), gradients(resident), strict=True))
+    assert len(pairs) > 20
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weights_are_on_the_device_only_while_their_block_computes():
+    model, _ = streamed()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    weight, seen = model.model.layers[1].mlp.up_proj.weight, []
+
+    def look(*_: Any) -> None:
+        seen.append(weight.untyped_storage().data_ptr() in buffers_of(model))
+
+    model.model.layers[1].mlp.up_proj.register_forward_hook(look)
+    model(**inputs("llama", 0)).loss.backward()
+    assert seen == [True]
+    assert weight.untyped_storage().data_ptr() not in buffers_of(model)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_an_exception_in_a_block_leaves_everything_in_order(late):
+    model, _ = streamed()
+    expected = model(**inputs("llama", 0)).loss
+
+    def fail(*_: Any) -> None:
+        raise OSError("no")
+
+    handle = model.model.layers[2].mlp.act_fn.register_forward_hook(fail)
+    with pytest.raises(OSError, match="no"):
+        model(**inputs("llama", 0))
+    handle.remove()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert not any(p.untyped_storage().data_ptr() in buffers_of(model) for p in model.parameters())
+    assert torch.equal(model(**inputs("llama", 0)).loss, expected)
+
+
+def test_copies_pickles_casts_and_removal(late):
+    model, handle = streamed()
+    expected = model(**inputs("llama", 0)).loss
+    for plain in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert streaming.streaming_of(plain) is None
+        assert torch.equal(plain(**inputs("llama", 0)).loss, expected)
+        plain.to(torch.float64)
+        assert {p.dtype for p in plain.parameters()} == {torch.float64}
+    names = [name for name, _ in model.named_parameters()]
+    model.to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert [name for name, _ in model.named_parameters()] == names
+    reference = build("llama").to(torch.bfloat16)
+    loss = model(**inputs("llama", 0)).loss
+    assert torch.equal(loss, reference(**inputs("llama", 0)).loss)
+    handle.remove()
+    handle.remove()
+    with pytest.raises(
+        RuntimeError, match=r"put back \(remove\) between a forward pass and its backward pass"
+    ):
+        loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(storages)) == len(storages)
+    assert not any("_apply" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(**inputs("llama", 0)).loss, reference(**inputs("llama", 0)).loss)
+
+
+def test_resident_blocks_and_more_buffers(late):
+    expected = train(build("llama"), "llama", {"freeze": {"rate": 0.8}}, steps=3)
+    weights = {"live": "host", "resident": 1, "buffers": 3}
+    model = build("llama")
+    found = train(model, "llama", {"freeze": {"rate": 0.8}, "frozen_weights": weights}, steps=3)
+    assert_equal_runs(found, expected)
+    handle = streaming.streaming_of(model)
+    assert [len(handle.blocks), len(handle.buffers)] == [3, 3]
+
+
+def test_what_is_refused(monkeypatch):
+    def problems(block: Mapping[str, Any]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            slimfit_ds.slim(build("llama"), {**HOST, **block})
+        return str(caught.value)
+
+    assert "every layer of the blocks trains at some step" in problems({"freeze": {"policy": "ils"}})
+    assert "resident 4 leaves none of the 4 blocks" in problems(
+        {"frozen_weights": {"live": "host", "resident": 4}}
+    )
+    assert "buffers" in problems({"frozen_weights": {"live": "host", "buffers": 1}})
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert "4 blocks take 0.0 GiB of host memory" in problems({})
+    with torch.device("meta"):
+        model = MODELS["llama"]()
+    with pytest.raises(ConfigError, match="meta device have no values"):
+        slimfit_ds.slim(model, HOST)
+
+
+def test_the_tracker_tells_host_from_device():
+    """Of four equal blocks two are on the device at a time; what is saved is no weight."""
+    reports = []
+    for more in ({}, HOST):
+        model = build("llama")
+        slimfit_ds.slim(model, {"freeze": {"rate": 0.8}, "activations": "minimal", **more})
+        model(**inputs("llama", 0)).loss.backward()
+        model.zero_grad()
+        with MemoryTracker(model) as tracker:
+            model(**inputs("llama", 0)).loss.backward()
+        reports.append(tracker.report())
+    resident, away = reports
+    on_host = sum(t.nbytes for t in streaming.streaming_of(model).host_tensors)
+    assert resident.parameters_host == 0
+    assert away.parameters_host == on_host
+    assert resident.parameters - away.parameters == pytest.approx(on_host / 2, rel=0.01)
+    assert resident.peak - away.peak == resident.parameters - away.parameters
+    assert away.saved_activations == resident.saved_activations

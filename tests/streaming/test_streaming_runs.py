@@ -1,0 +1,140 @@
+"""Streamed weights under the engine, the Trainer and the planner, against the same runs with resident weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import slimfit_ds
+from slimfit_ds.errors import ConfigError
+from slimfit_ds.planner.simulate import estimate, measure
+from slimfit_ds.planner.strategies import Strategy
+from slimfit_ds.planner.workload import Workload
+from slimfit_ds.streaming.streaming import streaming_of
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+HOST = {"live": "host"}
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=60, num_key_value_heads=2)).train()
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(2, 60, (4, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def engine_of(stage: int, weights: dict[str, Any], dtype: str = "bf16", preset: str = "minimal") -> Any:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": None,
+        "slimfit": {"freeze": {"rate": 0.8}, "activations": preset, "frozen_weights": weights},
+    }
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    return slimfit_ds.initialize(model=llama(), config=config)[0]
+
+
+def steps(engine: Any, first: int, last: int) -> list[Tensor]:
+    """Losses, and after each step all weights in one tensor."""
+    seen = []
+    for step in range(first, last):
+        for part in range(2):
+            loss = engine(input_ids=ids(2 * step + part), labels=ids(2 * step + part)).loss
+            seen.append(loss.detach().clone())
+            engine.backward(loss)
+            engine.step()
+        seen.append(torch.cat([t.flatten().clone() for t in engine.module.state_dict().values()]))
+    return seen
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "preset"), [(0, "fp32", "exact"), (1, "bf16", "minimal"), (2, "bf16", "balanced")]
+)
+def test_the_engine_trains_the_same_and_goes_on_from_checkpoints(one_rank, tmp_path, stage, dtype, preset):
+    """A checkpoint of either is one of the other: both go on from that of the streamed run."""
+    resident, streamed = engine_of(stage, {}, dtype, preset), engine_of(stage, HOST, dtype, preset)
+    expected, found = steps(resident, 0, 3), steps(streamed, 0, 3)
+    assert_same(found, expected)
+    streaming = streaming_of(streamed.module)
+    on_host = sum(t.nbytes for t in streaming.host_tensors)
+    assert len(streaming.blocks) == 4
+    weights = [engine.memory_report()["parameters"] for engine in (resident, streamed)]
+    assert weights[0] - weights[1] == pytest.approx(on_host / 2, rel=0.05)
+    streamed.save_checkpoint(tmp_path / "checkpoint")
+    streamed.save_pretrained(tmp_path / "model")
+    saved = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=next(resident.module.parameters()).dtype
+    )
+    assert_same(list(saved.state_dict().values()), list(resident.module.state_dict().values()))
+    expected = steps(resident, 3, 5)
+    again = engine_of(stage, HOST, dtype, preset)
+    steps(again, 7, 8)  # its buffers hold weights that the checkpoint replaces
+    again.load_checkpoint(tmp_path / "checkpoint")
+    assert_same(steps(again, 3, 5), expected)
+
+
+def test_stage_3_is_refused(one_rank):
+    with pytest.raises(ConfigError, match=r"frozen_weights\.live 'host' under ZeRO stage 3"):
+        engine_of(3, HOST)
+
+
+def test_the_trainer_trains_the_same_and_resumes(tmp_path):
+    rows = [{"input_ids": ids(i)[0], "labels": ids(i)[0]} for i in range(32)]
+
+    def run(
+        folder: str, weights: dict[str, Any], steps: int, resume: str | None = None
+    ) -> tuple[dict, Trainer]:
+        arguments = TrainingArguments(
+            str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3,
+            train_sampling_strategy="sequential", report_to="none", disable_tqdm=True, use_cpu=True, eval_strategy="steps",
+            eval_steps=2, lr_scheduler_type="constant", dataloader_pin_memory=False,
+        )  # fmt: skip
+        block = {"freeze": {"rate": 0.8}, "activations": "minimal", "frozen_weights": weights}
+        callback = slimfit_ds.SlimFitCallback(block)
+        trainer = Trainer(llama(), arguments, train_dataset=rows, eval_dataset=rows[:8], callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict(), trainer
+
+    expected, resident = run("resident", {}, 6)
+    found, trainer = run("streamed", HOST, 6)
+    assert found.keys() == expected.keys()
+    assert_same(list(found.values()), list(expected.values()))
+    losses = [[row.get("eval_loss") for row in t.state.log_history] for t in (trainer, resident)]
+    assert losses[0] == losses[1]
+    assert any(losses[0])
+    assert streaming_of(trainer.model) is None
+    again, _ = run("again", HOST, 6, resume=str(tmp_path / "streamed" / "checkpoint-3"))
+    assert_same(list(again.values()), list(expected.values()))
+
+
+def test_the_plan_is_what_is_measured():
+    """The real step on fake tensors against the same step on real ones: device within 1 %, host to the byte."""
+    model = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 512,
+        "hidden_size": 256,
+    }
+    model |= {"intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    block = {"activations": {"preset": "minimal", "chunk_loss_tokens": 64}, "frozen_weights": HOST}
+    workload, strategy = Workload(model, 2, 64), Strategy("streamed", 1, slimfit=block)
+    (planned,), (measured,) = estimate(workload, [strategy], target="cpu"), measure(workload, [strategy])
+    assert planned.report is not None, planned.error
+    assert measured.report is not None, measured.error
+    assert planned.peak == pytest.approx(measured.peak, rel=0.01)
+    assert planned.report.parameters_host == measured.report.parameters_host == 4 * 655_360 * 2
