@@ -343,3 +343,18 @@ def test_the_tracker_tells_host_from_device():
     assert resident.parameters - away.parameters == pytest.approx(on_host / 2, rel=0.01)
     assert resident.peak - away.peak == resident.parameters - away.parameters
     assert away.saved_activations == resident.saved_activations
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "minimal"])
+def test_the_backward_pass_copies_blocks_too(preset, late):
+    """On a CPU a weight on the host would do for it; on a GPU it would not."""
+    model, _ = streamed(activations=preset)
+    loss = model(**inputs("llama", 0)).loss
+    assert LateCopies.started == 4
+    loss.backward()
+    # The last two are there still.
+    assert LateCopies.started >= 6
+    assert {buffer.block.name for buffer in streaming.streaming_of(model).buffers} == {
+        "model.layers.0",
+        "model.layers.1",
+    }
