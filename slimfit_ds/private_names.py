@@ -339,6 +339,7 @@ TABLE: tuple[Name, ...] = (
         "activations",
         "router logits that leave a recomputed block are an error in the backward pass",
         "._forward_hooks",
+        "._forward_hooks_always_called",
     ),
     *_names(
         "torch:Tensor", "activations", "hooks on inputs of recomputed blocks are lost", "_backward_hooks"

@@ -219,7 +219,9 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         if part.__dict__.get(name)
     ]
     for part, name, hooks in silenced:
-        part.__dict__[name] = type(hooks)()
+        # Hooks that are called whatever happens are no recorders: they end what a hook in front of the module has begun.
+        ending = part._forward_hooks_always_called if name == "_forward_hooks" else ()
+        part.__dict__[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key in ending)
     try:
         yield
     finally:

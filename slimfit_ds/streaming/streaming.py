@@ -12,6 +12,7 @@ the backward pass asks for it.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from slimfit_ds.activations.recognise import find_blocks, has_checkpoint_hook
 from slimfit_ds.streaming.config import FrozenWeightsConfig
 from slimfit_ds.streaming.copies import Copies, pin
+from slimfit_ds.trainable.split import SplitModule
 
 __all__ = ["Streaming", "stream", "streaming_of", "streaming_problems"]
 
@@ -50,17 +52,26 @@ class _Buffer:
 
 @dataclass(frozen=True)
 class _Place:
-    """A view of a block's weights, in whatever buffer the block has."""
+    """A view of a block's weights, in whatever buffer the block has.
+
+    Attributes:
+        weight: which of the block's weights must have its trained columns up to date in it; None: whoever reads the view
+            sees to it.
+    """
 
     block: _Block
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: Any
+    weight: int | None
 
     def view(self) -> Tensor:
         assert self.block.streaming is not None
         memory = self.block.streaming.fetch(self.block)
+        if self.weight is not None:
+            layer = self.block.layers[self.weight]
+            layer.split.fill(self.block.weight_in(memory, self.weight), layer.weight_columns)
         return memory.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
@@ -74,8 +85,14 @@ class _Block:
     streaming: Streaming | None
     """None: of a copy of the model, which is not streamed."""
 
-    def __init__(self, streaming: Streaming, name: str, parameters: Sequence[nn.Parameter]):
+    def __init__(
+        self, streaming: Streaming, name: str, module: nn.Module, parameters: Sequence[nn.Parameter]
+    ):
         self.streaming, self.name, self.parameters = streaming, name, list(parameters)
+        split = {m.frozen_weight: m for m in module.modules() if isinstance(m, SplitModule)}
+        self.layers: dict[int, SplitModule] = {
+            i: split[p] for i, p in enumerate(self.parameters) if p in split
+        }
         self._open: list[Any] = []
         self._memory: Tensor | None = None
         self.take()
@@ -95,10 +112,12 @@ class _Block:
 
     def _within(self, memory: Tensor) -> list[Tensor]:
         """The weights as views of flat memory in which the block stands."""
-        return [
-            memory[offset : offset + p.nbytes].view(p.dtype).view(p.shape)
-            for p, offset in zip(self.parameters, self.offsets, strict=True)
-        ]
+        return [self.weight_in(memory, i) for i in range(len(self.parameters))]
+
+    def weight_in(self, memory: Tensor, i: int) -> Tensor:
+        """The same of one weight."""
+        parameter, offset = self.parameters[i], self.offsets[i]
+        return memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
     @property
     def versions(self) -> list[int]:
@@ -155,7 +174,11 @@ class _Block:
         def pack(tensor: Tensor) -> Any:
             if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata != own:
                 return outer_pack(tensor)
-            return _Place(self, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+            start = tensor.storage_offset()
+            i = bisect_right(self.offsets, int(start) * tensor.element_size()) - 1
+            # Of a split layer that keeps its parameter we know that it writes the columns at each use.
+            current = i in self.layers and not isinstance(tensor, nn.Parameter)
+            return _Place(self, tensor.dtype, tensor.shape, tensor.stride(), start, i if current else None)
 
         def unpack(packed: Any) -> Tensor:
             return packed.view() if isinstance(packed, _Place) else outer_unpack(packed)
@@ -203,7 +226,7 @@ class Streaming:
         self._owners: list[nn.Module] = []
         self.blocks: list[_Block] = []
         for name, (module, parameters) in _streamed(model, config).items():
-            block = _Block(self, name, parameters)
+            block = _Block(self, name, module, parameters)
             self.blocks.append(block)
             self._hook(module, block)
         self._position = {block: position for position, block in enumerate(self.blocks)}
