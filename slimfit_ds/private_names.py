@@ -344,7 +344,12 @@ TABLE: tuple[Name, ...] = (
     *_names(
         "torch:Tensor", "activations", "hooks on inputs of recomputed blocks are lost", "_backward_hooks"
     ),
-    *_names("torch:UntypedStorage", "activations memory", "one storage is kept or counted twice", "_cdata"),
+    *_names(
+        "torch:UntypedStorage",
+        "activations memory streaming",
+        "one storage is kept or counted twice",
+        "_cdata",
+    ),
     *_names(
         "torch.autograd:Variable", "integrations", "DDP ranks do not average gradients", "_execution_engine"
     ),
