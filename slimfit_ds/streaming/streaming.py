@@ -154,6 +154,11 @@ class _Block:
                 parameter.data = view
 
     @property
+    def on_device(self) -> bool:
+        """Whether the parameters are views of a buffer just now."""
+        return self._memory is not None
+
+    @property
     def in_use(self) -> bool:
         """Whether a module of the block computes just now."""
         return bool(self._open)
@@ -264,7 +269,7 @@ class Streaming:
                 f"the weights of {block.name} were put back (remove) between a forward pass and its backward pass: do it after "
                 "the backward pass"
             )
-        if block.was_replaced():
+        if not block.on_device and block.was_replaced():
             block.take()
             self.drop_buffers()
         buffer = self._load(block, [block])
