@@ -349,7 +349,7 @@ def test_the_tracker_tells_host_from_device():
 @pytest.mark.parametrize("preset", ["exact", "balanced", "minimal"])
 def test_the_backward_pass_copies_blocks_too(preset, late):
     """On a CPU a weight on the host would do for it; on a GPU it would not."""
-    model, _ = streamed(activations=preset)
+    model, _ = streamed(activations={"preset": preset, "proof": False})
     loss = model(**inputs("llama", 0)).loss
     assert LateCopies.started == 4
     loss.backward()
