@@ -3,6 +3,7 @@
 
 DeepSpeed's functions ask a parameter of stage 3 for its optimizer, and one of other stages for methods of its own; both are
 led here. All ranks must call them, as in DeepSpeed. A unit that has never trained has moments of zero; reading makes none.
+Those of a unit that waits are as its last step left them: `stale_moments` decays or resets them when it trains again.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ KILLS = [
     (0, "write_mark", 2, "kill", 14),
     (0, "remove_folder", 1, "kill", 16),
     (1, "backward", 3, "kill", 18),
-    (0, "all_reduce", 5, "kill", 20),
+    (0, "all_reduce", 6, "kill", 20),
     (1, "evaluate", 1, "kill", 22),
     (0, "save_model", 2, "kill", 24),
     (0, "write_result", 2, "kill", 24),
