@@ -67,8 +67,8 @@ class Outcome:
 class Arguments:
     """Arguments of a module's forward, of which copies are made: of some rows of the batch, spread over it.
 
-    An eighth of the rows, but two and about 256 tokens at least, and about `tokens` tokens at most: what is kept of a block uncompressed must be little
-    beside what the run keeps of all blocks.
+    An eighth of the rows, but two and about 256 tokens at least, and about `tokens` tokens at most: what is kept of a block
+    uncompressed must be little beside what the run keeps of all blocks.
 
     Attributes:
         tensors: of the whole batch.
