@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "slimfit_ds"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "slimfit_ds"
 
 FLOORS = (
     {"errors", "files", "environment", "private_names", "report", "memory"},
@@ -72,3 +75,14 @@ def test_no_two_files_import_each_other():
     graph = modules()
     assert len(graph) > 100
     list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def test_a_step_enters_few_files(no_ranks):
+    """What a reader has to know to follow one optimizer step."""
+    program = [sys.executable, str(ROOT / "benchmarks" / "files_per_step.py")]
+    text = subprocess.run(program, check=True, capture_output=True, text=True, timeout=120).stdout
+    files = {
+        (policy, preset): int(count) for policy, preset, count, *_ in map(str.split, text.splitlines()[1:])
+    }
+    assert files["static", "exact"] <= 15
+    assert files["ils", "balanced"] <= 25

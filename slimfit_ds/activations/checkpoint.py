@@ -14,7 +14,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs import Codec, resolve_codec
 from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_chunks
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
-from slimfit_ds.activations.surroundings import inside_torch_checkpoint, recorded_inside, warn_of_recorded
 
 __all__ = [
     "CHANGED",
@@ -73,7 +72,7 @@ def compresses(module: nn.Module) -> bool:
     """Return whether a patched module compresses what it keeps: training, with gradients, not inside a recomputed part."""
     if not module.training or not torch.is_grad_enabled() or _depth.value:
         return False
-    return not left_exact(module) and not inside_torch_checkpoint()
+    return not left_exact(module) and not graph.inside_torch_checkpoint()
 
 
 def make_checkpoint(
@@ -85,7 +84,7 @@ def make_checkpoint(
     """Return a checkpoint function with its options bound, for frameworks that call `fn(function, *args)`."""
     return functools.partial(
         checkpoint,
-        codec=codec,
+        codec=resolve_codec(codec),
         chunk_tokens=chunk_tokens,
         chunk_forward=chunk_forward,
         remember_output=remember_output,
@@ -133,15 +132,15 @@ def checkpoint(
     Raises:
         ValueError: the function uses a tensor that requires grad and is neither a parameter nor an argument.
     """
-    if not torch.is_grad_enabled() or inside_torch_checkpoint():
+    if not torch.is_grad_enabled() or graph.inside_torch_checkpoint():
         return function(*args, **kwargs)
     while isinstance(function, functools.partial):
         args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
         function = function.func
     call = _Call(function, args, kwargs, recompute)
-    if isinstance(call.owner, nn.Module) and (keys := recorded_inside(call.owner)):
+    if isinstance(call.owner, nn.Module) and (keys := graph.recorded_inside(call.owner)):
         # What leaves the block on the way needs a graph that can be differentiated.
-        warn_of_recorded(call.owner, keys)
+        graph.warn_of_recorded(call.owner, keys)
         return torch.utils.checkpoint.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
@@ -152,7 +151,7 @@ def checkpoint(
     plan, outcome = ran
     if any(outcome.differentiable):
         mask = (select or _hidden_states)(call.tensors)
-        chosen = resolve_codec(codec)
+        chosen = resolve_codec(codec) if isinstance(codec, str | Mapping) else codec
         codecs = [chosen if which is True else which or None for which in mask]
         # Parameters that DeepSpeed has partitioned are whole only while their module runs: their gradients are
         # accumulated inside the recomputation, and a dummy input makes autograd visit this node.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimfit_ds.activations.autograd_graph import inside_torch_checkpoint
 from slimfit_ds.activations.checkpoint import CHANGED, checkpoint, compresses
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.ops.activation import compressed_activation
@@ -24,7 +25,6 @@ from slimfit_ds.activations.ops.dropout import philox_dropout, replayed_dropout
 from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
 from slimfit_ds.activations.replay import AutocastState
 from slimfit_ds.activations.saved_tensors import SHARED, Payload, Rebuilt, compress_saved
-from slimfit_ds.activations.surroundings import inside_torch_checkpoint
 
 __all__ = [
     "DROPOUTS",

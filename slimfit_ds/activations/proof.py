@@ -45,7 +45,7 @@ _TOKENS = 4096
 """About so many tokens are compared where nothing is cut into chunks."""
 
 _EXACT: None = None
-_EXACT_INPUT = {"codec": "exact"}
+_EXACT_INPUT = {"codec": None}
 _Problem = tuple[str, str]
 
 
@@ -269,7 +269,7 @@ class _Part:
             wanting = dict.fromkeys(self._changed, problem)
         return [(name, found, "left exact") for name, found in wanting.items()]
 
-    def _leave(self, how: dict[str, str] | None, *names: str) -> None:
+    def _leave(self, how: dict[str, None] | None, *names: str) -> None:
         for name in names:
             self._changed[name].__dict__[CHANGED] = how
 
