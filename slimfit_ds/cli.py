@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("slimfit_ds.planner.cli:main", "what a setting would need, without running it"),
     "doctor": ("slimfit_ds.doctor:main", "check this machine, or all ranks together, before a run"),
     "export": ("slimfit_ds.engine.export:main", "the weights of a checkpoint as one safetensors file"),
+    "merge": ("slimfit_ds.deltas.merge:main", "a base and what trained, as plain transformers loads it"),
 }
 """Command -> its function and what it does; imported when it is called."""
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "write_atomically"]
+__all__ = ["flush", "replacing", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file in one go, on disk before this returns; an older one is replaced."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path to write to, which takes the name of a file when the body ends; nothing is left of a body that fails."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    data = content.encode() if isinstance(content, str) else content
     try:
-        part.write_bytes(data)
+        yield part
         flush(part)
         part.replace(path)
     except BaseException:

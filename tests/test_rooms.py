@@ -15,7 +15,7 @@ PACKAGE = ROOT / "slimfit_ds"
 FLOORS = (
     {"errors", "files", "environment", "private_names", "report", "memory"},
     {"trainable", "optim"},
-    {"schedule", "activations", "streaming"},
+    {"schedule", "activations", "streaming", "deltas"},
     {"config"},
     {"engine"},
     {"integrations", "tasks"},

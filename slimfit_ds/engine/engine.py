@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.deltas.delta import write_delta
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.optimizer import FreezeOptimizer
 from slimfit_ds.engine.sharding import Sharding, build_units
@@ -312,6 +313,23 @@ class SlimFitEngine(DeepSpeedEngine):
             setattr(self, name, value)
         self._apply_active_set()
         return path, client_state
+
+    def save_delta(self, path: str | os.PathLike) -> None:
+        """Write what has trained, and nothing else, as one safetensors file; `slimfit-ds merge` puts it into the base.
+
+        Raises:
+            DeltaError: the model was not loaded by transformers from safetensors.
+        """
+        delta = weights.gather_delta(self.module, self.trained_names)
+        if dist.get_rank() == 0:
+            write_delta(delta, path)
+        dist.barrier()
+
+    @property
+    def trained_names(self) -> frozenset[str]:
+        """Every parameter that has trained so far."""
+        small = self.roles.small if self.slimfit_config.freeze.train_biases else ()
+        return self.schedule.trained_names | {*small}
 
     def save_pretrained(self, save_dir: str | os.PathLike) -> None:
         """Write the model so that plain transformers loads it without this package."""

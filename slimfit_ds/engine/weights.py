@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,20 +13,14 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slimfit_ds.deltas.base import base_of
+from slimfit_ds.deltas.delta import Delta, describe, names_to_keep
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.split import column_places, fill_columns
+from slimfit_ds.trainable.units import named_tensors
 
-__all__ = ["check_names", "gather", "save_pretrained", "scatter", "stored_bytes", "whole"]
-
-
-def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (tied ones once) and persistent buffers, by name."""
-    yield from module.named_parameters()
-    persistent = module.state_dict(keep_vars=True)
-    for name, buffer in module.named_buffers():
-        if name in persistent:
-            yield name, buffer
+__all__ = ["check_names", "gather", "gather_delta", "save_pretrained", "scatter", "stored_bytes", "whole"]
 
 
 def whole(tensor: Tensor, writes: bool = False):
@@ -47,13 +41,27 @@ def gather(module: nn.Module, exclude: Container[str] = ()) -> dict[str, Tensor]
         exclude: names that are left out.
     """
     result: dict[str, Tensor] = {}
-    for name, tensor in _entries(module):
+    for name, tensor in named_tensors(module):
         if name in exclude:
             continue
         with whole(tensor):
             if dist.get_rank() == 0:
                 result[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return result
+
+
+def gather_delta(module: nn.Module, trained: Iterable[str]) -> Delta:
+    """Return what trained as a delta, its tensors on the host of rank 0; called by every rank.
+
+    Args:
+        trained: names of parameters that have trained.
+
+    Raises:
+        DeltaError: the model has no base.
+    """
+    folder, base = base_of(module)
+    kept = {*names_to_keep(module, trained, folder, whole)}
+    return describe(module, base, gather(module, {n for n, _ in named_tensors(module)} - kept))
 
 
 def scatter(module: nn.Module, read: Callable[[str], Tensor], names: Container[str]) -> None:
@@ -64,7 +72,7 @@ def scatter(module: nn.Module, read: Callable[[str], Tensor], names: Container[s
         names: those to set; what the model does not have is not read.
     """
     with torch.no_grad():
-        for name, tensor in _entries(module):
+        for name, tensor in named_tensors(module):
             if name not in names:
                 continue
             with whole(tensor, writes=True):
@@ -95,7 +103,7 @@ def check_names(module: nn.Module, saved: set[str]) -> None:
     Raises:
         ConfigError: names what is only in one of them.
     """
-    present = {name for name, _ in _entries(module)}
+    present = {name for name, _ in named_tensors(module)}
     problems = [f"only in the checkpoint: {name}" for name in sorted(saved - present)]
     problems += [f"only in the model: {name}" for name in sorted(present - saved)]
     if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from slimfit_ds import private_names
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.deltas.delta import capture, write_delta
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
@@ -280,6 +282,15 @@ class SlimHandle:
         for layer in active - self._applied:
             self._parameters[layer].requires_grad_(True)
         self._applied = active
+
+    def save_delta(self, path: str | os.PathLike) -> None:
+        """Write what has trained, and nothing else, as one safetensors file; `slimfit-ds merge` puts it into the base.
+
+        Raises:
+            DeltaError: the model was not loaded by transformers from safetensors.
+        """
+        trained = self.schedule.trained_names | {*(self._small_names if self._biases else ())}
+        write_delta(capture(self._model, trained), path)
 
     def remove(self) -> None:
         """Restore the model exactly: every layer trains again (but what you froze since), nothing is compressed."""

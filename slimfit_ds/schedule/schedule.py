@@ -133,6 +133,11 @@ class FreezeSchedule:
         """Names of the units that `never_active` keeps from training."""
         return frozenset(self.names[unit] for unit in self._never)
 
+    @property
+    def trained_names(self) -> frozenset[str]:
+        """Names of the units that have trained at any step."""
+        return frozenset(name for name, last in zip(self.names, self._last, strict=True) if last >= 0)
+
     def advance(self, statistics: Mapping[int, float]) -> frozenset[int]:
         """Count a step, take in its statistics and return the active set of the next one.
 

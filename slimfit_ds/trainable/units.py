@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "COLUMNS",
@@ -29,6 +29,7 @@ __all__ = [
     "is_part",
     "match_always_and_never",
     "match_globs",
+    "named_tensors",
     "split_record",
 ]
 
@@ -135,6 +136,15 @@ def discover(model: nn.Module) -> ParameterRoles:
         else:
             small.append(name)
     return ParameterRoles(tuple(units), tuple(small), tuple(frozen), split_record(model))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones once, columns apart from their weight) and persistent buffers, by name."""
+    yield from model.named_parameters()
+    persistent = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer
 
 
 def full_shape(parameter: Any) -> torch.Size:

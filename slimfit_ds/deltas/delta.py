@@ -1,0 +1,243 @@
+"""A delta: what trained, as values, and the base that all the rest is of; one safetensors file that runs no code.
+
+A tensor has the name of its parameter in the model. `X.weight_columns` are the trained columns of `X.weight`, and the
+metadata say where they stand; everything else is whole: norms, biases, heads, layers of which all trained, buffers.
+Values, not differences: a base with a delta in it is the trained model to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slimfit_ds.deltas.base import Base, DeltaError, base_of, other_tensors
+from slimfit_ds.files import replacing
+from slimfit_ds.trainable.split import Split, column_places
+from slimfit_ds.trainable.units import COLUMNS, full_shape, is_part, named_tensors
+
+__all__ = ["DELTA", "Delta", "capture", "describe", "names_to_keep", "read_delta", "write_delta", "written"]
+
+DELTA = "delta.safetensors"
+"""Name of a delta's file."""
+_FORMAT = 1
+_KEY = "slimfit_delta"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What trained of a model."""
+
+    base: Base
+    tensors: Mapping[str, Tensor]
+    """Parameter's name -> values."""
+    places: Mapping[str, Split]
+    """Name of a weight -> where its columns stand."""
+    architecture: str | None = None
+    """Class of transformers."""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Plain values of the model's config."""
+    dtype: str = "float32"
+    """Of the model that trained."""
+
+
+def names_to_keep(
+    model: nn.Module,
+    trained: Iterable[str],
+    folder: Path,
+    whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda tensor: nullcontext(),
+) -> list[str]:
+    """Names of the tensors that a base lacks of a model: what trained, buffers, and what is not the base's bit for bit.
+
+    Args:
+        model: may be split.
+        trained: names of parameters that have trained.
+        folder: of the base.
+        whole: a context in which a tensor that ZeRO 3 has cut is whole.
+    """
+    present = dict(named_tensors(model))
+    kept = {name for name in trained if name in present}
+    kept |= {name for name, tensor in present.items() if not isinstance(tensor, nn.Parameter)}
+    return sorted(kept | set(other_tensors(model, kept, folder, whole)))
+
+
+def capture(model: nn.Module, trained: Iterable[str]) -> Delta:
+    """Take what trained out of a model that one process holds whole.
+
+    Args:
+        model: loaded by transformers from safetensors; may be split.
+        trained: names of parameters that have trained.
+
+    Raises:
+        DeltaError: the model has no base.
+    """
+    folder, base = base_of(model)
+    present = dict(named_tensors(model))
+    kept = names_to_keep(model, trained, folder)
+    tensors = {name: _on_host(present[name]) for name in kept}
+    return describe(model, base, tensors)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def describe(model: nn.Module, base: Base, tensors: Mapping[str, Tensor]) -> Delta:
+    """Make a delta of tensors, and of what the model says of itself."""
+    parts = {f"{name.removesuffix(COLUMNS)}weight" for name in tensors if is_part(name)}
+    places = {name: Split(*place) for name, place in column_places(model).items() if name in parts}
+    config: Any = getattr(model, "config", None)
+    known = type(model).__module__.startswith("transformers.")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return Delta(
+        base,
+        tensors,
+        places,
+        type(model).__name__ if known else None,
+        plain_values(config.to_dict()) if hasattr(config, "to_dict") else {},
+        str(dtype).removeprefix("torch."),
+    )
+
+
+_NOT_TAKEN = (
+    "auto_map",
+    "quantization_config",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+)
+
+
+def plain_values(values: Any) -> Any:
+    """Of a config what only describes a model: nothing that names code, files or kernels."""
+    if isinstance(values, Mapping):
+        return {
+            str(key): plain_values(value)
+            for key, value in values.items()
+            if not str(key).startswith("_")
+            and "implementation" not in str(key)
+            and key not in _NOT_TAKEN
+            and _is_plain(value)
+        }
+    return [plain_values(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return not set(value) & set("/\\:")
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | Mapping)
+
+
+def write_delta(delta: Delta, path: str | os.PathLike) -> None:
+    """Write a delta; the file is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        written(delta, part)
+
+
+def written(delta: Delta, path: Path) -> None:
+    """Write a delta to a path of the caller's, who sees to it that it is whole."""
+    about = {
+        "format": _FORMAT,
+        "base": dataclasses.asdict(delta.base),
+        "places": {name: dataclasses.astuple(split) for name, split in delta.places.items()},
+        "architecture": delta.architecture,
+        "config": delta.config,
+        "dtype": delta.dtype,
+    }
+    save_file(dict(delta.tensors), path, metadata={"format": "pt", _KEY: json.dumps(about)})
+
+
+def read_delta(path: str | os.PathLike, names: Collection[str] | None = None) -> Delta:
+    """Read a delta; nothing in it is run.
+
+    Args:
+        path: of the file, or of a folder that holds one.
+        names: of the tensors to read; None: all.
+
+    Raises:
+        DeltaError: not a whole delta of this format.
+    """
+    path = Path(path)
+    path = path / DELTA if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise DeltaError(f"{path} is no delta: it has no metadata {_KEY!r}")
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+            delta = _parse(text, shapes, str(path))
+            tensors = {name: file.get_tensor(name) for name in shapes if names is None or name in names}
+    except FileNotFoundError:
+        raise DeltaError(f"there is no delta {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"{path} is no whole delta: {error}") from None
+    return dataclasses.replace(delta, tensors=tensors)
+
+
+def _parse(text: str, shapes: Mapping[str, list[int]], path: str) -> Delta:
+    try:
+        about = json.loads(text)
+        if (found := about["format"]) != _FORMAT:
+            raise DeltaError(f"{path} has delta format {found!r}; this version reads {_FORMAT}")
+        base = Base(*(about["base"][key] for key in ("name", "revision", "sha256")))
+        places = {name: Split(*place) for name, place in about["places"].items()}
+        delta = Delta(base, {}, places, about["architecture"], plain_values(about["config"]), about["dtype"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DeltaError(f"the metadata of {path} are no delta's: {type(error).__name__}: {error}") from None
+    if not isinstance(delta.config, dict) or not all(isinstance(v, str) for v in (base.name, base.sha256)):
+        raise DeltaError(f"the metadata of {path} are no delta's")
+    if not isinstance(getattr(torch, str(delta.dtype), None), torch.dtype):
+        raise DeltaError(f"{path}: no dtype {delta.dtype!r}")
+    parts = {f"{name.removesuffix(COLUMNS)}weight": shape for name, shape in shapes.items() if is_part(name)}
+    if parts.keys() != places.keys():
+        raise DeltaError(
+            f"{path}: {sorted(parts.keys() ^ places.keys())[0]!r} has columns or a place, not both"
+        )
+    for name, split in places.items():
+        numbers = (split.start, split.stride, split.count, 0 if split.rows is None else split.rows)
+        sound = all(type(n) is int and 0 <= n < 2**40 for n in numbers) and split.stride and split.count
+        shape = parts[name]
+        if not sound or len(shape) != 2 or shape[0 if split.transposed is True else 1] != split.count:
+            raise DeltaError(f"{path}: columns {split} of {name!r} do not fit values of shape {shape}")
+    return delta
+
+
+def check_fit(model: nn.Module, delta: Delta) -> None:
+    """Raise unless every tensor of a delta has its place in a whole model.
+
+    Raises:
+        DeltaError: names the first that has none.
+    """
+    present = dict(named_tensors(model))
+    for name, values in delta.tensors.items():
+        whole = f"{name.removesuffix(COLUMNS)}weight" if is_part(name) else name
+        if whole not in present:
+            raise DeltaError(f"the delta has {name!r}, which {type(model).__name__} has not")
+        shape = full_shape(present[whole])
+        if is_part(name):
+            split = delta.places[whole]
+            width = shape[0 if split.transposed else 1] if len(shape) == 2 else 0
+            last = split.start + (split.count - 1) * split.stride
+            rows = shape[1] if split.transposed else shape[0] if split.rows is None else split.rows
+            fits = last < width and rows <= max(shape) and values.shape[1 if split.transposed else 0] == rows
+        else:
+            fits = values.shape == shape
+        if not fits:
+            raise DeltaError(
+                f"{name!r} of the delta has shape {list(values.shape)}, and does not fit {list(shape)}"
+            )
