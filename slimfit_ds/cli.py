@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("slimfit_ds.doctor:main", "check this machine, or all ranks together, before a run"),
     "export": ("slimfit_ds.engine.export:main", "the weights of a checkpoint as one safetensors file"),
     "merge": ("slimfit_ds.deltas.merge:main", "a base and what trained, as plain transformers loads it"),
+    "adapter": ("slimfit_ds.deltas.adapter:main", "what trained as a LoRA adapter that plain peft loads"),
 }
 """Command -> its function and what it does; imported when it is called."""
 

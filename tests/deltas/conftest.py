@@ -87,7 +87,7 @@ def start(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **freeze:
         model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3, dtype=dtype)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    freeze = {"rate": 0.7, **freeze}
+    freeze = freeze if "width" in freeze else {"rate": 0.7, **freeze}
     handle = slimfit_ds.slim(model, {"freeze": freeze, "activations": "exact"})
     return Trained(base, model, handle)
 

