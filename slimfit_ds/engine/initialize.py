@@ -17,7 +17,8 @@ from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.engine.processes import end_after_gloo
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.schedule import freeze_problems, prepare_units
-from slimfit_ds.streaming.streaming import stream, streaming_problems
+from slimfit_ds.streaming.find import streaming_problems
+from slimfit_ds.streaming.streaming import stream
 from slimfit_ds.trainable.split import adopt_columns
 
 __all__ = ["initialize", "read_config", "setting_problems"]

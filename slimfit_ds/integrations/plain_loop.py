@@ -20,7 +20,8 @@ from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
 from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
 from slimfit_ds.schedule.statistics import of_units, sum_of_move
-from slimfit_ds.streaming.streaming import Streaming, stream, streaming_problems
+from slimfit_ds.streaming.find import streaming_problems
+from slimfit_ds.streaming.streaming import Streaming, stream
 from slimfit_ds.trainable.split import SplitModule, adopt_columns, column_places, unsplit_columns
 from slimfit_ds.trainable.units import COLUMNS, discover
 

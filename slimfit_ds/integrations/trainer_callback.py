@@ -17,7 +17,7 @@ from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
-from slimfit_ds.streaming.streaming import streaming_problems
+from slimfit_ds.streaming.find import streaming_problems
 from slimfit_ds.trainable.new_words import warn_of_new_words
 
 __all__ = ["SlimFitCallback"]

@@ -263,7 +263,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def _put(self, tensor: torch.Tensor, kind: str, only_from: frozenset[str] | None = None) -> None:
         for plain in plain_tensors(tensor):
-            if plain.device.type not in (self._device, "meta") or storage_key(plain) in self._on_host:
+            if storage_key(plain) in self._on_host:
+                self._ledger.put(plain, HOST_WEIGHTS)
+            elif plain.device.type not in (self._device, "meta"):
                 self._ledger.put(plain, HOST_WEIGHTS if kind == "parameters" else HOST)
             elif plain.device.type == self._device and plain.untyped_storage().nbytes():
                 self._ledger.put(plain, kind, only_from)

@@ -253,7 +253,9 @@ class _Lookup(torch.autograd.Function):
         ctx.split, ctx.padding = layer.split, layer.padding_idx
         ctx.rows, ctx.dtype = columns.shape[0], columns.dtype
         ctx.save_for_backward(ids)
-        found = F.embedding(ids, layer.frozen_weight.data)
+        weight = layer.frozen_weight.data
+        # It may live on the host.
+        found = F.embedding(ids.to(weight.device), weight).to(ids.device)
         places = ctx.split.of_rows(found)
         # An id behind the trained rows reads any of them and keeps what it has.
         trained = F.embedding(ids.clamp(max=ctx.rows - 1), columns)

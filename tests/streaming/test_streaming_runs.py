@@ -127,7 +127,7 @@ def test_the_plan_is_what_is_measured():
     model = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 512,
+        "vocab_size": 1024,
         "hidden_size": 256,
     }
     model |= {"intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -137,4 +137,8 @@ def test_the_plan_is_what_is_measured():
     assert planned.report is not None, planned.error
     assert measured.report is not None, measured.error
     assert planned.peak == pytest.approx(measured.peak, rel=0.01)
-    assert planned.report.parameters_host == measured.report.parameters_host == 4 * 655_360 * 2
+    assert (
+        planned.report.parameters_host
+        == measured.report.parameters_host
+        == (4 * 655_360 + 2 * 1024 * 256) * 2
+    )

@@ -1,0 +1,206 @@
+"""A block of a model whose frozen weights live on the host: its copy there, and its views of a buffer while it computes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from slimfit_ds.trainable.split import SplitModule
+
+__all__ = ["Block", "Buffer", "padded"]
+
+_ALIGNMENT = 256
+"""Bytes; as torch's allocators align: kernels choose by it, and the result shall have the same bits."""
+
+
+class _Fetches(Protocol):
+    def fetch(self, block: Block) -> Tensor: ...
+
+
+def padded(nbytes: int) -> int:
+    """As many bytes, up to the next multiple of the alignment."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class Buffer:
+    """Room for one block on the device."""
+
+    def __init__(self, memory: Tensor):
+        self.memory = memory
+        self.block: Block | None = None
+        self.versions: list[int] = []
+        self.started: Any = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A view of a block's weights, in whatever buffer the block has.
+
+    Attributes:
+        start: byte of the block.
+        weight: which of the block's weights must have its trained columns up to date in it; None: whoever reads the view
+            sees to it.
+    """
+
+    block: Block
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    start: int
+    weight: int | None
+
+    def view(self) -> Tensor:
+        assert self.block.streaming is not None
+        memory = self.block.streaming.fetch(self.block)
+        if self.weight is not None:
+            layer = self.block.layers[self.weight]
+            layer.split.fill(self.block.weight_in(memory, self.weight), layer.weight_columns)
+        memory = memory[self.start : self.block.nbytes].view(self.dtype)
+        return memory.as_strided(self.size, self.stride, memory.storage_offset())
+
+
+class Block:
+    """The streamed parameters of one block, and their copy on the host.
+
+    Its `enter` and `leave` are hooks of the block and of every module within that holds some of its weights: in the
+    backward pass a part of the block may be computed again alone.
+    """
+
+    streaming: _Fetches | None
+    """None: of a copy of the model, which is not streamed."""
+
+    def __init__(self, streaming: _Fetches, name: str, module: nn.Module, parameters: Sequence[nn.Parameter]):
+        self.streaming, self.name, self.parameters = streaming, name, list(parameters)
+        split = {m.frozen_weight: m for m in module.modules() if isinstance(m, SplitModule)}
+        self.layers: dict[int, SplitModule] = {
+            i: split[p] for i, p in enumerate(self.parameters) if p in split
+        }
+        self._open: list[Any] = []
+        self._memory: Tensor | None = None
+        self.take()
+
+    def take(self) -> None:
+        """Copy the weights into one flat piece of host memory, of which they are views from then on."""
+        self.offsets, self.nbytes = [], 0
+        for parameter in self.parameters:
+            self.offsets.append(self.nbytes)
+            self.nbytes += padded(parameter.nbytes)
+        self.host = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._views = self._within(self.host)
+        with torch.no_grad():
+            for parameter, view in zip(self.parameters, self._views, strict=True):
+                view.copy_(parameter.data)
+                parameter.data = view
+
+    def _within(self, memory: Tensor) -> list[Tensor]:
+        """The weights as views of flat memory in which the block stands."""
+        return [self.weight_in(memory, i) for i in range(len(self.parameters))]
+
+    def weight_in(self, memory: Tensor, i: int) -> Tensor:
+        """The same of one weight."""
+        parameter, offset = self.parameters[i], self.offsets[i]
+        return memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+
+    @property
+    def versions(self) -> list[int]:
+        """Change when somebody writes to the weights (`load_state_dict`)."""
+        return [parameter._version for parameter in self.parameters]
+
+    def was_replaced(self) -> bool:
+        """Whether somebody has given a parameter other data: a cast, or an assignment."""
+        own = self.host.untyped_storage()._cdata
+        return any(parameter.untyped_storage()._cdata != own for parameter in self.parameters)
+
+    def enter(self, *_: Any) -> None:
+        """Before a module of the block computes: the weights are on the device."""
+        if self.streaming is None:
+            return
+        self._open.append(None)
+        if len(self._open) == 1:
+            self._memory = self.streaming.fetch(self)
+            for parameter, view in zip(self.parameters, self._within(self._memory), strict=True):
+                parameter.data = view
+        if torch.is_grad_enabled() and (hooks := self._keep_places()) is not None:
+            hooks.__enter__()
+            self._open[-1] = hooks
+
+    def leave(self, *_: Any) -> None:
+        """After it, also when it failed: they are on the host again."""
+        if self.streaming is None:
+            return
+        if (hooks := self._open.pop()) is not None:
+            hooks.__exit__(None, None, None)
+        if not self._open:
+            self._memory = None
+            for parameter, view in zip(self.parameters, self._views, strict=True):
+                parameter.data = view
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the parameters are views of a buffer just now."""
+        return self._memory is not None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a module of the block computes just now."""
+        return bool(self._open)
+
+    def _keep_places(self) -> torch.autograd.graph.saved_tensors_hooks | None:
+        """Keep views of the buffer as places; everything else goes to the hooks around ours, which autograd would bypass.
+
+        Around each module, so that ours are the inner ones also where a checkpoint's stand between block and module: it
+        counts what is kept, in the forward pass and when it computes again. None: ours are the inner ones already.
+        """
+        assert self._memory is not None
+        own, first = self._memory.untyped_storage()._cdata, self._memory.storage_offset()
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        outer_pack, outer_unpack = outer if outer is not None else (_same, _same)
+        if getattr(outer_pack, "block", None) is self:
+            return None
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata != own:
+                return outer_pack(tensor)
+            # All buffers are of one storage.
+            start = int(tensor.storage_offset()) * tensor.element_size() - first
+            if not 0 <= start < self.nbytes:
+                return outer_pack(tensor)
+            i = bisect_right(self.offsets, start) - 1
+            # Of a split layer that keeps its parameter we know that it writes the columns at each use.
+            current = i in self.layers and not isinstance(tensor, nn.Parameter)
+            return _Place(
+                self,
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+                int(start),
+                i if current else None,
+            )
+
+        def unpack(packed: Any) -> Tensor:
+            return packed.view() if isinstance(packed, _Place) else outer_unpack(packed)
+
+        pack.block = self  # type: ignore[attr-defined]
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def __deepcopy__(self, memo: Any) -> Block:
+        return _detached()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _detached, ()
+
+
+def _detached() -> Block:
+    """What a copy of the model has in place of a block: it is a plain model, with its frozen weights on the host."""
+    block = Block.__new__(Block)
+    block.streaming, block.parameters = None, []
+    return block
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
