@@ -58,7 +58,8 @@ class ShardUpdater:
         self._seed = seed
         self._rank = rank
         self._layout = UnitStates(rule, config)
-        self.states = StateStore(device, config.inactive, self._create)
+        self._rests_on_host = config.active == "host"
+        self.states = StateStore(device, "host" in (config.inactive, config.active), self._create)
         self._rounding = torch.Generator(device)
         self.lr_factors: Mapping[int | None, float] = {}
         """Layer, or None for small parameters -> what its learning rate is multiplied by; 1 where it is not named."""
@@ -73,7 +74,8 @@ class ShardUpdater:
     def move_states(self, asleep: Iterable[int], awake: Iterable[int]) -> None:
         """Write back the states of units that go to sleep, start to fetch those that wake up."""
         self.states.write_back(asleep)
-        self.states.prefetch(awake)
+        if not self._rests_on_host:
+            self.states.prefetch(awake)
 
     def update(self, units: Sequence[Unit], gradients: dict[int, Tensor], factor: float) -> dict[int, Tensor]:
         """Step the own shards of these units once.
@@ -89,10 +91,17 @@ class ShardUpdater:
         sums: dict[int, Tensor] = {}
         for group, options in enumerate(self._optimizer.param_groups):
             mine = [unit for unit in units if unit.group == group]
-            for unit in mine:
-                self._layout.refresh(self.states.get(unit.index), self.step_count, options)
-            for bucket in self._buckets(mine):
-                self._update_bucket(bucket, gradients, factor, options, sums)
+            buckets = [[Piece(unit, 0, 0)] for unit in mine if not unit.length] + [*self._buckets(mine)]
+            for number, bucket in enumerate(buckets):
+                for piece in bucket:
+                    if piece.start == 0:
+                        self._layout.refresh(self.states.get(piece.unit.index), self.step_count, options)
+                # The next ones travel meanwhile.
+                self.states.prefetch(piece.unit.index for piece in (buckets[number + 1 :] or [[]])[0])
+                if bucket[0].length:
+                    self._update_bucket(bucket, gradients, factor, options, sums)
+                if self._rests_on_host:
+                    self.states.write_back(p.unit.index for p in bucket if p.stop == p.unit.length)
         for unit in units:
             gradients.pop(unit.index)
         self.step_count += 1
@@ -222,7 +231,7 @@ class ShardUpdater:
         if unit.index not in self.states:
             self.states.get(unit.index)
         self._layout.set(self.states.peek(unit.index), name, values)
-        if not active:
+        if self._rests_on_host or not active:
             self.states.write_back([unit.index])
 
     def _check_name(self, unit: Unit, name: str) -> None:
@@ -279,5 +288,5 @@ class ShardUpdater:
                     reader.read_into(target[low - first : high - first], name, key, low - start)
             step, last_step = steps[unit.names[0]]
             self.states.put(unit.index, self._layout.packed(LayerState(tensors, step, last_step)))
-            if unit.index not in active:
+            if self._rests_on_host or unit.index not in active:
                 self.states.write_back([unit.index])

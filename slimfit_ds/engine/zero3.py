@@ -94,7 +94,7 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
         states = config.optimizer_states
         if self._states_offloaded:
             # They are on the host already: a second copy would go nowhere.
-            states = states.model_copy(update={"inactive": "device"})
+            states = states.model_copy(update={"inactive": "device", "active": "device"})
         device = torch.device("cpu" if self._states_offloaded else get_accelerator().current_device_name())
         units = build_units(
             self.module,

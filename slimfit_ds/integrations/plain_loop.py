@@ -88,6 +88,11 @@ class SlimHandle:
         problems = streaming_problems(
             model, config.frozen_weights, config.freeze.splits, config.activations.compile
         )
+        if config.optimizer_states.active == "host":
+            problems.append(
+                "slimfit.optimizer_states.active 'host': an optimizer of torch updates all layers at once; set 'device', or "
+                "train with slimfit_ds.initialize, whose optimizer updates a layer at a time"
+            )
         if problems:
             raise ConfigError(problems)
         self._splits = prepare_units(model, config.freeze)

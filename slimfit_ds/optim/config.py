@@ -17,6 +17,11 @@ class OptimizerStatesConfig(StrictModel):
     inactive: Literal["device", "host"] = Field(
         "device", description="where the states of frozen layers live"
     )
+    active: Literal["device", "host"] = Field(
+        "device",
+        description="host: the states of layers that train are on the device only while their layer is updated, and those of "
+        "frozen layers are on the host too",
+    )
     stale_moments: Literal["keep", "decay", "reset"] = Field(
         "keep",
         description="moments of a layer that returns: as they were, decayed by the missed steps, or zero",

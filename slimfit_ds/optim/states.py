@@ -166,20 +166,19 @@ class UnitStates:
 class StateStore:
     """Keeps the states of each unit where they belong while their layer trains and while it is frozen.
 
-    With `inactive="device"` states stay on the device once made. With `"host"` a unit's states are on
-    the device only while its layer is active: `prefetch` copies them in on a side stream as soon as the
-    next active set is known, `write_back` copies them out and frees the device memory. On a CPU the
-    same code copies without streams.
+    On the device states stay once made. Those that belong to the host come by `prefetch`, on a side stream as soon as it is
+    known that they are needed, and go by `write_back`, which frees the device memory. On a CPU the same code copies
+    without streams.
 
     Args:
-        device: where active states live.
-        inactive: `device` or `host`.
+        device: where updates are worked out.
+        to_host: whether `write_back` moves states to the host; otherwise they stay.
         create: unit index -> its first state tensors, on the device.
     """
 
-    def __init__(self, device: torch.device, inactive: str, create: Callable[[int], dict[str, Tensor]]):
+    def __init__(self, device: torch.device, to_host: bool, create: Callable[[int], dict[str, Tensor]]):
         self.device = device
-        self.to_host = inactive == "host"
+        self.to_host = to_host
         self._create = create
         self._on_device: dict[int, LayerState] = {}
         self._on_host: dict[int, LayerState] = {}

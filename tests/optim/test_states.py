@@ -93,7 +93,7 @@ def test_store_keeps_states_where_they_belong(inactive):
         made.append(unit)
         return {"exp_avg": torch.zeros(10)}
 
-    store = StateStore(torch.device("cpu"), inactive, create)
+    store = StateStore(torch.device("cpu"), inactive == "host", create)
     assert 3 not in store
     store.get(3).tensors["exp_avg"].add_(1)
     store.get(3).step = 7
@@ -117,7 +117,7 @@ def test_store_keeps_states_where_they_belong(inactive):
 
 
 def test_states_that_first_leave_the_device_are_not_there_twice():
-    store = StateStore(torch.device("cpu"), "host", lambda unit: {"exp_avg": torch.zeros(10)})
+    store = StateStore(torch.device("cpu"), True, lambda unit: {"exp_avg": torch.zeros(10)})
     made = store.get(0).tensors["exp_avg"]
     store.write_back([0])
     assert store.peek(0).tensors["exp_avg"] is made
@@ -129,7 +129,7 @@ def test_states_that_first_leave_the_device_are_not_there_twice():
 
 
 def test_put_replaces_a_state():
-    store = StateStore(torch.device("cpu"), "host", lambda unit: {"exp_avg": torch.zeros(2)})
+    store = StateStore(torch.device("cpu"), True, lambda unit: {"exp_avg": torch.zeros(2)})
     store.get(0)
     store.write_back([0])
     store.put(0, LayerState({"exp_avg": torch.ones(2)}, 3, 5))

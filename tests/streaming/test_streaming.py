@@ -374,6 +374,7 @@ def test_what_is_refused(monkeypatch):
         {"frozen_weights": {"live": "host", "resident": 4}}
     )
     assert "buffers" in problems({"frozen_weights": {"live": "host", "buffers": 1}})
+    assert "updates all layers at once" in problems({"optimizer_states": {"active": "host"}})
     monkeypatch.setattr(find.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert "frozen weights take 0.0 GiB of host memory" in problems({})
     with torch.device("meta"):

@@ -29,7 +29,13 @@ def ids(seed: int) -> Tensor:
     return torch.randint(2, 60, (4, 10), generator=torch.Generator().manual_seed(seed))
 
 
-def engine_of(stage: int, weights: dict[str, Any], dtype: str = "bf16", preset: str = "minimal") -> Any:
+def engine_of(
+    stage: int,
+    weights: dict[str, Any],
+    dtype: str = "bf16",
+    preset: str = "minimal",
+    states: dict[str, Any] | None = None,
+) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
@@ -37,7 +43,12 @@ def engine_of(stage: int, weights: dict[str, Any], dtype: str = "bf16", preset: 
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "zero_optimization": {"stage": stage},
         "steps_per_print": None,
-        "slimfit": {"freeze": {"rate": 0.8}, "activations": preset, "frozen_weights": weights},
+        "slimfit": {
+            "freeze": {"rate": 0.8},
+            "activations": preset,
+            "frozen_weights": weights,
+            "optimizer_states": states or {},
+        },
     }
     if dtype != "fp32":
         config[dtype] = {"enabled": True}
@@ -86,6 +97,25 @@ def test_the_engine_trains_the_same_and_goes_on_from_checkpoints(one_rank, tmp_p
     steps(again, 7, 8)  # its buffers hold weights that the checkpoint replaces
     again.load_checkpoint(tmp_path / "checkpoint")
     assert_same(steps(again, 3, 5), expected)
+
+
+@pytest.mark.parametrize(
+    "states", [{}, {"precision": "8bit", "bf16_weights": "stochastic_rounding", "stale_moments": "decay"}]
+)
+def test_states_of_what_trains_on_the_host_are_exact(one_rank, tmp_path, states):
+    """Also from a checkpoint, and where layers take turns; between steps the device holds none of them."""
+    resident, streamed = (
+        engine_of(1, {}, states={**states, **more}) for more in ({}, {"active": "host", "inactive": "device"})
+    )
+    assert_same(steps(streamed, 0, 3), steps(resident, 0, 3))
+    held = streamed.memory_report()
+    assert held["optimizer"] == 0
+    assert held["optimizer_host"] == resident.memory_report()["optimizer"] > 0
+    streamed.save_checkpoint(tmp_path)
+    again = engine_of(1, HOST, states={**states, "active": "host"})
+    again.load_checkpoint(tmp_path)
+    assert again.memory_report()["optimizer"] == 0
+    assert_same(steps(again, 3, 5), steps(resident, 3, 5))
 
 
 def test_stage_3_is_refused(one_rank):
