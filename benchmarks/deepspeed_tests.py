@@ -1,6 +1,6 @@
 """DeepSpeed's own unit tests, on stock and with `deepspeed.initialize` replaced by ours, on a CPU with gloo ranks.
 
-    git clone --depth 1 --branch v0.19.5 https://github.com/deepspeedai/DeepSpeed /tmp/DeepSpeed
+    git clone https://github.com/deepspeedai/DeepSpeed /tmp/DeepSpeed && git -C /tmp/DeepSpeed checkout edaa722
     python benchmarks/deepspeed_tests.py --tests /tmp/DeepSpeed/tests
 
 Ours is `slimfit_ds.integrations.enable_deepspeed` with the block `{"freeze": {"policy": "none"}, "activations": "exact"}`: everything
@@ -49,6 +49,7 @@ SAMPLE = [
     "runtime/zero",
     "runtime/activation_checkpointing",
     "runtime/test_multiple_models.py",
+    "checkpoint",
 ]
 NOT_OURS = [
     "test_zeropp",
@@ -61,6 +62,10 @@ NOT_OURS = [
     "onebit",
     "offloadpp",
     "test_offload_states",
+    "test_moe_checkpoint",
+    "test_pipeline",
+    "test_autotp",
+    "test_convert_checkpoint",
 ]
 """Of these folders: ZeRO++, NVMe, quantised states and what makes no engine; docs/composability.md names what is refused."""
 BLOCK = {"freeze": {"policy": "none"}, "activations": "exact"}
@@ -150,8 +155,8 @@ def _launch(test: Any, ranks: int, init_method: str) -> None:
             if kind in ("ConfigError", "CheckpointError"):
                 outcome = "refused"
             row |= {"ours": "differs" if outcome == "failed" else outcome, "error": kind, "message": message}
-    with Path(os.environ["DEEPSPEED_TESTS_OUT"]).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    csv, run_by = json.loads(os.environ["DEEPSPEED_TESTS_OUT"])
+    Study(csv, ("test",)).add({**row, **run_by})
 
 
 def _outcome(mode: str, test: Any, ranks: int, init_method: str) -> tuple[str, BaseException | None]:
@@ -233,11 +238,12 @@ def _pytest(setting: str) -> int:
 # The program.
 
 
-def run(tests: Path, known: list[str], options: Any, out: Path) -> None:
+def run(tests: Path, options: Any) -> None:
     """Run the tests of a copy of DeepSpeed's folder."""
+    study = Study(options.csv, ("test",))
     environment = {
         **os.environ,
-        "DEEPSPEED_TESTS_OUT": str(out),
+        "DEEPSPEED_TESTS_OUT": json.dumps([str(study.path), machine()]),
         "DS_ACCELERATOR": "cpu",
         "DS_UNITTEST_TIMEOUT": str(options.seconds),
         "DS_DISABLE_REUSE_DIST_ENV": "1",
@@ -248,13 +254,19 @@ def run(tests: Path, known: list[str], options: Any, out: Path) -> None:
         ),
     }
     setting = {
-        "known": known,
+        "known": [row["test"] for row in study.rows()],
         "variants": options.variants,
         "until": time.time() + 60 * options.minutes,
         "files": [f"unit/{name}" for name in options.only or SAMPLE],
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--pytest", json.dumps(setting)]
     subprocess.run(command, cwd=tests, env=environment, check=False)
+
+
+def _leave_out_gone(file: Path) -> None:
+    """Leave out the comparison of an attribute that the engine of the installed DeepSpeed has no more."""
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "sparse_tensor_module_names" not in line))
 
 
 def _why(row: dict[str, Any]) -> str:
@@ -297,15 +309,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=600, help="no test starts after them")
     parser.add_argument("--csv", default=STUDY)
     arguments = parser.parse_args()
-    study = Study(arguments.csv, ("test",))
     with tempfile.TemporaryDirectory() as scratch:
         tests = Path(shutil.copytree(arguments.tests, Path(scratch) / "tests"))
+        _leave_out_gone(tests / "unit" / "checkpoint" / "common.py")
         with (tests / "unit" / "common.py").open("a") as file:
             file.write("\n\nimport deepspeed_tests\n\ndeepspeed_tests.prepare(DistributedExec)\n")
-        out = Path(scratch) / "rows.jsonl"
-        run(tests, [row["test"] for row in study.rows()], arguments, out)
-        for line in out.read_text().splitlines() if out.is_file() else ():
-            study.add({**json.loads(line), **machine()})
+        run(tests, arguments)
     return 0
 
 
