@@ -107,6 +107,7 @@ def train(argv: Sequence[str]) -> int:
     # 5. Train.
     trainer = task.trainer_class()(model=model, args=args, callbacks=callbacks, **parts)
     check_loop(trainer, inputs.deepspeed)
+    task.check_trainer(trainer)
     if measure is not None:
         measure.trainer = trainer
     if not task.loss_counts_tokens:

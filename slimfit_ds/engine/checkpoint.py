@@ -39,7 +39,7 @@ from slimfit_ds.engine.checkpoint_files import (
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.files import flush
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.trainable.split import Split, column_places
+from slimfit_ds.trainable.split import Split, column_places, fill_columns
 
 __all__ = ["CheckpointError", "TrainingState", "latest_tag", "load", "save"]
 
@@ -169,6 +169,7 @@ def load(
     lr_scheduler: bool = True,
     schedule: bool = True,
     strict: bool = True,
+    custom_load_fn: Callable[..., Any] | None = None,
 ) -> tuple[str | None, dict[str, Any]]:
     """Go on from a checkpoint; called by every rank.
 
@@ -176,6 +177,7 @@ def load(
         optimizer_states, lr_scheduler, schedule: what is read beside the weights; with the schedule come counters and
             random states.
         strict: the names of the weights must be the model's.
+        custom_load_fn: sets the weights instead, see `weights.load_by`; `strict` does not count then, as in DeepSpeed.
 
     Returns:
         The checkpoint's path and its client state; `(None, {})` where the folder names no checkpoint.
@@ -194,16 +196,22 @@ def load(
     metadata = read_metadata(path)
     with safe_open(path / MODEL, framework="pt") as file:
         saved = set(file.keys())
-        if strict:
+        if strict and custom_load_fn is None:
             weights.check_names(state.module, saved | set(metadata.get("excluded", ())))
         _check_columns(metadata.get("columns", {}), column_places(state.module))
         if schedule:
             state.schedule.load_state_dict(metadata["schedule"])
-        weights.scatter(state.module, file.get_tensor, saved)
+        if custom_load_fn is None:
+            weights.scatter(state.module, file.get_tensor, saved)
+        else:
+            found = {name: file.get_tensor(name) for name in saved}
+            weights.load_by(custom_load_fn, state.module, fill_columns(found, metadata.get("columns", {})))
     if optimizer_states:
         state.optimizer.load_state_dict(metadata["optimizer"])
         with ShardReader(sorted(path.glob("optimizer-*.safetensors"))) as reader:
             state.optimizer.load_shards(reader, metadata["steps"])
+        if custom_load_fn is not None:
+            state.optimizer.updater.refresh_masters(changed_only=True)
         groups = metadata["parameter_groups"]
         if len(groups) == len(state.optimizer.param_groups):
             for group, options in zip(state.optimizer.param_groups, groups, strict=True):

@@ -118,6 +118,10 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         _get(config, "managed_gradient_accumulation") is False,
         "managed_gradient_accumulation is false: the active set changes at boundaries that DeepSpeed counts",
     )
+    refuse(
+        _on(config, "bf16") and _get(config, "bf16", "check_grad_overflow") is False,
+        "bf16.check_grad_overflow is false: a step whose gradients are not finite is always left out, remove the key",
+    )
     if model is not None:
         problems += _model_problems(model)
         if zero3 and slim.activations.table().block != "exact":

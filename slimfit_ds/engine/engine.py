@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -290,15 +290,13 @@ class SlimFitEngine(DeepSpeedEngine):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-        custom_load_fn: Any = None,
+        custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
-        """Go on from a checkpoint, of any world size and stage; see `engine.checkpoint`."""
-        if custom_load_fn is not None:
-            raise ConfigError(
-                [
-                    "load_checkpoint: custom_load_fn is not supported, weights are read by their names; leave it out"
-                ]
-            )
+        """Go on from a checkpoint, of any world size and stage; see `engine.checkpoint`.
+
+        Args:
+            custom_load_fn: called with `src`, whole weights by name, and `dst`, the module, sets the weights instead.
+        """
         state = self._training_state()
         path, client_state = checkpoint.load(
             state,
@@ -308,6 +306,7 @@ class SlimFitEngine(DeepSpeedEngine):
             lr_scheduler=load_lr_scheduler_states and not load_module_only,
             schedule=not load_module_only,
             strict=load_module_strict,
+            custom_load_fn=custom_load_fn,
         )
         for name, value in state.counters.items():
             setattr(self, name, value)

@@ -239,11 +239,21 @@ class ShardUpdater:
         if name not in names:
             raise KeyError(f"{name!r} is no state of this optimizer, which has {', '.join(names) or 'none'}")
 
-    def refresh_masters(self) -> None:
-        """Take every master from the weights."""
+    def refresh_masters(self, changed_only: bool = False) -> None:
+        """Take every master from the weights.
+
+        Args:
+            changed_only: leave those elements that the weights are the rounding of.
+        """
         for index in self.states.units:
             if "master" in (state := self.states.peek(index)).tensors:
-                state.tensors["master"].copy_(self.units[index].own_weights)
+                master, weights = state.tensors["master"], self.units[index].own_weights
+                weights = weights.to(master.device)
+                if changed_only:
+                    weights = torch.where(
+                        master.to(weights.dtype) == weights, master, weights.to(master.dtype)
+                    )
+                master.copy_(weights)
 
     def shards(self) -> Iterator[Shard]:
         """This rank's stretch of every parameter's states, in float32, for a checkpoint."""

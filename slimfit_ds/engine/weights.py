@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -17,19 +18,29 @@ from slimfit_ds.deltas.base import base_of
 from slimfit_ds.deltas.delta import Delta, describe, names_to_keep
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.streaming.streaming import streaming_of
-from slimfit_ds.trainable.split import column_places, fill_columns
+from slimfit_ds.trainable.split import SplitModule, column_places, fill_columns
 from slimfit_ds.trainable.units import named_tensors
 
-__all__ = ["check_names", "gather", "gather_delta", "save_pretrained", "scatter", "stored_bytes", "whole"]
+__all__ = [
+    "check_names",
+    "gather",
+    "gather_delta",
+    "load_by",
+    "save_pretrained",
+    "scatter",
+    "stored_bytes",
+    "whole",
+]
 
 
-def whole(tensor: Tensor, writes: bool = False):
-    """A context in which a parameter that ZeRO 3 has cut is whole."""
-    if not hasattr(tensor, "ds_id"):
+def whole(*tensors: Tensor, writes: bool = False):
+    """A context in which parameters that ZeRO 3 has cut are whole."""
+    cut = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not cut:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if writes else None)
+    return deepspeed.zero.GatheredParameters(cut, modifier_rank=0 if writes else None)
 
 
 def gather(module: nn.Module, exclude: Container[str] = ()) -> dict[str, Tensor]:
@@ -80,6 +91,35 @@ def scatter(module: nn.Module, read: Callable[[str], Tensor], names: Container[s
                     tensor.copy_(read(name))
 
 
+def load_by(function: Callable[..., Any], module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let a function set the weights of a module, whole, as DeepSpeed calls it; called by every rank.
+
+    Under ZeRO 3 what the function does on rank 0 counts, and the whole model must fit.
+
+    Args:
+        function: is called with `src`, the state, and `dst`, the module.
+        state: whole weights and buffers, of layers that were never split.
+    """
+    splits = [m for m in module.modules() if isinstance(m, SplitModule)]
+    with torch.no_grad(), whole(*module.parameters(), writes=True):
+        for layer in splits:
+            layer.split.fill(layer.frozen_weight, layer.weight_columns)
+        function(src=_with_tied_names(module, state), dst=module)
+        # The function knows weights only.
+        for layer in splits:
+            layer.weight_columns.copy_(layer.split.of_weight(layer.frozen_weight))
+
+
+def _with_tied_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state in which tied weights stand under each of their names."""
+    complete = dict(state)
+    names = {id(p): n for n, p in module.named_parameters()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if names[id(parameter)] in state:
+            complete.setdefault(name, state[names[id(parameter)]])
+    return complete
+
+
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of weights that this rank holds on its device: whole ones, and with ZeRO 3 its stretches."""
     streaming = streaming_of(module)
@@ -120,13 +160,7 @@ def save_pretrained(module: nn.Module, state: Mapping[str, Tensor], directory: s
     state = fill_columns(state, column_places(module))
     save = getattr(module, "save_pretrained", None)
     if callable(save):
-        complete = dict(state)
-        # transformers expects the second name of a tied weight as well.
-        names = {id(p): n for n, p in module.named_parameters()}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if names[id(parameter)] in state:
-                complete.setdefault(name, state[names[id(parameter)]])
-        save(path, state_dict=complete)
+        save(path, state_dict=_with_tied_names(module, state))
         return
     path.mkdir(parents=True, exist_ok=True)
     save_file(dict(state), path / "model.safetensors", metadata={"format": "pt"})

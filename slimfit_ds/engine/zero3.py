@@ -194,6 +194,19 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
         dist.allgather_fn(everyone.view(-1), mine, group=self._group)
         return everyone
 
+    def get_fp32_grad_partitions(self) -> dict[int, dict[int, Tensor]]:
+        """Return this rank's stretches of the reduced gradients: group -> position in it -> `[stretch]`, float32, padded."""
+        return {
+            number: {
+                place: self._padded(parameter, own)
+                for place, parameter in enumerate(group["params"])
+                if id(parameter) in self._places
+                and self._own(parameter)[0].index in self._reduced
+                and (own := self._gradient(parameter)) is not None
+            }
+            for number, group in enumerate(self.param_groups)
+        }
+
     def state_bytes(self) -> dict[str, int]:
         found = super().state_bytes()
         if self.offload_optimizer:

@@ -18,7 +18,6 @@ from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
 from slimfit_ds.streaming.find import streaming_problems
-from slimfit_ds.trainable.new_words import warn_of_new_words
 
 __all__ = ["SlimFitCallback"]
 
@@ -122,9 +121,6 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             self._gradients = ActiveGradients(model, self._handle.trainable)
         combine = self._gradients.average if self._gradients is not None else None
         self._handle.follow(getattr(optimizer, "optimizer", optimizer), combine)
-        find_added = getattr(kwargs.get("processing_class"), "get_added_vocab", None)
-        if find_added is not None:
-            warn_of_new_words(model, find_added())
         if self._run_log is not None:
             self._run_log.on_train_begin(args, state, control, **kwargs)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.config import FreezeConfig
 from slimfit_ds.schedule.policies import POLICIES, Budget, Selection
+from slimfit_ds.trainable.new_words import warn_of_new_words
 from slimfit_ds.trainable.plan import Plan, plan_units
 from slimfit_ds.trainable.split import split_columns
 from slimfit_ds.trainable.units import (
@@ -28,6 +29,8 @@ from slimfit_ds.trainable.units import (
 )
 
 __all__ = ["FreezeSchedule", "freeze_problems", "prepare_units", "room_at"]
+
+_LR_SCALES = ("lr_scale", "always_lr_scale")
 
 
 def prepare_units(
@@ -51,6 +54,7 @@ def prepare_units(
     if not config.splits or split_record(model) is not None:
         return False
     split_columns(model, _plan(model, config), config.seed, whole)
+    warn_of_new_words(model, whole)
     return True
 
 
@@ -185,18 +189,23 @@ class FreezeSchedule:
         counts = Counter(unit.width for unit in self.units if is_part(unit.name))
         return 1 / max(counts, key=lambda width: (counts[width], width)) if counts else 1.0
 
+    @property
+    def always_lr_scale(self) -> float:
+        """Factor of the learning rate of what trains whole at every step."""
+        config = self.config
+        if config.always_lr_scale != "auto":
+            return config.always_lr_scale
+        return self.lr_scale if config.lr_scale == "auto" else 1.0
+
     def lr_factors(self) -> dict[int | None, float]:
         """What the learning rate of each active unit, and of small parameters (None), is multiplied by."""
-        config = self.config
-        always = config.always_lr_scale
-        if always == "auto":
-            always = self.lr_scale if config.lr_scale == "auto" else 1.0
+        always = self.always_lr_scale
         factors: dict[int | None, float] = {None: always}
         for i in self.active:
             factors[i] = always if i in self._always else self.lr_scale
             if self.units[i].kind == "embedding" and is_part(self.names[i]):
                 # auto: the step of a vector has the norm that it would have if all of its places trained.
-                scale = config.embedding_lr_scale
+                scale = self.config.embedding_lr_scale
                 factors[i] *= 1 / math.sqrt(self.units[i].width) if scale == "auto" else scale
         return factors
 
@@ -214,6 +223,7 @@ class FreezeSchedule:
             "step": self.step,
             "active": sorted(self.active),
             "last": list(self._last),
+            "lr_scales": {name: getattr(self, name) for name in _LR_SCALES},
             "statistics": {self.names[unit]: value for unit, value in self.statistics.items()},
         }
 
@@ -221,13 +231,14 @@ class FreezeSchedule:
         """Go on from a saved state.
 
         The state of another policy is not taken over (there is none that both understand): the new
-        policy starts afresh at the saved step.
+        policy starts afresh at the saved step. Warns where learning rates are multiplied by other factors than before.
 
         Raises:
             ConfigError: the saved units are not this model's; names the difference.
         """
         if problems := _difference(state["layers"], self.names):
             raise ConfigError(problems)
+        self._warn_of_rates(state.get("lr_scales"))
         self.step = int(state["step"])
         # Checkpoints of earlier versions hold no counts: as if every unit had trained just now.
         self._last = list(state.get("last") or [self.step - 1] * len(self.units))
@@ -238,6 +249,27 @@ class FreezeSchedule:
             return
         self._state = dict(state["state"])
         self.active = self._select() if self.is_static else frozenset(state["active"])
+
+    def _warn_of_rates(self, saved: Mapping[str, float] | None) -> None:
+        """Say where the learning rate jumps."""
+        if saved is None:
+            # The checkpoint is older than auto: a factor that nobody had set was 1.
+            saved = {name: 1.0 for name in _LR_SCALES if getattr(self.config, name) == "auto"}
+        changed = {
+            name: (before, value)
+            for name, before in saved.items()
+            if not math.isclose(before, value := getattr(self, name))
+        }
+        if changed:
+            said = ", ".join(
+                f"{name} was {before:g} and is {value:g}" for name, (before, value) in changed.items()
+            )
+            remedy = ", ".join(f"{name}: {before:g}" for name, (before, _) in changed.items())
+            warnings.warn(
+                f"slimfit.freeze: learning rates go on multiplied otherwise than in the run that the checkpoint is from: "
+                f"{said}; set {remedy} to go on as before",
+                stacklevel=3,
+            )
 
 
 def room_at(

@@ -71,7 +71,7 @@ class Task(ABC, Generic[Options]):
     """From the columns of a data set to a Trainer.
 
     A run calls, in this order: `study`, `model_values` and `model_problems` before anything is built, then
-    `load_preprocessing`, and `trainer_parts` for what the Trainer takes beside the model and its arguments.
+    `load_preprocessing`, `trainer_parts` for what the Trainer takes beside the model and its arguments, and `check_trainer`.
     """
 
     name: ClassVar[str]
@@ -138,6 +138,13 @@ class Task(ABC, Generic[Options]):
     @abstractmethod
     def trainer_parts(self, splits: Splits) -> dict[str, Any]:
         """Keyword arguments of the Trainer: data sets, collator, processing class, metrics."""
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Look at what the Trainer has made of the data; called before training.
+
+        Raises:
+            ConfigError: nothing is left to train on.
+        """
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """The final metrics, with what follows from them."""

@@ -28,7 +28,8 @@ class Labels:
         """The classes of both splits.
 
         Raises:
-            ConfigError: the column is missing, holds no classes, or a split is unlabelled.
+            ConfigError: the column is missing, holds no classes, or a split is unlabelled or, with more than one
+                row, of one class.
         """
         from datasets import ClassLabel, Value
 
@@ -46,6 +47,12 @@ class Labels:
             elif found == {-1}:
                 problems.append(
                     f"eval_split: split {name!r} is unlabelled (label -1); choose a labelled split"
+                )
+            elif len(found) == 1 and len(split) > 1:
+                problems.append(
+                    f"task.label_column: all {len(split)} rows of split {name!r} have the class {next(iter(found))!r}, so there is "
+                    "nothing to tell apart; shuffle a file that is sorted by class (max_train_examples and "
+                    "max_eval_examples take the first rows)"
                 )
             values |= found
         if problems:

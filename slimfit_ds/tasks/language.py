@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from slimfit_ds.tasks.text import TextTask, map_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, Trainer
 
 __all__ = ["CausalLanguageModelling", "LanguageOptions", "PreferenceOptimisation", "PreferenceOptions"]
 
@@ -40,6 +41,9 @@ LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("text",),
 )
 """Columns of text data, tried in this order; `instruction` may come with `input`."""
+
+_ROW = "slimfit_row"
+"""Column with the number of each row, by which those are found that TRL leaves out."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -68,6 +72,7 @@ class _LanguageTask(TextTask[Any]):
     auto_class = "AutoModelForCausalLM"
     loss_counts_tokens = True
     layout: tuple[str, ...] = ()
+    _given: Splits
     layouts: tuple[tuple[str, ...], ...] = LAYOUTS
 
     def take_arguments(self, values: Mapping[str, Any]) -> None:
@@ -115,9 +120,13 @@ class _LanguageTask(TextTask[Any]):
         raise NotImplementedError
 
     def trainer_parts(self, splits: Splits) -> dict[str, Any]:
+        def convert(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+            made = self._convert(batch)
+            return {**made, _ROW: [*range(len(next(iter(made.values()))))]}
+
         def columns(split: Dataset) -> Dataset:
             key = f"{self.name} {self.layout} {self.options!r}"
-            return map_rows(split, self._convert, key, batch_size=None)
+            return map_rows(split, convert, key, batch_size=None)
 
         problems, made = [], []
         for name, split in splits.named():
@@ -128,7 +137,31 @@ class _LanguageTask(TextTask[Any]):
                 problems.append(f"task.columns: {' + '.join(self.layout)} of split {name!r}: {error}")
         if problems:
             raise ConfigError(problems)
+        self._given = splits
         return {"train_dataset": made[0], "eval_dataset": made[1], "processing_class": self.tokenizer}
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Name the rows that TRL has left out: `max_length` cuts off all of what they have to teach."""
+        given, made = self._given, (trainer.train_dataset, trainer.eval_dataset)
+        problems = []
+        for (name, split), prepared in zip(given.named(), made, strict=True):
+            if prepared is None or _ROW not in prepared.column_names:
+                continue  # packed rows are cut nowhere
+            kept = set(prepared[_ROW])
+            gone = [number for number in range(len(split)) if number not in kept]
+            if not gone:
+                continue
+            rows = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
+            text = (
+                f"max_length {self.max_length}: of {len(gone)} of {len(split)} rows of split {name!r} nothing is left to learn, as their "
+                f"answers begin behind it (rows {rows}); raise it, or shorten what is asked"
+            )
+            if len(gone) == len(split):
+                problems.append(text)
+            elif trainer.is_world_process_zero():
+                warnings.warn(f"{text}. These rows are left out", stacklevel=2)
+        if problems:
+            raise ConfigError(problems)
 
     def _check_turns(self, split: Dataset) -> None:
         """Whether the template takes every row: TRL would meet one that it refuses in the middle of its preparations."""

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -376,6 +377,16 @@ def test_strict_makes_it_an_error_before_the_first_step():
         optimizer.step()
     assert len(error.value.problems) == 2
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.distributed
+def test_two_ranks_of_which_one_has_the_faulty_batch_do_alike(run_ranks):
+    fine, faulty = run_ranks(Path(__file__).with_name("proof_worker.py"), ranks=2)
+    assert fine["failures"] == 0
+    assert faulty["failures"] > 0
+    assert fine["before the step"] == ["as it was", "as it was"]
+    assert {"codec": None} in faulty["kept"]
+    assert fine["kept"] == faulty["kept"] == faulty["before the step"]
 
 
 def test_the_verdict_is_the_same_on_every_rank():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -257,9 +258,56 @@ class TestOneRank:
         assert torch.equal(larger.module[0].weight, engine.module[0].weight)
         assert torch.equal(larger.module[3].weight, added)
 
-    def test_arguments_that_cannot_be_honoured_are_refused(self, tmp_path):
+    @pytest.mark.parametrize("stage", [1, 3])
+    @pytest.mark.parametrize("policy", ["none", "static"])
+    def test_a_function_of_the_user_sets_the_weights(self, tmp_path, stage, policy):
+        def adapt(src, dst):
+            assert set(src) == {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"}
+            for name, parameter in dst.named_parameters():
+                if name in src:
+                    parameter.data.copy_(src[name] + (1.0 if name == "0.weight" else 0.0))
+
+        engine = engine_of(stage=stage, freeze={"policy": policy, "rate": 0.5})
+        train(engine, 3)
+        engine.save_checkpoint(tmp_path)
+        saved = load_states_of(tmp_path)
+        other = engine_of(stage=stage, freeze={"policy": policy, "rate": 0.5})
+        other.load_checkpoint(tmp_path, custom_load_fn=adapt)
+        other.save_checkpoint(tmp_path, tag="adapted")
+        adapted = load_states_of(tmp_path / "adapted")
+        assert torch.equal(adapted["0.weight"], saved["0.weight"] + 1)
+        for name in saved.keys() - {"0.weight"}:
+            assert torch.equal(adapted[name], saved[name])
+        assert other.global_steps == 3
+
+    def test_masters_follow_what_a_function_of_the_user_has_changed_and_nothing_else(self, tmp_path):
+        def adapt(src, dst):
+            dst.load_state_dict(src)
+            dst[0].weight[0].fill_(3.0)
+
+        def engine_in_bf16():
+            torch.manual_seed(0)
+            config = {
+                "train_micro_batch_size_per_gpu": 2,
+                "bf16": {"enabled": True},
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+                "slimfit": {"freeze": {"policy": "none"}},
+            }
+            return slimfit_ds.initialize(model=nn.Sequential(nn.Linear(4, 8)), config=config)[0]
+
+        engine = engine_in_bf16()
+        engine.backward(engine(torch.randn(2, 4, dtype=torch.bfloat16)).float().square().mean())
+        engine.step()
+        engine.save_checkpoint(tmp_path)
+        before = load_states_of(tmp_path)["0.weight"]
+        other = engine_in_bf16()
+        other.load_checkpoint(tmp_path, custom_load_fn=adapt)
+        master = safe_get_full_fp32_param(other.module[0].weight)
+        assert torch.equal(master[0], torch.full((4,), 3.0))
+        assert torch.equal(master[1:], before[1:])
+        assert not torch.equal(master[1:], master[1:].bfloat16().float())
+
+    def test_an_empty_folder_name_is_refused(self):
         engine = engine_of()
-        with pytest.raises(ConfigError, match="custom_load_fn is not supported"):
-            engine.load_checkpoint(tmp_path, custom_load_fn=lambda source, target: None)
         with pytest.raises(ValueError, match="save_dir must name a folder"):
             engine.save_checkpoint("")

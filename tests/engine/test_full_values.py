@@ -41,6 +41,15 @@ def backward(engine) -> None:
     engine.backward(engine(torch.ones(4, 6)).square().sum())
 
 
+def test_gradient_partitions_of_zero_3_by_group_and_position():
+    engine = engine_of(3, {"policy": "none"})
+    assert engine.optimizer.get_fp32_grad_partitions() == {0: {}}
+    backward(engine)
+    found = engine.optimizer.get_fp32_grad_partitions()
+    for place, parameter in enumerate(engine.module.parameters()):
+        torch.testing.assert_close(found[0][place], safe_get_full_grad(parameter).flatten())
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_edited_gradient_is_the_one_that_steps(stage):
     engine = engine_of(stage, {"policy": "none"}, gradient_clipping=1.0)

@@ -5,6 +5,8 @@ import math
 import random
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -260,6 +262,33 @@ def test_the_rate_of_full_fine_tuning_is_multiplied_by_columns_over_trained_ones
     whole = {i for i, unit in enumerate(schedule.units) if unit.width == 1} | {None}
     assert {given[i] for i in given.keys() - whole} == {3.0}
     assert {given[i] for i in given.keys() & whole} == {1.0}
+
+
+def test_a_resumed_run_says_that_its_rates_are_multiplied_otherwise(recwarn):
+    block = {"policy": "static", "rate": 0.8}
+    saved = json.loads(json.dumps(schedule_of(Net(), **block).state_dict()))
+    schedule_of(Net(), **block).load_state_dict(saved)
+    older = {key: value for key, value in saved.items() if key != "lr_scales"}
+    schedule_of(Net(), **block, lr_scale=3.0, always_lr_scale=1.0).load_state_dict(older)
+    assert not recwarn.list
+    factor = saved["lr_scales"]["lr_scale"]
+    assert factor > 2
+    with pytest.warns(UserWarning, match=rf"lr_scale was {factor:g} and is 3.*set lr_scale: {factor:g}"):
+        schedule_of(Net(), **block, lr_scale=3.0).load_state_dict(saved)
+    with pytest.warns(UserWarning, match="set lr_scale: 1, always_lr_scale: 1 to go on as before"):
+        schedule_of(Net(), **block).load_state_dict(older)
+
+
+def test_words_that_will_not_learn_are_named_whoever_splits_the_model():
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=300, hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80
+        )
+    )
+    model.resize_token_embeddings(302)
+    with pytest.warns(UserWarning, match=r"2 added tokens will not learn \(ids 300, 301\)"):
+        prepare_units(model, FreezeConfig(rate=0.9))
 
 
 def test_layers_of_another_input_width_take_the_factor_of_the_others():

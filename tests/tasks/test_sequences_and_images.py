@@ -134,6 +134,11 @@ def test_class_labels_keep_their_order():
         ([{"text": "x", "label": 0}], {"columns": ["a", "b"]}, "no 'a' and 'b'"),
         ([{"text": "x", "label": 0}, {"text": None, "label": 1}], {}, "has 1 empty"),
         ([{"text": "x", "label": "a"}, {"text": "y", "label": ""}], {}, "one class for each row"),
+        (
+            [{"text": "x", "label": "a"}] * 3,
+            {},
+            "all 3 rows of split 'train' have the class 'a'.*max_train_examples",
+        ),
     ],
 )
 def test_wrong_columns_of_texts(rows, options, message):

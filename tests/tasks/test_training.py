@@ -123,7 +123,7 @@ def prepared(rows, tokenizer_folder, template=None):
     splits = task.study(Splits(data, data))
     task.load_preprocessing(str(tokenizer_folder), LlamaConfig(vocab_size=WORDS))
     task.tokenizer.chat_template = template or task.tokenizer.chat_template
-    return task.trainer_parts(splits)["train_dataset"][:]
+    return task.trainer_parts(splits)["train_dataset"].remove_columns("slimfit_row")[:]
 
 
 USER, SAID = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "bye"}
@@ -168,6 +168,29 @@ def test_a_row_that_no_template_can_write_is_named_before_training(second, messa
     with pytest.raises(ConfigError, match=message) as caught:
         prepared(rows, tokenizer_folder, NO_SYSTEM)
     assert "split 'train'" in str(caught.value)
+
+
+SHORT = {"question": "where", "answer": "on the mat 1"}
+LONG = {"question": "where is the cat 1 " * 12, "answer": "on the mat 1"}
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "dpo"])
+def test_rows_whose_answers_are_cut_off_are_named_before_training(name, run, tmp_path, capsys):
+    recipe = {"task": name, "model": {"config": LLAMA}, "max_length": 32, "bf16": False, "max_steps": 1}
+    recipe |= {"train_split": "train", "holdout": None}
+
+    def folder(*rows):
+        path = tmp_path / f"data{len(list(tmp_path.iterdir()))}"
+        path.mkdir()
+        (path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (path / "validation.jsonl").write_text("\n".join(map(json.dumps, [SHORT] * 4)))
+        return str(path)
+
+    with pytest.warns(UserWarning, match=r"of 2 of 4 rows of split 'train' nothing.*\(rows 1, 3\)"):
+        run([SHORT], **recipe | {"data_dir": folder(SHORT, LONG, SHORT, LONG)})
+    with pytest.raises(AssertionError):
+        run([SHORT], **recipe | {"data_dir": folder(LONG, LONG)})
+    assert "of 2 of 2 rows of split 'train' nothing is left to learn" in capsys.readouterr().err
 
 
 def dpo_recipe(folder):

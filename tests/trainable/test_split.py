@@ -774,12 +774,12 @@ def test_added_words_that_will_not_learn_are_named(rate, words, recwarn):
     model = bert()
     model.resize_token_embeddings(302)
     split(model, rate=rate)
-    warn_of_new_words(model, {"<end>": 280, "<tool>": 300, "<done>": 301})
+    warn_of_new_words(model)
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == (words is not None)
     if words is not None:
         pattern = (
-            rf"2 added tokens will not learn \(<tool>, <done>\).*{words}.*'bert.embeddings.word_embeddings'"
+            rf"2 added tokens will not learn \(ids 300, 301\).*{words}.*'bert.embeddings.word_embeddings'"
         )
         assert re.match(pattern, said[0])
 
@@ -791,9 +791,9 @@ def test_added_words_of_a_tied_vocabulary_are_named():
     sizes = {"hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes, tie_word_embeddings=True))
     model.resize_token_embeddings(301)
-    warn_of_new_words(model, {"<tool>": 300})
+    warn_of_new_words(model)
     split(model, rate=0.9)
     with pytest.warns(
-        UserWarning, match=r"added tokens will not learn \(<tool>\).*nothing trains under policy static"
+        UserWarning, match=r"added tokens will not learn \(ids 300\).*nothing trains under policy static"
     ):
-        warn_of_new_words(model, {"<tool>": 300})
+        warn_of_new_words(model)
