@@ -12,6 +12,7 @@ because its build for a CPU takes longer than a test may. Adds what `benchmarks/
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -84,8 +85,9 @@ def prepare(executor: type) -> None:
     """Start the ranks of each test twice, so that one that fails or hangs ends its test and not the run."""
     import deepspeed
 
-    import slimfit_ds.integrations.accelerate_deepspeed  # noqa: F401 - ranks are forked with it
-
+    # Ranks are forked with what would take each of them seconds to import.
+    for module in ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "slimfit_ds.engine.engine"):
+        importlib.import_module(module)
     # Takes half a minute to build, and serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     executor._launch_daemonic_procs = _launch  # type: ignore[attr-defined]
