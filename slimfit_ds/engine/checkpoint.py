@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ def load(
     Args:
         optimizer_states, lr_scheduler, schedule: what is read beside the weights; with the schedule come counters and
             random states.
-        strict: the names of the weights must be the model's.
+        strict: the names of the weights must be the model's. If not, the schedule of other layers starts afresh.
         custom_load_fn: sets the weights instead, see `weights.load_by`; `strict` does not count then, as in DeepSpeed.
 
     Returns:
@@ -200,7 +201,7 @@ def load(
             weights.check_names(state.module, saved | set(metadata.get("excluded", ())))
         _check_columns(metadata.get("columns", {}), column_places(state.module))
         if schedule:
-            state.schedule.load_state_dict(metadata["schedule"])
+            _load_schedule(state.schedule, metadata["schedule"], strict)
         if custom_load_fn is None:
             weights.scatter(state.module, file.get_tensor, saved)
         else:
@@ -226,6 +227,15 @@ def load(
         if own.is_file():
             restore_random_states(own)
     return str(path), metadata["client_state"]
+
+
+def _load_schedule(schedule: FreezeSchedule, saved: Mapping[str, Any], strict: bool) -> None:
+    try:
+        schedule.load_state_dict(saved)
+    except ConfigError as error:
+        if strict:
+            raise
+        warnings.warn(f"{error.problems[0]}: the schedule of layers starts afresh", stacklevel=4)
 
 
 def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:

@@ -142,9 +142,9 @@ class _LanguageTask(TextTask[Any]):
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Name the rows that TRL has left out: `max_length` cuts off all of what they have to teach."""
-        given, made = self._given, (trainer.train_dataset, trainer.eval_dataset)
+        made: tuple[Any, Any] = (trainer.train_dataset, trainer.eval_dataset)
         problems = []
-        for (name, split), prepared in zip(given.named(), made, strict=True):
+        for (name, split), prepared in zip(self._given.named(), made, strict=True):
             if prepared is None or _ROW not in prepared.column_names:
                 continue  # packed rows are cut nowhere
             kept = set(prepared[_ROW])
