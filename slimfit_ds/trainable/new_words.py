@@ -33,7 +33,11 @@ def warn_of_new_words(
     """
     record = split_record(model)
     find = getattr(model, "get_input_embeddings", None)
-    module: Any = None if record is None or find is None else find()
+    try:
+        module: Any = None if record is None or find is None else find()
+    except NotImplementedError:
+        # transformers: a model without words, of sounds.
+        return
     weight = module._parameters.get("weight") if isinstance(module, nn.Embedding) else None
     if weight is None:
         return

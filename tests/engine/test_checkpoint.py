@@ -257,10 +257,10 @@ class TestOneRank:
         larger.load_checkpoint(tmp_path, load_module_only=True, load_module_strict=False)
         assert torch.equal(larger.module[0].weight, engine.module[0].weight)
         assert torch.equal(larger.module[3].weight, added)
-        with pytest.raises(ConfigError, match="has 2 freezable layers, the model 3"):
+        with pytest.raises(ConfigError, match="has 3 freezable layers, the model 4"):
             larger.load_checkpoint(tmp_path, custom_load_fn=lambda src, dst: None)
         with pytest.warns(
-            UserWarning, match="has 2 freezable layers, the model 3: the schedule of layers starts"
+            UserWarning, match="has 3 freezable layers, the model 4: the schedule of layers starts"
         ):
             larger.load_checkpoint(tmp_path, load_module_strict=False, load_optimizer_states=False)
         assert larger.global_steps == 2

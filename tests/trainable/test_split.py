@@ -784,6 +784,21 @@ def test_added_words_that_will_not_learn_are_named(rate, words, recwarn):
         assert re.match(pattern, said[0])
 
 
+def test_a_model_without_words_has_none_to_name(recwarn):
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = Wav2Vec2Model(
+        Wav2Vec2Config(**sizes, conv_dim=(16,), conv_stride=(4,), conv_kernel=(8,), num_feat_extract_layers=1,
+                       num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
+    )  # fmt: skip
+    split(model, rate=0.5)
+    recwarn.clear()
+    warn_of_new_words(model)
+    assert not recwarn.list
+
+
 def test_added_words_of_a_tied_vocabulary_are_named():
     from transformers import LlamaConfig, LlamaForCausalLM
 
