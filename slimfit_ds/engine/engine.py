@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
-from slimfit_ds.deltas.delta import write_delta
+from slimfit_ds.deltas.delta import Source, write_delta
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.optimizer import FreezeOptimizer
 from slimfit_ds.engine.sharding import Sharding, build_units
@@ -45,6 +45,7 @@ class SlimFitEngine(DeepSpeedEngine):
         self.slimfit_config = SlimFitConfig.parse(kwargs["config"]["slimfit"])
         self.roles = discover(kwargs["model"])
         self.schedule = FreezeSchedule(self.roles, self.slimfit_config.freeze)
+        self._source = Source(kwargs["model"], weights.whole)
         self._linear: ScopedLinear | None = None
         super().__init__(*args, **kwargs)
         if self.global_rank == 0:
@@ -280,6 +281,8 @@ class SlimFitEngine(DeepSpeedEngine):
             self.lr_scheduler,
             int(self.zero_optimization_stage()),
             {name: getattr(self, name) for name in _COUNTERS},
+            self._source,
+            self.trained_names if self.slimfit_config.checkpoints == "delta" else None,
         )
 
     def load_checkpoint(
@@ -319,7 +322,7 @@ class SlimFitEngine(DeepSpeedEngine):
         Raises:
             DeltaError: the model was not loaded by transformers from safetensors.
         """
-        delta = weights.gather_delta(self.module, self.trained_names)
+        delta = weights.gather_delta(self.module, self._source, self.trained_names)
         if dist.get_rank() == 0:
             write_delta(delta, path)
         dist.barrier()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slimfit_ds.deltas.base import DeltaError
+from slimfit_ds.deltas.delta import DELTA, read_delta
+from slimfit_ds.deltas.merge import load_merged
 from slimfit_ds.engine.checkpoint_files import MODEL, CheckpointError, ShardReader, latest_tag, read_metadata
 from slimfit_ds.trainable.split import fill_columns
+from slimfit_ds.trainable.units import named_tensors
 
 __all__ = ["load_states_of", "main"]
 
@@ -31,17 +36,19 @@ def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
     if (tag := latest_tag(folder)) is not None:
         folder = folder / tag
     metadata = read_metadata(folder)
+    delta = read_delta(folder) if (folder / DELTA).is_file() else None
+    saved = load_file(folder / MODEL) if delta is None else delta.tensors
     result: dict[str, Tensor] = {}
-    with (
-        safe_open(folder / MODEL, framework="pt") as model,
-        ShardReader(sorted(folder.glob("optimizer-*.safetensors"))) as reader,
-    ):
-        for name in model.keys():  # noqa: SIM118 - safe_open is no mapping
-            weight = model.get_tensor(name)
-            if weight.is_floating_point():
-                weight = weight.to(torch.float32)
-            reader.read_into(weight.view(-1), name, "master", 0)
-            result[name] = weight
+    with ShardReader(sorted(folder.glob("optimizer-*.safetensors"))) as reader:
+        for name, weight in saved.items():
+            exact = weight.to(torch.float32) if weight.is_floating_point() else weight
+            reader.read_into(exact.view(-1), name, "master", 0)
+            result[name] = exact
+    if delta is not None:
+        exact_delta = dataclasses.replace(delta, tensors=result)
+        # In the dtype of the run, whose frozen weights these are.
+        model = load_merged(delta.base.name, exact_delta, delta.base.revision).float()
+        return {name: tensor.detach() for name, tensor in named_tensors(model)}
     return fill_columns(result, metadata.get("columns", {}))
 
 
@@ -67,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         weights = load_states_of(arguments.checkpoint)
-    except (CheckpointError, SafetensorError) as error:
+    except (CheckpointError, DeltaError, SafetensorError) as error:
         print(f"slimfit-ds export: {error}", file=sys.stderr)
         return 2
     output.parent.mkdir(parents=True, exist_ok=True)

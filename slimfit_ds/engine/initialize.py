@@ -13,6 +13,7 @@ from torch import nn
 from slimfit_ds import private_names
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.deltas.base import base_problems
 from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.engine.processes import end_after_gloo
 from slimfit_ds.errors import ConfigError
@@ -131,6 +132,8 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list
     problems = config_problems(config, slim, model)
     problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
     problems += freeze_problems(model, slim.freeze)
+    if slim.checkpoints == "delta":
+        problems += base_problems(model)
     return problems + streaming_problems(
         model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile
     )

@@ -14,8 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slimfit_ds.deltas.base import base_of
-from slimfit_ds.deltas.delta import Delta, describe, names_to_keep
+from slimfit_ds.deltas.delta import Delta, Source, describe
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.split import SplitModule, column_places, fill_columns
@@ -61,18 +60,19 @@ def gather(module: nn.Module, exclude: Container[str] = ()) -> dict[str, Tensor]
     return result
 
 
-def gather_delta(module: nn.Module, trained: Iterable[str]) -> Delta:
+def gather_delta(module: nn.Module, source: Source, trained: Iterable[str]) -> Delta:
     """Return what trained as a delta, its tensors on the host of rank 0; called by every rank.
 
     Args:
+        source: of the module.
         trained: names of parameters that have trained.
 
     Raises:
         DeltaError: the model has no base.
     """
-    folder, base = base_of(module)
-    kept = {*names_to_keep(module, trained, folder, whole)}
-    return describe(module, base, gather(module, {n for n, _ in named_tensors(module)} - kept))
+    kept = source.names(trained)
+    others = {name for name, _ in named_tensors(module)} - kept
+    return describe(module, source.base, gather(module, others))
 
 
 def scatter(module: nn.Module, read: Callable[[str], Tensor], names: Container[str]) -> None:

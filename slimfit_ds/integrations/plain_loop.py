@@ -14,7 +14,7 @@ from slimfit_ds import private_names
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
-from slimfit_ds.deltas.delta import capture, write_delta
+from slimfit_ds.deltas.delta import Source, write_delta
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
@@ -80,6 +80,7 @@ class SlimHandle:
         compression: the compressed activations; its `report()` says what was recognised.
         proof: compares changed blocks with themselves unchanged on the first batch; `None`: switched off.
         trainable: every parameter that may train at some step, by name.
+        source: the model and the base that it was loaded from.
         streaming: the blocks whose frozen weights live on the host; None: none do.
     """
 
@@ -95,6 +96,7 @@ class SlimHandle:
             )
         if problems:
             raise ConfigError(problems)
+        self.source = Source(model)
         self._splits = prepare_units(model, config.freeze)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         roles = discover(model)
@@ -295,8 +297,12 @@ class SlimHandle:
         Raises:
             DeltaError: the model was not loaded by transformers from safetensors.
         """
-        trained = self.schedule.trained_names | {*(self._small_names if self._biases else ())}
-        write_delta(capture(self._model, trained), path)
+        write_delta(self.source.capture(self.trained_names), path)
+
+    @property
+    def trained_names(self) -> frozenset[str]:
+        """Every parameter that has trained so far."""
+        return self.schedule.trained_names | {*(self._small_names if self._biases else ())}
 
     def remove(self) -> None:
         """Restore the model exactly: every layer trains again (but what you froze since), nothing is compressed."""

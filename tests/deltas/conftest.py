@@ -75,13 +75,19 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=IDS).logits.float()
 
 
-def start(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **freeze: Any) -> Trained:
+def start(
+    folder: Path,
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    base_dtype: torch.dtype = torch.float32,
+    **freeze: Any,
+) -> Trained:
     """A tiny base in a folder, and a model that is about to train from it."""
     name, config = CONFIGS[kind]
     base = folder / "base"
     if not base.exists():
         torch.manual_seed(1)
-        getattr(transformers, name)(config).save_pretrained(base)
+        getattr(transformers, name)(config).to(base_dtype).save_pretrained(base)
     torch.manual_seed(2)
     if kind == "bert":
         model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3, dtype=dtype)

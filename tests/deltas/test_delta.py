@@ -49,6 +49,15 @@ def test_merged_is_the_trained_model(tmp_path, kind, freeze, dtype):
         assert delta < 0.45 * whole
 
 
+def test_a_base_of_16_bits_that_trains_in_32(tmp_path):
+    trained = start(tmp_path, "gpt2", base_dtype=torch.bfloat16)
+    trained.train()
+    trained.handle.save_delta(tmp_path / "delta.safetensors")
+    delta = read_delta(tmp_path)
+    assert set(delta.tensors) == trained.handle.trained_names
+    assert torch.equal(logits(load_merged(trained.base, delta)), trained.logits())
+
+
 def test_a_narrow_unit_that_never_trained_is_left_out(tmp_path):
     trained = start(tmp_path, "llama", policy="ils", rate=0.9, width=0.25)
     trained.train(steps=1)

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--policy", default="ils")
     parser.add_argument("--pretrained")
+    parser.add_argument("--base", help="checkpoints are deltas of this folder")
     parser.add_argument("--local_rank", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -45,9 +46,16 @@ def main() -> None:
         "slimfit": {
             "freeze": {"rate": 0.8, "policy": arguments.policy},
             "optimizer_states": {"inactive": arguments.inactive},
+            "checkpoints": "delta" if arguments.base else "whole",
         },
     }
-    engine, *_ = slimfit_ds.initialize(model=tiny_bert(), config=config)
+    model = tiny_bert()
+    if arguments.base:
+        if rank == 0:
+            model.save_pretrained(arguments.base)
+        torch.distributed.barrier()
+        model = type(model).from_pretrained(arguments.base)
+    engine, *_ = slimfit_ds.initialize(model=model, config=config)
     client = {}
     if arguments.load:
         _, client = engine.load_checkpoint(arguments.load)

@@ -35,19 +35,22 @@ def run(run_ranks, ranks: int, stage: int, first: int, last: int, **options) -> 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("dtype", "phases", "loss_tolerance", "weight_tolerance"),
+    ("dtype", "phases", "loss_tolerance", "weight_tolerance", "base"),
     [
         # (ranks, stage, residency) for four steps each. In bf16 a batch of 8 rounds its gradients
         # otherwise than two of 4, and Adam may turn that into two updates of lr = 1e-3.
-        ("fp32", [(2, 1, "device"), (1, 2, "host"), (2, 0, "device")], 1e-5, 1e-6),
-        ("bf16", [(2, 2, "host"), (1, 0, "device"), (2, 1, "device")], 2e-2, 2e-3),
-        ("fp32", [(2, 3, "device"), (1, 3, "device"), (2, 1, "host")], 1e-5, 1e-6),
+        ("fp32", [(2, 1, "device"), (1, 2, "host"), (2, 0, "device")], 1e-5, 1e-6, None),
+        ("bf16", [(2, 2, "host"), (1, 0, "device"), (2, 1, "device")], 2e-2, 2e-3, None),
+        ("fp32", [(2, 3, "device"), (1, 3, "device"), (2, 1, "host")], 1e-5, 1e-6, None),
+        # What trained, beside a base.
+        ("fp32", [(2, 3, "device"), (1, 1, "host"), (2, 2, "device")], 1e-5, 1e-6, "base"),
     ],
 )
 def test_resume_anywhere_equals_the_uninterrupted_run(
-    run_ranks, tmp_path, dtype, phases, loss_tolerance, weight_tolerance
+    run_ranks, tmp_path, dtype, phases, loss_tolerance, weight_tolerance, base
 ):
     ranks, stage, _ = phases[0]
+    base = base and tmp_path / base
     whole = run(run_ranks, ranks, stage, 0, 12, dtype=dtype, save=tmp_path / "whole")
     pieces: list[dict] = []
     for number, (ranks, stage, inactive) in enumerate(phases):
@@ -59,6 +62,7 @@ def test_resume_anywhere_equals_the_uninterrupted_run(
             4 * number + 4,
             dtype=dtype,
             inactive=inactive,
+            base=base,
             load=tmp_path / "part" if number else None,
             save=tmp_path / "part",
         )
@@ -66,6 +70,9 @@ def test_resume_anywhere_equals_the_uninterrupted_run(
     assert [step["lr"] for step in pieces] == [step["lr"] for step in whole]
     for mine, theirs in zip(pieces, whole, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=loss_tolerance, abs=loss_tolerance)
+    if base:
+        assert next((tmp_path / "part").glob("*/delta.safetensors"))
+        assert not list((tmp_path / "part").glob("*/model.safetensors"))
     mine, theirs = load_states_of(tmp_path / "part"), load_states_of(tmp_path / "whole")
     assert mine.keys() == theirs.keys()
     for name, weight in theirs.items():
