@@ -36,7 +36,7 @@ def test_all_errors_of_a_block_at_once():
         "slimfit.freeze.polcy is not a known key; did you mean 'policy'?",
         "slimfit.optimizer_states.inactive must be 'device' or 'host', got 'disk'",
         "slimfit.memory_budget must be a size such as 24GB or 24GiB, got 'lots'",
-        "slimfit.extra is not a known key; known keys: freeze, activations, optimizer_states, frozen_weights, memory_budget",
+        "slimfit.extra is not a known key; known keys: freeze, activations, optimizer_states, frozen_weights, checkpoints, memory_budget",
     ]
 
 
