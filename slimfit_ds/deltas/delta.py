@@ -21,12 +21,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slimfit_ds.deltas.base import Base, DeltaError, base_of, other_tensors, whole_name
+from slimfit_ds.deltas.base import Base, BaseTensors, DeltaError, base_of, other_tensors, whole_name
 from slimfit_ds.files import replacing
 from slimfit_ds.trainable.split import Split, column_places
-from slimfit_ds.trainable.units import full_shape, is_part, named_tensors
+from slimfit_ds.trainable.units import COLUMNS, full_shape, is_part, named_tensors
 
-__all__ = ["DELTA", "Delta", "Source", "check_fit", "describe", "read_delta", "write_delta", "write_into"]
+__all__ = [
+    "DELTA",
+    "Delta",
+    "Source",
+    "check_fit",
+    "describe",
+    "from_state",
+    "read_delta",
+    "whole_state",
+    "write_delta",
+    "write_into",
+]
 
 DELTA = "delta.safetensors"
 """Name of a delta's file."""
@@ -140,13 +151,15 @@ _NOT_TAKEN = (
     "torch_dtype",
     "architectures",
 )
+_LABELS = ("id2label", "label2id")
+"""The texts of labels may have any character."""
 
 
 def plain_values(values: Any) -> Any:
     """Of a config what only describes a model: nothing that names code, files or kernels."""
     if isinstance(values, Mapping):
         return {
-            str(key): plain_values(value)
+            str(key): dict(value) if key in _LABELS and isinstance(value, Mapping) else plain_values(value)
             for key, value in values.items()
             if not str(key).startswith("_")
             and "implementation" not in str(key)
@@ -172,8 +185,65 @@ def write_delta(delta: Delta, path: str | os.PathLike) -> None:
         write_into(delta, part)
 
 
-def write_into(delta: Delta, path: Path) -> None:
-    """Write a delta to a path of the caller's, who sees to it that it is whole."""
+def write_into(delta: Delta, path: Path, as_state: bool = False) -> None:
+    """Write a delta to a path of the caller's, who sees to it that it is whole.
+
+    Args:
+        as_state: the metadata are in the file once more as a tensor, for readers that see tensors only; see `from_state`.
+    """
+    text = _about(delta)
+    tensors = dict(delta.tensors)
+    if as_state:
+        tensors[_KEY] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt", _KEY: text})
+
+
+def from_state(state: Mapping[str, Tensor]) -> Delta | None:
+    """Return the delta that a dict of tensors is; None: it is none.
+
+    Raises:
+        DeltaError: it does not hold together.
+    """
+    if _KEY not in state:
+        return None
+    tensors = {name: tensor for name, tensor in state.items() if name != _KEY}
+    text = bytes(state[_KEY].tolist()).decode()
+    delta = _parse(text, {name: list(tensor.shape) for name, tensor in tensors.items()}, "the checkpoint")
+    return dataclasses.replace(delta, tensors=tensors)
+
+
+def whole_state(model: nn.Module, source: Source, delta: Delta) -> dict[str, Tensor]:
+    """A dict of whole tensors by name: a base with a delta in it.
+
+    Args:
+        model: split or not, for the names.
+        source: of the model.
+        delta: of this base.
+
+    Raises:
+        DeltaError: another base, or neither it nor the delta has a tensor of the model.
+    """
+    delta.base.require(source.base, "the delta")
+    check_fit(model, delta)
+    state = {}
+    with BaseTensors(model, source.folder) as tensors:
+        for name, tensor in named_tensors(model):
+            if is_part(name):
+                continue
+            value = delta.tensors.get(name)
+            if value is None:
+                value = tensors.get(name)
+            if value is None:
+                raise DeltaError(f"neither the delta nor its base {source.base.name!r} has {name!r}")
+            part = f"{name.removesuffix('weight')}{COLUMNS}"
+            if part in delta.tensors and name in delta.places:
+                value = value.to(tensor.dtype, copy=True)
+                delta.places[name].fill(value, delta.tensors[part])
+            state[name] = value
+    return state
+
+
+def _about(delta: Delta) -> str:
     about = {
         "format": _FORMAT,
         "base": dataclasses.asdict(delta.base),
@@ -182,7 +252,7 @@ def write_into(delta: Delta, path: Path) -> None:
         "config": delta.config,
         "dtype": delta.dtype,
     }
-    save_file(dict(delta.tensors), path, metadata={"format": "pt", _KEY: json.dumps(about)})
+    return json.dumps(about)
 
 
 def read_delta(path: str | os.PathLike, names: Collection[str] | None = None) -> Delta:
@@ -202,7 +272,8 @@ def read_delta(path: str | os.PathLike, names: Collection[str] | None = None) ->
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise DeltaError(f"{path} is no delta: it has no metadata {_KEY!r}")
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+            present = [name for name in file.keys() if name != _KEY]  # noqa: SIM118 - no mapping
+            shapes = {name: file.get_slice(name).get_shape() for name in present}
             delta = _parse(text, shapes, str(path))
             tensors = {name: file.get_tensor(name) for name in shapes if names is None or name in names}
     except FileNotFoundError:

@@ -39,13 +39,14 @@ class SlimFitEngine(DeepSpeedEngine):
     Attributes:
         schedule: the freeze schedule.
         proof: compares changed blocks with themselves unchanged on the first batch; `None`: switched off, or nothing trains.
+        source: the model and the base that it was loaded from.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.slimfit_config = SlimFitConfig.parse(kwargs["config"]["slimfit"])
         self.roles = discover(kwargs["model"])
         self.schedule = FreezeSchedule(self.roles, self.slimfit_config.freeze)
-        self._source = Source(kwargs["model"], weights.whole)
+        self.source = Source(kwargs["model"], weights.whole)
         self._linear: ScopedLinear | None = None
         super().__init__(*args, **kwargs)
         if self.global_rank == 0:
@@ -281,7 +282,7 @@ class SlimFitEngine(DeepSpeedEngine):
             self.lr_scheduler,
             int(self.zero_optimization_stage()),
             {name: getattr(self, name) for name in _COUNTERS},
-            self._source,
+            self.source,
             self.trained_names if self.slimfit_config.checkpoints == "delta" else None,
         )
 
@@ -322,7 +323,7 @@ class SlimFitEngine(DeepSpeedEngine):
         Raises:
             DeltaError: the model was not loaded by transformers from safetensors.
         """
-        delta = weights.gather_delta(self.module, self._source, self.trained_names)
+        delta = weights.gather_delta(self.module, self.source, self.trained_names)
         if dist.get_rank() == 0:
             write_delta(delta, path)
         dist.barrier()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.integrations.delta_checkpoints import lead_checkpoints
 
 __all__ = ["disable_deepspeed", "enable_deepspeed"]
 
@@ -80,7 +81,11 @@ def _replace_initialize() -> Callable[[], None]:
         deepspeed.initialize = stock
         try:
             arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
-            return initialize(**(_without_block(arguments) if _nothing_trains(arguments) else arguments))
+            made = initialize(**(_without_block(arguments) if _nothing_trains(arguments) else arguments))
+            if isinstance(made[0], SlimFitEngine) and made[0].slimfit_config.checkpoints == "delta":
+                # The engine's own part of a Trainer's checkpoint has what trained.
+                lead_checkpoints(made[0].module, made[0].source, lambda: None)
+            return made
         finally:
             deepspeed.initialize = before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,11 @@ from transformers.trainer_callback import ExportableState
 
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.deltas.base import base_problems
+from slimfit_ds.deltas.delta import DELTA, Delta, Source, write_delta
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
+from slimfit_ds.integrations.delta_checkpoints import lead_checkpoints
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
@@ -40,7 +44,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
 
     For one process, and for several under `torchrun` or `accelerate launch` (DistributedDataParallel): gradients of
     active layers only are sent. The schedule is saved in the Trainer's own checkpoints and goes on from there.
-    At the end of training the model is restored: what is saved loads with plain transformers.
+    At the end of training the model is restored: what is saved loads with plain transformers. With `checkpoints: delta` the
+    output folder has `delta.safetensors` then.
 
     Args:
         config: the `"slimfit"` block; `memory_budget` and some of `optimizer_states` need the DeepSpeed engine.
@@ -63,6 +68,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             RunLog(lambda: None if self._handle is None else self._handle.schedule) if history else None
         )
         self._handle: SlimHandle | None = None
+        self._source: Source | None = None
         self._gradients: ActiveGradients | None = None
 
     @property
@@ -94,13 +100,23 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         """Refuse what cannot work, and let DDP leave the layers alone when it wraps the model."""
         model = kwargs["model"]
         self._check(args, model)
+        if self.config.checkpoints == "delta":
+            self._source = Source(model)
+            lead_checkpoints(model, self._source, self._capture)
         if _wrapped_by_ddp():
             hide_from_ddp(model, _trainable(model))
+
+    def _capture(self) -> Delta:
+        assert self._handle is not None
+        assert self._source is not None
+        return self._source.capture(self._handle.trained_names)
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
         problems = _argument_problems(args, self.config)
         problems += [f"slimfit.{line}" for line in activation_problems(model, self.config.activations)]
         problems += freeze_problems(model, self.config.freeze)
+        if self.config.checkpoints == "delta":
+            problems += base_problems(model)
         problems += streaming_problems(
             model, self.config.frozen_weights, self.config.freeze.splits, self.config.activations.compile
         )
@@ -195,6 +211,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         """Give back the model as it was: every weight trainable, nothing compressed."""
         if self._handle is not None:
             self.saved_schedule = self._handle.state_dict()
+            if self._source is not None and state.is_world_process_zero:
+                write_delta(self._capture(), Path(args.output_dir or "trainer_output", DELTA))
         if self._run_log is not None:
             self._run_log.on_train_end(args, state, control, **kwargs)
         self._remove()

@@ -1,6 +1,6 @@
 """One rank of a Trainer run on the SlimFit engine: whole, then resumed from its middle; prints what the test compares.
 
-Usage: deepspeed_worker.py FOLDER STAGE
+Usage: deepspeed_worker.py FOLDER STAGE CHECKPOINTS
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import nn
 from trainer_cases import Sentences, Watch, arguments, classifier
 from transformers import Trainer
 
 from slimfit_ds.integrations import enable_deepspeed
 
-folder, stage = Path(sys.argv[1]), int(sys.argv[2])
+folder, stage, checkpoints = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 JSON = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
@@ -33,8 +34,12 @@ JSON = {
         "stage3_param_persistence_threshold": "auto",
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    "slimfit": {"freeze": {"policy": "ils", "rate": 0.8}},
+    "slimfit": {"freeze": {"policy": "ils", "rate": 0.8}, "checkpoints": checkpoints},
 }
+
+
+def model() -> nn.Module:
+    return classifier() if checkpoints == "whole" else type(classifier()).from_pretrained(folder / "base")
 
 
 def train(name: str, resume: str | None) -> tuple[Trainer, Watch]:
@@ -47,7 +52,7 @@ def train(name: str, resume: str | None) -> tuple[Trainer, Watch]:
         save_steps=5,
     )
     watch = Watch(lambda: trainer.deepspeed.active_layers)
-    trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[watch])
+    trainer = Trainer(model(), args, train_dataset=Sentences(), callbacks=[watch])
     trainer.model_accepts_loss_kwargs = False
     trainer.train(resume_from_checkpoint=resume)
     return trainer, watch

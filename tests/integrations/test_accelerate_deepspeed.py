@@ -21,9 +21,15 @@ WORKER = Path(__file__).parent / "deepspeed_worker.py"
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_on_the_engine_train_what_one_process_would(run_ranks, tmp_path, stage):
-    found = run_ranks(WORKER, str(tmp_path), str(stage))
+@pytest.mark.parametrize(("stage", "checkpoints"), [(2, "delta"), (3, "whole")])
+def test_two_ranks_on_the_engine_train_what_one_process_would(run_ranks, tmp_path, stage, checkpoints):
+    classifier().save_pretrained(tmp_path / "base")
+    found = run_ranks(WORKER, str(tmp_path), str(stage), checkpoints)
+    held = {path.name for path in (tmp_path / "whole" / "checkpoint-5").rglob("*.safetensors")}
+    assert ("delta.safetensors" in held, "model.safetensors" in held) == (
+        checkpoints == "delta",
+        checkpoints == "whole",
+    )
     assert found["engine"] == "SlimFitEngine"
     assert found["filled"] == {
         "train_batch_size": 8,

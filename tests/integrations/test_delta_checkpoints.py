@@ -1,0 +1,107 @@
+"""A Trainer's checkpoints of what trained: resumed, best model, refused, and never taken for a model."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainer_cases import Sentences, arguments, classifier
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
+
+from slimfit_ds import SlimFitCallback
+from slimfit_ds.deltas.base import DeltaError
+from slimfit_ds.deltas.delta import read_delta
+from slimfit_ds.deltas.merge import load_merged
+from slimfit_ds.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def trainer_of(folder, policy="static", checkpoints="delta", output="out", **more) -> Trainer:
+    base = folder / "base"
+    if not base.exists():
+        classifier().save_pretrained(base)
+    model = BertForSequenceClassification.from_pretrained(base)
+    block = {"freeze": {"policy": policy, "rate": 0.7}, "checkpoints": checkpoints, "activations": "exact"}
+    options = {"save_strategy": "steps", "save_steps": 4, **more}
+    return Trainer(
+        model,
+        arguments(folder / output, **options),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(16),
+        callbacks=[SlimFitCallback(block)],
+    )
+
+
+def assert_same(mine, theirs) -> None:
+    theirs = theirs.state_dict()
+    for name, tensor in mine.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("policy", ["static", "ils"])
+def test_a_run_goes_on_as_one_with_whole_checkpoints_does(tmp_path, policy):
+    whole = trainer_of(tmp_path, policy, "whole", output="whole")
+    whole.train()
+    first = trainer_of(tmp_path, policy)
+    first.train()
+    assert_same(first.model, whole.model)
+    resumed = trainer_of(tmp_path, policy)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert resumed.state.log_history[-2]["step"] == 12
+    assert_same(resumed.model, whole.model)
+
+
+def test_a_checkpoint_holds_what_trained_and_is_no_model(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-12"
+    saved = load_file(checkpoint / "model.safetensors")
+    assert any(name.endswith("weight_columns") for name in saved)
+    assert not any(name.endswith("query.weight") for name in saved)
+    with pytest.raises(Exception, match="no model, only what trained of one: slimfit-ds merge"):
+        BertForSequenceClassification.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="model type `slimfit_delta`"):
+        AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    merged = load_merged(tmp_path / "base", read_delta(checkpoint / "model.safetensors"))
+    assert_same(merged, trainer.model)
+    assert_same(load_merged(tmp_path / "base", read_delta(tmp_path / "out")), trainer.model)
+    trainer.save_model(str(tmp_path / "whole"))
+    assert_same(BertForSequenceClassification.from_pretrained(tmp_path / "whole"), trainer.model)
+
+
+def test_the_best_model_comes_back_whole(tmp_path):
+    """Under ils layers have trained since that the best checkpoint does not hold."""
+    options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    trainer = trainer_of(tmp_path, "ils", greater_is_better=True, metric_for_best_model="loss", **options)
+    trainer.train()
+    # The largest loss is that of the first checkpoint.
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = load_merged(tmp_path / "base", read_delta(tmp_path / "out" / "checkpoint-4" / "model.safetensors"))
+    assert_same(best, trainer.model)
+
+
+def test_another_base_is_refused(tmp_path):
+    trainer_of(tmp_path).train()
+    shutil.rmtree(tmp_path / "base")
+    torch.manual_seed(1)
+    other = classifier()
+    torch.nn.init.normal_(other.classifier.weight)
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(DeltaError, match="sha256"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_model_without_a_base_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the model has no base"):
+        Trainer(
+            classifier(),
+            arguments(tmp_path),
+            train_dataset=Sentences(),
+            callbacks=[SlimFitCallback({"checkpoints": "delta"})],
+        )
