@@ -9,7 +9,7 @@ Those of a unit that waits are as its last step left them: `stale_moments` decay
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,46 @@ class FullValues:
         values = self.updater.read(unit, state).clone()
         values[low - unit.start : high - unit.start] = stretch.to(values.device, torch.float32)
         self.updater.write(unit, state, values, active=unit in self._active)
+
+    def own_states(self, parameter: nn.Parameter, counts: bool = True) -> dict[str, Tensor]:
+        """Return this rank's states of a parameter by name, whole ones in its shape; empty: it has none here.
+
+        Args:
+            counts: with its own number of steps, `step`.
+        """
+        if id(parameter) not in self._places:
+            return {}
+        unit, low, high, _ = self._own(parameter)
+        if unit.index not in self.updater.states or low == high:
+            return {}
+        found = {name: self._read(parameter, name) for name in self.updater.state_names(unit)}
+        if self._rows == 1 and not hasattr(parameter, "ds_id"):
+            found = {name: value.view(parameter.shape) for name, value in found.items()}
+        if counts:
+            found["step"] = torch.tensor(float(self.updater.states.peek(unit.index).step))
+        return found
+
+    def parameters_with_states(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that have states on this rank."""
+        for unit in self.updater.units:
+            yield from (parameter for parameter, _, _ in unit.spans() if self.own_states(parameter))
+
+    def holds_all_in_float32(self) -> bool:
+        """Whether this rank has all states, and weights are their own masters."""
+        return self._rows == 1 and all(
+            p.dtype == torch.float32 and not hasattr(p, "ds_id")
+            for unit in self.updater.units
+            for p, _, _ in unit.spans()
+        )
+
+    def replace_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Set all states, of parameters that are whole here, to those of a torch optimizer; the others have none then."""
+        self.updater.states.clear()
+        for parameter, state in states.items():
+            unit = self._own(parameter)[0]
+            for name in self.updater.state_names(unit):
+                self._write(parameter, name, state[name].reshape(-1))
+            self.updater.states.peek(unit.index).step = int(state.get("step", 1))
 
     def _stretch(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's stretch of a whole value."""

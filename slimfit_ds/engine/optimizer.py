@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.checkpoint_files import Shard, ShardReader
+from slimfit_ds.engine.client_states import ClientStates
 from slimfit_ds.engine.full_values import FullValues
 from slimfit_ds.engine.shard_update import ShardUpdater
 from slimfit_ds.engine.sharding import Unit
@@ -83,6 +84,7 @@ class FreezeOptimizer(FullValues):
         self._must_be_finite = torch.zeros(())
         self._rows = rows
         self._link(self.units)
+        ClientStates(self, self.optimizer)
 
     # What each stage does in its own way.
 

@@ -234,8 +234,12 @@ class ShardUpdater:
         if self._rests_on_host or not active:
             self.states.write_back([unit.index])
 
+    def state_names(self, unit: Unit) -> tuple[str, ...]:
+        """Return the names of a unit's moments."""
+        return self._rule.states(self._options(unit))
+
     def _check_name(self, unit: Unit, name: str) -> None:
-        names = self._rule.states(self._options(unit))
+        names = self.state_names(unit)
         if name not in names:
             raise KeyError(f"{name!r} is no state of this optimizer, which has {', '.join(names) or 'none'}")
 

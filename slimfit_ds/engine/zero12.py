@@ -75,8 +75,8 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> dict:
-        return {}
+    def state(self) -> Mapping[torch.nn.Parameter, dict[str, Tensor]]:
+        return self.optimizer.state
 
     @property
     def loss_scale(self) -> float:

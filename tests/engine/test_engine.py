@@ -335,6 +335,58 @@ def test_client_optimizer_groups_and_scheduler():
     assert scheduler.get_last_lr()[0] == 0.125
 
 
+def run_with_client(kind, stage, steps, states=None, start=0):
+    """A client's own optimizer after some steps on an engine, or (`stage` None) on its own."""
+    torch.manual_seed(0)
+    model = Net()
+    client = kind(model.parameters(), lr=0.01)
+    if stage is not None:
+        engine, *_ = make({"freeze": {"policy": "none"}}, model, stage=stage, optimizer=client)
+    if states is not None:
+        model.load_state_dict(states[0])
+        client.load_state_dict(states[1])
+    for step in range(start, start + steps):
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+        if stage is None:
+            client.zero_grad()
+            model(x).backward()
+            client.step()
+        else:
+            engine.backward(engine(x))
+            engine.step()
+    return model, client
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)])
+def test_a_clients_own_optimizer_shows_saves_and_loads_its_states(kind):
+    model, client = run_with_client(kind, 0, 3)
+    plain_model, plain = run_with_client(kind, None, 3)
+    ours, theirs = client.state_dict(), plain.state_dict()
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in theirs["state"].items():
+        assert ours["state"][index].keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(ours["state"][index][name], value)
+    saved = copy.deepcopy((model.state_dict(), ours))
+    whole, _ = run_with_client(kind, 0, 6)
+    resumed, again = run_with_client(kind, 0, 3, saved, start=3)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+    assert {*map(id, again.state)} == {*map(id, resumed.parameters())}
+    with pytest.raises(RuntimeError, match=r"call engine\.step"):
+        again.step()
+
+
+def test_states_that_are_cut_over_ranks_are_not_loaded_by_a_clients_optimizer():
+    model, client = run_with_client(torch.optim.AdamW, 3, 2)
+    assert {int(client.state[p]["step"]) for p in model.parameters()} == {2}
+    before = {name: value.clone() for name, value in client.state[model.head.weight].items()}
+    with pytest.raises(ConfigError, match="use engine.load_checkpoint"):
+        client.load_state_dict(client.state_dict())
+    assert client.state[nn.Parameter(torch.ones(1))] == {}
+    assert all(torch.equal(client.state[model.head.weight][name], value) for name, value in before.items())
+
+
 def test_deepspeeds_own_scheduler():
     engine, *_ = make(
         scheduler={
