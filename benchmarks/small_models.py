@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ _NAMES: dict[Any, str] = {
         "attention_hidden_size audio_channel classifier_proj_size codebook_size conv_dim_out "
         "cross_attention_hidden_size d_model decoder_embed_dim decoder_hidden_size dim emb_dim embed_dim "
         "embedding_size encoder_embed_dim encoder_hidden_size hidden_size image_size img_size input_size "
-        "lru_width n_embd out_hidden_size output_dim proj_dim projection_dim rnn_hidden_size vision_embed_dim "
+        "lru_width n_embd out_hidden_size output_dim proj_dim projection_dim rnn_hidden_size text_hidden_size vision_embed_dim d_latents "
         "word_embed_proj_dim"
     ),
     2 * WIDTH: (
@@ -57,20 +59,21 @@ _NAMES: dict[Any, str] = {
         "index_n_heads linear_num_key_heads linear_num_value_heads moe_num_experts n_experts n_head n_heads "
         "n_kv_heads n_routed_experts num_attention_heads num_conv_pos_embedding_groups "
         "num_decoder_attention_heads num_encoder_attention_heads num_experts num_frames num_heads "
-        "num_key_value_heads num_local_experts num_query_tokens num_routed_experts"
+        "num_key_value_heads num_local_experts num_query_tokens num_routed_experts swa_num_attention_heads "
+        "swa_num_key_value_heads"
     ),
     8: (
         "attention_head_dim attention_head_size attention_key_size attention_window_size chunk_length "
         "chunk_size conv_dimension d_head d_kv dim_head global_head_dim head_dim hidden_size_per_layer_input "
         "index_head_dim index_topk kv_channels linear_key_head_dim linear_value_head_dim local_attention "
         "mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim mamba_n_heads mamba_ssm_state_size "
-        "num_buckets num_conv_pos_embeddings patch_size qk_head_dim qk_nope_head_dim qk_rope_head_dim "
+        "num_buckets num_conv_pos_embeddings patch_size qk_nope_head_dim qk_rope_head_dim "
         "rotary_dim sliding_window spatial_patch_size ssm_state_size state_size swa_head_dim v_head_dim "
         "window"
     ),
     16: (
         "feature_size input_feat_per_channel kv_lora_rank mamba_dt_rank num_mel_bins o_lora_rank q_lora_rank "
-        "rank time_step_rank"
+        "qk_head_dim rank time_step_rank"
     ),
     1: (
         "fc_layers first_k_dense_replace mamba_n_groups n_group n_groups n_shared_experts num_dense_layers "
@@ -109,6 +112,28 @@ _LISTS: dict[str, Any] = {
 }
 
 
+# Keys whose open value is a size to be given; any other means that a part is absent.
+_FILLED = {
+    key: value
+    for key, value in _VALUES.items()
+    if re.search(
+        r"^(head_dim|num_(attention|key_value)_heads|moe_intermediate_size|n_group|topk_group)$|experts", key
+    )
+}
+# What fits no rule: values of single types.
+_OWN: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"hidden_size": 16, "num_heads": 4},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4], "is_decoder": True},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
 def types() -> list[str]:
     """Return the model types that have one of the heads, in alphabetical order."""
     from transformers.models.auto import modeling_auto
@@ -126,13 +151,21 @@ def heads_of(model_type: str) -> dict[str, str]:
     }
 
 
-def small(config_class: Any, sections: bool = False) -> Any:
-    """Return a small configuration of a class, its parts small too; `sections`: of rotary embeddings in three dimensions."""
-    default = config_class()
+def small(config_class: Any, sections: bool = False, fill: bool = False, own: Mapping[str, Any] = {}) -> Any:
+    """Return a small configuration of a class, its parts small too.
+
+    Args:
+        config_class: of transformers.
+        sections: of rotary embeddings in three dimensions.
+        fill: give sizes that the class leaves open, and shorten lists of layers.
+        own: values of this class's own, by key; those of its parts by `part.key`.
+    """
+    start = {key: value for key, value in own.items() if "." not in key}
+    default = config_class(**start)
     values = {key: value for key, value in default.to_dict().items() if key not in config_class.sub_configs}
     chosen: dict[str, Any] = {}
     for key, value in values.items():
-        new = _smaller(key, value, values)
+        new = _smaller(key, value, values, fill)
         if new is not None:
             chosen[key] = new
     if sections and isinstance(values.get("rope_parameters"), dict):
@@ -140,16 +173,23 @@ def small(config_class: Any, sections: bool = False) -> Any:
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if part is not None:
-            chosen[name] = small(type(part), sections)
-    return config_class(**chosen)
+            inner = {k.removeprefix(f"{name}."): v for k, v in own.items() if k.startswith(f"{name}.")}
+            chosen[name] = small(type(part), sections, fill, inner)
+    return config_class(**{**chosen, **start})
 
 
-def _smaller(key: str, value: Any, values: dict[str, Any]) -> Any:
+def _smaller(key: str, value: Any, values: dict[str, Any], fill: bool) -> Any:
     """Return the value of a key of a small configuration; None: what the class has."""
+    if fill and value is None:
+        return VOCABULARY if key == "vocab_size" else 0 if key == "pad_token_id" else _FILLED.get(key)
+    if fill and isinstance(value, list) and value and isinstance(value[0], str) and "layer" in key:
+        return (list(dict.fromkeys(value)) * 2)[:2]
     if isinstance(value, bool):
         return _VALUES.get(key) if isinstance(_VALUES.get(key), bool) else None
     if isinstance(value, float):
         return 0.0 if "drop" in key or key in _VALUES else None
+    if key == "image_grid_pinpoints":
+        return [[2 * WIDTH, 2 * WIDTH]]
     if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
         rule = _LISTS.get(key)
         return None if rule is None else rule(len(value))
@@ -159,8 +199,10 @@ def _smaller(key: str, value: Any, values: dict[str, Any]) -> Any:
         return None
     if "depths" in values and key in ("hidden_size", "num_layers", "num_hidden_layers"):
         return None
-    if "depths" in values and "window_size" in values and key == "image_size":
+    if key == "image_size" and ("depths" in values or "neck_hidden_sizes" in values):
         return 64
+    if key == "window_size" and "spatial_merge_size" in values:
+        return 32
     if (
         re.search(r"token_id$|token_index$|^(pad|bos|eos|sep|mask|unk|cls|image|video)_", key)
         and "size" not in key
@@ -189,33 +231,46 @@ def build(
     from transformers import CONFIG_MAPPING
 
     problems = []
-    tries = [(name, of, sections) for sections in (False, True) for name, of in heads_of(model_type).items()]
-    for name, class_name, sections in tries:
+    variants: list[dict[str, bool]] = [
+        {},
+        {"sections": True},
+        {"fill": True},
+        {"sections": True, "fill": True},
+    ]
+    tries = [(name, of, variant) for variant in variants for name, of in heads_of(model_type).items()]
+    for name, class_name, variant in tries:
         if head not in (None, name):
             continue
         try:
             torch.manual_seed(seed)
-            config = small(CONFIG_MAPPING[model_type], sections)
-            if (
-                getattr(config, "is_encoder_decoder", False)
-                and getattr(config, "decoder_start_token_id", None) is None
-            ):
-                config.decoder_start_token_id = 0
+            config = small(CONFIG_MAPPING[model_type], **variant, own=_OWN.get(model_type, {}))
+            if getattr(config, "is_encoder_decoder", False):
+                for key in ("decoder_start_token_id", "pad_token_id"):
+                    if getattr(config, key, None) is None:
+                        setattr(config, key, 0)
             model = _class(class_name)(config).train()
-            if sum(p.numel() for p in model.parameters()) > 2e7:
-                raise ValueError(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+            if (size := sum(p.numel() for p in model.parameters())) > 2e7:
+                raise ValueError(f"{size:,} parameters")
             return model, _batch(model, name), name
         except Exception as error:
-            problems.append(
-                f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:110] if str(error) else ''}"
-            )
-    raise ValueError("; ".join(problems) or "no such head")
+            said = str(error).strip() or " "
+            problems.append(f"{name}: {type(error).__name__}: {said.splitlines()[0][:110]}")
+    raise ValueError("; ".join(dict.fromkeys(problems)) or "no such head")
 
 
 def _class(name: str) -> Any:
     import transformers
 
     return getattr(transformers, name)
+
+
+def _setting(config: Any, *names: str) -> Any:
+    """Return the first value of one of these names in a configuration or its parts."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        for name in names:
+            if part is not None and getattr(part, name, None) is not None:
+                return getattr(part, name)
+    return None
 
 
 def _batch(model: nn.Module, head: str, rows: int = 4, tokens: int = 16) -> dict[str, Tensor]:
@@ -229,50 +284,152 @@ def _batch(model: nn.Module, head: str, rows: int = 4, tokens: int = 16) -> dict
     vision = next(
         (
             c
-            for c in (getattr(config, n, None) for n in ("vision_config", "backbone_config"))
+            for c in (getattr(config, n, None) for n in ("vision_config", "backbone_config", "encoder"))
             if c is not None
         ),
         config,
     )
-    size, channels = getattr(vision, "image_size", None) or 32, getattr(vision, "num_channels", 3)
+    size, channels = getattr(vision, "image_size", None) or 64, getattr(vision, "num_channels", 3)
     size = size if isinstance(size, (list, tuple)) else (size, size)
     pixels = torch.randn(rows, channels, *size, generator=random)
+    clip = torch.randn(rows, 4, channels, *size, generator=random)
     sound = torch.randn(rows, 800, generator=random)
-    mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 16
+    mels = _setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "mel_bins") or 16
+    frames = _setting(config, "max_length") or 32
     features = torch.randn(rows, 32, mels, generator=random)
     text = {"input_ids": ids, "attention_mask": mask}
     words = torch.randint(3, 80, (rows, 3), generator=random)
     positions = {"start_positions": classes, "end_positions": classes + 2}
+    wants = inspect.signature(model.forward).parameters
+    if "bbox" in wants:
+        text["bbox"] = (
+            torch.randint(0, 20, (rows, tokens, 1), generator=random).expand(-1, -1, 4).contiguous()
+        )
+    tell = {"input_ids": ids, "labels": ids}
     inputs: dict[str, list[dict[str, Tensor]]] = {
-        "causal_lm": [{**text, "labels": ids}, {"input_ids": ids, "labels": ids}],
-        "masked_lm": [{**text, "labels": ids}, {"input_ids": ids, "labels": ids}],
-        "multimodal": [{**text, "labels": ids}],
+        "causal_lm": [{**text, "labels": ids}, tell],
+        "masked_lm": [{**text, "labels": ids}, tell, {"inputs": ids, "attention_mask": mask, "labels": ids}],
+        "multimodal": [
+            *({**text, **seen, "labels": ids} for seen in _pictures(wants, vision, pixels, random)),
+            {"pixel_values": pixels, "labels": ids},
+            {**text, "labels": ids},
+        ],
         "seq2seq": [{**text, "labels": ids}],
-        "sequence": [{**text, "labels": classes}],
+        "sequence": [{**text, "labels": classes}, {"inputs": ids, "attention_mask": mask, "labels": classes}],
         "question": [{**text, **positions}],
-        "image": [{"pixel_values": pixels, "labels": classes}],
+        "image": [
+            {"pixel_values": pixels, "labels": classes},
+            {"input_ids": ids, "labels": classes},
+            *({**seen, "labels": classes} for seen in _pictures(wants, vision, pixels, random)),
+        ],
         "segmentation": [{"pixel_values": pixels, "labels": torch.zeros(rows, *size, dtype=torch.long)}],
         "depth": [{"pixel_values": pixels, "labels": torch.ones(rows, *size)}],
         "video": [
-            {"pixel_values": torch.randn(rows, 4, channels, *size, generator=random), "labels": classes}
+            {"pixel_values": clip, "labels": classes},
+            {"pixel_values_videos": clip, "labels": classes},
         ],
     }
-    for name, labels in (("ctc", words), ("audio", classes), ("speech", ids[:, :6])):
-        inputs[name] = [
-            {"input_values": sound, "labels": labels},
-            {"input_features": features, "labels": labels},
-            {"input_features": features.mT.contiguous(), "labels": labels},
-            {"input_features": torch.randn(rows, mels, 128, generator=random), "labels": labels},
+    for name, labels in (("ctc", words), ("audio", classes), ("speech", ids[:, :6].contiguous())):
+        spoken = [
+            {"input_values": sound},
+            {"input_features": features},
+            {"input_features": features.mT.contiguous()},
+            {"input_features": torch.randn(rows, mels, 128, generator=random)},
+            {"input_values": torch.randn(rows, frames, mels, generator=random)},
         ]
-    problem: Exception = ValueError("no batch")
+        inputs[name] = [{**of, "labels": labels} for of in spoken]
+        inputs[name] += [{**text, **of, "labels": ids} for of in spoken]
+    problems: list[str] = []
     for batch in inputs[head]:
         try:
+            batch = _with_places(model, batch)
             loss = model(**batch).loss
             if loss is not None and loss.requires_grad and bool(loss.isfinite()):
                 loss.backward()
                 model.zero_grad()
                 return batch
-            problem = ValueError(f"a loss of {loss}")
+            problems.append(f"a loss of {loss}")
         except Exception as error:
-            problem = error
-    raise problem
+            problems.append(f"{type(error).__name__}: {str(error).strip()[:100]}".splitlines()[0])
+    raise ValueError(", ".join(dict.fromkeys(problems)))
+
+
+def _pictures(
+    wants: Mapping[str, Any], vision: Any, pixels: Tensor, random: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Yield pictures in the forms that models take: whole, several per row, or as patches with their grid."""
+    rows, channels, *size = pixels.shape
+    patch = getattr(vision, "patch_size", None) or getattr(vision, "spatial_patch_size", None) or 8
+    patch = patch if isinstance(patch, int) else patch[0]
+    grid = torch.tensor([[1, 4, 4]]).expand(rows, 3).contiguous()
+    width = channels * patch * patch
+    more: dict[str, Any] = {}
+    if "image_merge_sizes" in wants:
+        more["image_merge_sizes"] = torch.ones(rows, dtype=torch.long)
+    more |= {key: None for key in ("token_type_ids", "mm_token_type_ids") if key in wants}
+    if "qformer_input_ids" in wants:
+        more["qformer_input_ids"] = torch.randint(3, 80, (rows, 8), generator=random)
+    if "image_grid_thw" in wants:
+        for of in (width * (getattr(vision, "temporal_patch_size", None) or 1), width):
+            flat = torch.randn(rows * 16, of, generator=random)
+            yield {"pixel_values": flat, "image_grid_thw": grid, **more}
+        yield {"pixel_values": flat.view(1, -1, channels, patch, patch), "image_grid_thw": grid, **more}
+    if "spatial_shapes" in wants or "flattened_patches" in wants:
+        flat = torch.randn(rows, 16, width, generator=random)
+        yield {
+            "pixel_values": flat,
+            "pixel_attention_mask": torch.ones(rows, 16, dtype=torch.long),
+            "spatial_shapes": grid[:, 1:],
+            **more,
+        }
+        yield {"flattened_patches": torch.randn(rows, 16, width + 2, generator=random).abs()}
+    if "pixel_values" in wants:
+        yield {"pixel_values": pixels, **more}
+        yield {"pixel_values": pixels[:, None], **more}
+        if "image_sizes" in wants:
+            more["image_sizes"] = torch.tensor([size]).expand(rows, 2).contiguous()
+            yield {"pixel_values": pixels, **more}
+            yield {"pixel_values": pixels[:, None].expand(-1, 5, -1, -1, -1).contiguous(), **more}
+
+
+def _with_places(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch with as many places for pictures or sound in each row of its text as the model says that it wants."""
+    place = next(
+        (
+            found
+            for name in ("image", "audio")
+            for key in (f"{name}_token_id", f"{name}_token_index")
+            if isinstance(found := getattr(model.config, key, None), int)
+        ),
+        None,
+    )
+    ids: Tensor | None = batch.get("input_ids")
+    if ids is None or place is None or len(batch) < 4:
+        return batch
+    batch["input_ids"] = torch.where(ids == place, 81, ids)
+    wanted = _refused(model, batch) // len(ids)
+    # Some count the elements of their features, not the rows.
+    for count in (wanted, wanted // WIDTH) if wanted else ():
+        front = ids.new_full((len(ids), count), place)
+        longer = {
+            "input_ids": torch.cat([front, batch["input_ids"]], 1),
+            "attention_mask": torch.cat([torch.ones_like(front), batch["attention_mask"]], 1),
+            "labels": torch.cat([torch.full_like(front, -100), batch["labels"]], 1),
+        }
+        if not _refused(model, batch | longer):
+            batch |= longer
+            break
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in batch:
+            batch[key] = (batch["input_ids"] == place).long()
+    return batch
+
+
+def _refused(model: nn.Module, batch: dict[str, Any]) -> int:
+    """Return how many features a model wants to put into places that a batch does not have; 0: it has no such complaint."""
+    try:
+        model(**{key: value for key, value in batch.items() if value is not None})
+    except Exception as error:
+        said = re.search(r"features:? ?(\d+)", str(error))
+        return int(said[1]) if said else 0
+    return 0

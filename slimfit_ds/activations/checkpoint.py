@@ -202,6 +202,7 @@ def _run_unchanged(
             t.detach().clone().requires_grad_(t.requires_grad) if hidden else t for t, hidden in copied
         ]
     versions = [t._version for t in call.tensors]
+    buffers = replay.buffers_of(owner) if isinstance(owner, nn.Module) else {}
     try:
         if len(plan) > 1 and not _rows_are_independent(call, plan):
             plan = plan.undivided()
@@ -215,6 +216,8 @@ def _run_unchanged(
     if outcome is not None and not changes:
         if tried:
             _LEAVING.add(owner)
+        if isinstance(owner, nn.Module):
+            call.changing = replay.changing(buffers, owner)
         return plan, outcome
     if not tried:
         raise RuntimeError(f"{type(owner).__name__} {_CHANGES}: leave it exact, by activations.layers")
@@ -238,6 +241,8 @@ class _Call:
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        # What the forward pass has changed, and the repetition must not change again.
+        self.changing: replay.Buffers = {}
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Return the function's results for these tensors."""
@@ -245,7 +250,8 @@ class _Call:
 
     def run_again(self, tensors: Sequence[Tensor]) -> Any:
         """Do the same in the backward pass."""
-        return self._call(self._again, tensors)
+        with replay.put_back(self.changing):
+            return self._call(self._again, tensors)
 
     def _call(self, function: Callable, tensors: Sequence[Tensor]) -> Any:
         leaves = list(self._leaves)

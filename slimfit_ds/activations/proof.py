@@ -261,12 +261,7 @@ class _Part:
             del module.__dict__[CHANGED]
             if (found := self._compare()[0]) is not None:
                 wanting[name] = found
-            self._leave(_EXACT, name)
-        for name in self._changed.keys() - wanting.keys():
-            del self._changed[name].__dict__[CHANGED]
-        if self._compare()[0] is not None:
-            self._leave(_EXACT, *self._changed)
-            wanting = dict.fromkeys(self._changed, problem)
+                self._leave(_EXACT, name)
         return [(name, found, "left exact") for name, found in wanting.items()]
 
     def _leave(self, how: dict[str, None] | None, *names: str) -> None:

@@ -1,5 +1,5 @@
-"""What a function needs to run again and give the same: its random numbers, its autocast setting, and, in chunks of the
-batch, its arguments taken apart and its results joined.
+"""What a function needs to run again and give the same: its random numbers, its autocast setting, buffers that it changes, and, in
+chunks of the batch, its arguments taken apart and its results joined.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
@@ -18,9 +18,12 @@ __all__ = [
     "Chunks",
     "Merged",
     "RngState",
+    "buffers_of",
     "capture",
+    "changing",
     "consumed_since",
     "plan_chunks",
+    "put_back",
     "replayed",
     "restore",
     "take_counters",
@@ -97,6 +100,45 @@ def take_counters(device: torch.device, count: int) -> tuple[int, int]:
     first = -(-generator.get_offset() // 4)
     generator.set_offset(4 * (first + count))
     return generator.initial_seed(), first
+
+
+Buffers = dict[tuple[nn.Module, str], tuple[Tensor, int]]
+"""Buffers and their versions, by module and name."""
+
+
+def buffers_of(module: nn.Module) -> Buffers:
+    """Return the buffers of a module and its parts."""
+    return {
+        (part, name): (buffer, buffer._version)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    }
+
+
+def changing(before: Buffers, module: nn.Module) -> Buffers:
+    """Return the buffers of those parts of a module that have changed one since `before`, as BatchNorm its statistics.
+
+    Of a part all are returned: PyTorch counts no version for running means and variances.
+    """
+    now = buffers_of(module)
+    parts = {
+        key[0] for key, (b, v) in now.items() if before.get(key, (None, 0))[0] is not b or before[key][1] != v
+    }
+    return {key: value for key, value in now.items() if key[0] in parts}
+
+
+@contextlib.contextmanager
+def put_back(buffers: Buffers) -> Iterator[None]:
+    """Leave buffers as they were found, whatever runs."""
+    kept = {key: (buffer, buffer.detach().clone()) for key, (buffer, _) in buffers.items()}
+    try:
+        yield
+    finally:
+        for (part, name), (buffer, before) in kept.items():
+            part._buffers[name] = buffer
+            # Graphs may have saved it: no new version.
+            buffer.data.copy_(before)
 
 
 def _module_of(device: torch.device):

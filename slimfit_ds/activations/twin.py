@@ -206,12 +206,6 @@ def _direction(tensor: Tensor, seed: int) -> Tensor:
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Put buffers back, and let no hook behind a module or its gradients see what runs."""
-    kept = [
-        (part, name, buffer, buffer.detach().clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
     silenced = [
         (part, name, part.__dict__[name])
         for part in module.modules()
@@ -223,16 +217,11 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         ending = part._forward_hooks_always_called if name == "_forward_hooks" else ()
         part.__dict__[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key in ending)
     try:
-        yield
+        with replay.put_back(replay.buffers_of(module)):
+            yield
     finally:
         for part, name, hooks in silenced:
             part.__dict__[name] = hooks
-        with torch.no_grad():
-            for part, name, buffer, before in kept:
-                part._buffers[name] = buffer
-                # Graphs of the step may have saved it: no new version without need.
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
 
 
 @contextlib.contextmanager

@@ -199,6 +199,18 @@ class _Normed(nn.Module):
         return self.norm(x.transpose(1, 2)).transpose(1, 2)
 
 
+class _Counting(nn.Module):
+    """Counts its calls in a buffer, past autograd's versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.data.add_(1)
+        return x
+
+
 class _Positioned(nn.Module):
     """Blocks with a bias of [batch * heads] rows, as BLOOM's."""
 
@@ -278,7 +290,8 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[tuple[str,
         (24, 4, 16),
         {("rows", "not cut into chunks"), ("gradient", "its input is kept exactly")},
     ),
-    "batch norm": (lambda: _Blocks(_Normed), (6, 5, 8), {("buffers", "left exact")}),
+    "batch norm": (lambda: _Blocks(_Normed), (6, 5, 8), {("rows", "not cut into chunks")}),
+    "counter": (lambda: _Blocks(_Counting), (6, 5, 8), {("buffers", "left exact")}),
     "cache": (lambda: _Blocks(cache=True), (6, 5, 8), {("caches", "left exact"), ("gradient", "left exact")}),
     "batch times heads": (_Positioned, (6, 5, 8), {("rows", "not cut into chunks")}),
     "rows near zero": (_PreNorm, (6, 5, 32), {("gradient", "its input is kept exactly")}),
