@@ -179,6 +179,8 @@ class StateStore:
     def __init__(self, device: torch.device, to_host: bool, create: Callable[[int], dict[str, Tensor]]):
         self.device = device
         self.to_host = to_host
+        self.copied = 0
+        """Bytes that came from the host so far."""
         self._create = create
         self._on_device: dict[int, LayerState] = {}
         self._on_host: dict[int, LayerState] = {}
@@ -212,6 +214,7 @@ class StateStore:
             host = self._on_host.get(unit)
             if host is None or unit in self._on_device:
                 continue
+            self.copied += host.nbytes
             if self._stream is None:
                 tensors = {k: t.to(self.device, copy=True) for k, t in host.tensors.items()}
                 self._on_device[unit] = LayerState(tensors, host.step, host.last_step)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from slimfit_ds.errors import ConfigError, parse_bytes
+from slimfit_ds.planner.rivals import rivals_by_arithmetic
 from slimfit_ds.planner.search import Choice, Setting, find_setting
 from slimfit_ds.planner.simulate import Estimate, Simulator
+from slimfit_ds.planner.speed import CARDS, Card, card_for, speed
 from slimfit_ds.planner.strategies import STRATEGIES, Strategy, zero_states
 from slimfit_ds.planner.workload import DTYPES, TASKS, ModelNotFound, Workload, load_config
 from slimfit_ds.report.units import human_bytes
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, help="ZeRO stage of the SlimFit settings (1; 0 on one GPU)")
     reserved = "kept free for what is not simulated: CUDA context, fragmentation, kernels' workspaces (600MB)"
     add("--reserve", default="600MB", help=reserved)
+    add("--card", choices=sorted(CARDS), help="whose speed is assumed (the smallest with --gpu-memory)")
+    add("--tflops", type=float, help="peak of dense bf16 products instead of the card's, 10^12 per second")
+    add("--link", type=float, help="peak from host to device instead of the card's, 10^9 bytes per second")
+    add("--efficiency", type=float, help="share of --tflops that a step reaches (0.5, assumed)")
+    add("--link-efficiency", type=float, help="share of --link that copies reach (0.8, assumed)")
     add("--slimfit-only", action="store_true", help="leave other methods out of the table")
     add("--output", help="folder for recipe and JSON (outputs/plan-MODEL)")
 
@@ -82,10 +89,11 @@ class PlanRow:
         label: the setting.
         needs: bytes on the device; None: not known.
         parts: bytes by kind at the peak.
-        host: bytes of optimizer states on the host.
+        host: bytes of weights and optimizer states on the host.
         error: expected relative error of the gradients; why there is no estimate, if `needs` is None.
         bound: `needs` is only a lower bound (model states by arithmetic).
         chosen: this is the recommendation.
+        speed: what a step could reach, in words.
     """
 
     label: str
@@ -95,6 +103,7 @@ class PlanRow:
     error: str = "none"
     bound: bool = False
     chosen: bool = False
+    speed: str = ""
 
 
 class _Plan:
@@ -121,6 +130,11 @@ class _Plan:
         for key in ("gpus", "batch", "seq"):
             if getattr(arguments, key) < 1:
                 problems.append(f"{key} must be at least 1, got {getattr(arguments, key)}")
+        for key in ("tflops", "link", "efficiency", "link_efficiency"):
+            value, share = getattr(arguments, key), key.endswith("efficiency")
+            if value is not None and not (0 < value <= 1 if share else value > 0):
+                rule = "in (0, 1]" if share else "above 0"
+                problems.append(f"{key.replace('_', '-')} must be {rule}, got {value:g}")
         if arguments.stage not in (None, 0, 1, 2, 3):
             problems.append(f"stage must be 0, 1, 2 or 3, got {arguments.stage}")
         if arguments.task not in {*TASKS, "auto"}:
@@ -147,6 +161,13 @@ class _Plan:
         )
         stage = arguments.stage if arguments.stage is not None else (1 if arguments.gpus > 1 else 0)
         self.strategy = Strategy("slimfit", stage=stage)
+        card: Card = CARDS[arguments.card] if arguments.card else card_for(self.memory)
+        self.card = card.with_(
+            flops=arguments.tflops and arguments.tflops * 1e12,
+            link=arguments.link and arguments.link * 1e9,
+            efficiency=arguments.efficiency,
+            link_efficiency=arguments.link_efficiency,
+        )
 
     def go(self) -> None:
         """Simulate, print the table, write the files.
@@ -166,7 +187,7 @@ class _Plan:
                 facts = self.simulator.inspect(self.workload)
             except ValueError as error:
                 raise ConfigError([str(error)]) from None
-            rows = [] if arguments.slimfit_only else self._others(facts["parameters"])
+            rows = [] if arguments.slimfit_only else self._others(facts)
             choice = find_setting(
                 self.budget,
                 self.workload,
@@ -188,7 +209,9 @@ class _Plan:
             caption = (
                 f"{facts['parameters']:,} parameters, {facts['layers']} layers, {arguments.dtype}; simulated on fake "
                 f"tensors; {human_bytes(self.reserve)} kept free for what is not simulated. Fastest first among the "
-                "SlimFit rows; the paper's schedule with its worst active set."
+                "SlimFit rows; the paper's schedule with its worst active set. Speed: no measurement, but the step's matrix "
+                f"products at {self.card.flops / 1e12:g} TFLOP/s x {self.card.efficiency:g} ({self.card.name}) or its bytes over "
+                f"a link of {self.card.link / 1e9:g} GB/s x {self.card.link_efficiency:g}, whichever takes longer."
             )
             console.print(_table(rows, title, caption, self.budget))
             if choice.setting is None:
@@ -198,6 +221,7 @@ class _Plan:
         recipe = self.folder / "recipe.yaml"
         console.print(
             f"{choice.reason(self.budget)}\nexpected gradient error: {choice.setting.gradient_error}\n"
+            f"{self._speed(choice.setting.estimate)} (simulated, not measured)\n"
             f"run: deepspeed --num_gpus {arguments.gpus} launch/train.py --config {recipe} data_dir=YOUR_DATA",
             highlight=False,
         )
@@ -216,10 +240,21 @@ class _Plan:
             report.optimizer_host + report.parameters_host,
             error,
             chosen=chosen,
+            speed=self._speed(estimate),
         )
 
-    def _others(self, parameters: int) -> list[PlanRow]:
-        """Return rows of full fine-tuning, gradient checkpointing and LoRA."""
+    def _speed(self, estimate: Estimate) -> str:
+        """What a step of this rank could reach, in words; of images a sample is one."""
+        if not estimate.flops:
+            return ""
+        images = self.workload.resolved_task(load_config(self.arguments.model)) == "image_classification"
+        count = self.arguments.batch * (1 if images else self.arguments.seq)
+        text = str(speed(estimate.flops, estimate.copied, count, self.card))
+        return text.replace("tokens/s", "images/s") if images else text
+
+    def _others(self, facts: dict[str, Any]) -> list[PlanRow]:
+        """Return rows of full fine-tuning, gradient checkpointing and LoRA, and of what streams or packs its base."""
+        parameters = facts["parameters"]
         gpus = self.arguments.gpus
         stages = [0] if gpus == 1 else [1, 2, 3]
         strategies = [
@@ -244,15 +279,25 @@ class _Plan:
                 }
                 rows.append(PlanRow(strategy.note, int(states.device), parts, bound=True))
             else:
-                rows.append(self._row(strategy.note, self.simulator.run(self.workload, strategy)))
+                estimate = self.simulator.run(self.workload, strategy)
+                rows.append(self._row(strategy.note, estimate))
+                if strategy.lora and strategy.gradient_checkpointing and estimate.report is not None:
+                    rows += [
+                        PlanRow(label, needs, {}, host, bound=bound)
+                        for label, needs, host, bound in rivals_by_arithmetic(
+                            facts, estimate.report, self.workload.dtype
+                        )
+                    ]
         return rows
 
     def _papers_schedule(self, setting: Setting) -> PlanRow:
-        """Return the row of `setting` with the paper's schedule instead, states of frozen layers on the host."""
-        block = {**setting.block, "freeze": {**setting.block["freeze"], "policy": "ils"}}
+        """Return the row of `setting` with the paper's schedule instead, which streams no weights; states of frozen layers on
+        the host."""
+        block = {key: value for key, value in setting.block.items() if key != "frozen_weights"}
+        block["freeze"] = {**block["freeze"], "policy": "ils"}
         block["optimizer_states"] = {**block.get("optimizer_states", {}), "inactive": "host"}
         estimate = self._worst(self.workload, self.strategy.with_(slimfit=block))
-        label = f"the paper's schedule (policy ils), {setting.label}"
+        label = f"the paper's schedule (policy ils), {setting.label.partition(', frozen weights on host')[0]}"
         return self._row(label, estimate, setting.gradient_error)
 
     def _what_is_missing(self, choice: Choice) -> list[str]:
@@ -313,11 +358,11 @@ def _table(rows: Sequence[PlanRow], title: str, caption: str, budget: int) -> Ta
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     left = ("setting", "gradient error")
     numbers = ("needs", "weights", "gradients", "optimizer", "saved", "rest", "on host")
-    for name in ("setting", *numbers, "gradient error", "fits"):
+    for name in ("setting", *numbers, "gradient error", "fits", "speed"):
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
         if row.needs is None:
-            table.add_row(row.label, "?", *[""] * 6, row.error, "", style="red")
+            table.add_row(row.label, "?", *[""] * 6, row.error, "", "", style="red")
             continue
         fits = row.needs <= budget
         saved = sum(size for kind, size in row.parts.items() if kind.startswith("saved_activations"))
@@ -325,11 +370,12 @@ def _table(rows: Sequence[PlanRow], title: str, caption: str, budget: int) -> Ta
         table.add_row(
             ("-> " if row.chosen else "") + row.label,
             (">= " if row.bound else "") + human_bytes(row.needs),
-            *("" if row.bound and not part else human_bytes(part) for part in parts),
-            "" if row.bound else human_bytes(row.needs - sum(parts)),
+            *("" if (row.bound or not row.parts) and not part else human_bytes(part) for part in parts),
+            "" if row.bound or not row.parts else human_bytes(row.needs - sum(parts)),
             human_bytes(row.host) if row.host else "",
             row.error,
             "yes" if fits else "no",
+            row.speed.removeprefix("about "),
             style="bold green" if row.chosen else ("" if fits else "dim"),
         )
     return table

@@ -40,12 +40,18 @@ def _rung(
     loss: int | None = None,
     frozen_embeddings: bool = False,
     small_states: bool = False,
+    streamed: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the changes of a rung; `chunk` and `loss` in tokens."""
     blocks: dict[str, dict[str, Any]] = {
         "freeze": {"rate": rate, "never_active": "embeddings" if frozen_embeddings else None},
         "activations": {"preset": preset, "chunk_tokens": chunk, "chunk_loss_tokens": loss},
-        "optimizer_states": {"inactive": residency, "precision": "8bit" if small_states else None},
+        "optimizer_states": {
+            "inactive": residency,
+            "precision": "8bit" if small_states else None,
+            "active": "host" if streamed else None,
+        },
+        "frozen_weights": {"live": "host" if streamed else None},
     }
     return {
         name: {key: value for key, value in block.items() if value is not None}
@@ -70,6 +76,8 @@ def _rungs(loss: int | None) -> list[dict[str, dict[str, Any]]]:
         _rung("minimal", "host", 0.95, 2048, **small),
         _rung("minimal", "host", 0.98, 2048, **small),
         _rung("ultra", "host", 0.98, 1024, **small),
+        _rung("minimal", "host", 0.95, 2048, loss=loss and _FEWER_LOSS_TOKENS, streamed=True),
+        _rung("ultra", "host", 0.98, 1024, **(small | {"loss": loss and _FEWER_LOSS_TOKENS}), streamed=True),
     ]
 
 
@@ -81,11 +89,14 @@ def _label(changes: Mapping[str, Mapping[str, Any]]) -> str:
     words += ["loss in chunks" if "chunk_loss_tokens" in activations else None]
     words += ["embeddings frozen" if "never_active" in freeze else None]
     words += ["8-bit states" if "precision" in states else None]
+    words += ["frozen weights on host" if changes.get("frozen_weights", {}).get("live") else None]
     return ", ".join(word for word in words if word)
 
 
 # Tokens whose logits exist at a time: 0.5 GiB of fp32 logits and gradients each for a vocabulary of 128,000.
 _LOSS_TOKENS = 1024
+# Where weights are streamed the logits would be the largest of what is left.
+_FEWER_LOSS_TOKENS = 256
 
 
 def ladder(
@@ -95,7 +106,7 @@ def ladder(
 
     Args:
         fixed: the user's own `"slimfit"` block; what it states is never changed.
-        stage: ZeRO stage; stage 3 has no 8-bit states.
+        stage: ZeRO stage; stage 3 has no 8-bit states and streams no weights.
         language_model: the loss can be computed in chunks of tokens.
 
     Returns:
@@ -103,9 +114,12 @@ def ladder(
     """
     fixed = _as_blocks(fixed)
     # Where all units train at every step no state is ever that of a frozen one.
-    trains_all = POLICIES[SlimFitConfig.parse(fixed).freeze.policy].trains_all
+    freeze = SlimFitConfig.parse(fixed).freeze
+    trains_all = POLICIES[freeze.policy].trains_all
     rungs: list[Rung] = []
     for every in _rungs(_LOSS_TOKENS if language_model else None):
+        if every["frozen_weights"] and (stage == 3 or not freeze.splits):
+            continue
         changes = {
             key: {name: value for name, value in block.items() if name not in fixed.get(key, {})}
             for key, block in every.items()
@@ -250,4 +264,23 @@ def find_setting(
     if not sound:
         raise ConfigError([f"memory_budget: no setting can be simulated: {tried[-1].estimate.error}"])
     chosen = next((setting for setting in tried if fits(setting)), None)
+    if chosen is not None and "resident" not in chosen.block.get("frozen_weights", {}):
+        chosen = _with_residents(
+            chosen, budget, lambda block: run(workload, base.with_(name="resident", slimfit=block))
+        )
+        tried = (*(each for each in tried if each.label != chosen.label), chosen)
     return Choice(chosen, min(sound, key=lambda setting: setting.estimate.peak), tried)
+
+
+def _with_residents(setting: Setting, budget: int, run: Callable[[dict[str, Any]], Estimate]) -> Setting:
+    """Return a setting that streams blocks with as many of them on the device as the budget allows."""
+    estimate = setting.estimate
+    room = min((budget - estimate.peak) // max(estimate.block, 1), estimate.blocks - 1)
+    while room > 0:
+        block = {**setting.block, "frozen_weights": {**setting.block["frozen_weights"], "resident": room}}
+        found = run(block)
+        if found.report is not None and found.peak <= budget:
+            total = estimate.blocks
+            return Setting(f"{setting.label} but {room} of {total} blocks", block, setting.preset, found)
+        room -= 1 + room // 8
+    return setting

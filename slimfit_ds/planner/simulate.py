@@ -43,6 +43,14 @@ class Estimate:
     layers: int = 0
     active: tuple[str, ...] = ()
     seconds: float = 0.0
+    flops: int = 0
+    """Of the matrix products of the step."""
+    copied: int = 0
+    """Bytes from host to device in the step."""
+    blocks: int = 0
+    """How many blocks are streamed."""
+    block: int = 0
+    """Bytes of the largest of them."""
 
     @property
     def peak(self) -> int:
@@ -150,6 +158,7 @@ def _read(strategy: Strategy, answer: dict[str, Any]) -> Estimate:
         answer.get("layers", 0),
         tuple(answer.get("active", ())),
         answer.get("seconds", 0.0),
+        **{key: answer.get(key, 0) for key in ("flops", "copied", "blocks", "block")},
     )
 
 

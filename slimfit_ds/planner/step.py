@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,15 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from slimfit_ds.activations.codecs.backend import fakes_stand_for_a_cpu
+from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded, shard_updater
 from slimfit_ds.memory.probe import StepProbe
 from slimfit_ds.memory.tracker import MemoryReport, optimizer_tensors
 from slimfit_ds.planner.fake_world import CudaSemantics
+from slimfit_ds.planner.speed import ProductCounter
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import DTYPES, Workload
 from slimfit_ds.schedule.policies import Budget
 from slimfit_ds.schedule.schedule import FreezeSchedule, room_at
+from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.units import Unit, discover, match_globs
 
 __all__ = ["ACTIVE_SETS", "choose_active", "inspect_model", "takes_loss_in_chunks", "track_step"]
@@ -46,7 +49,8 @@ def track_step(
         target: `cpu`: what this machine keeps; `cuda`: fused attention and CUDA's autocast, fake tensors only.
 
     Returns:
-        The report and facts about the run (parameters, layers, active layers).
+        The report and facts about the run: parameters, layers, active layers, `flops` of the step's matrix products,
+        `copied` bytes from the host, and with streamed weights `blocks` and the bytes of the largest, `block`.
 
     Raises:
         ValueError: the batch does not divide into the strategy's micro-batches.
@@ -65,7 +69,7 @@ def track_step(
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=strategy.fused)
         if strategy.stage is None:
-            report = _plain(model, optimizer, batch, strategy.accumulation, autocast)
+            report = _plain(model, optimizer, batch, strategy.accumulation, autocast, facts)
         else:
             config = strategy.deepspeed_config(micro, dtype, world_size)
             if active is not None and "slimfit" in config:
@@ -101,15 +105,22 @@ def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
 
 
 def _second_step(
-    probe: StepProbe, work: Callable[[], None], between: Callable[[], None] = lambda: None
+    probe: StepProbe,
+    work: Callable[[], None],
+    facts: dict[str, Any],
+    between: Callable[[], None] = lambda: None,
+    copied: Callable[[], int] = lambda: 0,
 ) -> MemoryReport:
-    """Do two steps and return the report of the second; `between` runs after the first."""
+    """Do two steps and return the report of the second, of which facts are added; `between` runs after the first."""
+    counter = ProductCounter()
     for number in range(2):
         gc.collect()
-        with probe.step(track=number == 1):
+        before = copied()
+        with probe.step(track=number == 1), counter if number == 1 else nullcontext():
             work()
         if number == 0:
             between()
+    facts |= {"flops": counter.flops, "copied": copied() - before}
     report = probe.costs[-1].memory
     assert report is not None
     return report
@@ -121,6 +132,7 @@ def _plain(
     batch: Mapping[str, Tensor],
     accumulation: int,
     autocast: bool,
+    facts: dict[str, Any],
 ) -> MemoryReport:
     """Track plain PyTorch without DeepSpeed."""
 
@@ -134,7 +146,7 @@ def _plain(
         optimizer.zero_grad()
 
     probe = StepProbe(model, optimizer, {"optimizer": lambda: optimizer_tensors(optimizer)})
-    return _second_step(probe, work)
+    return _second_step(probe, work, facts)
 
 
 def _engine(
@@ -163,7 +175,17 @@ def _engine(
     # DeepSpeed's host optimizer works in host memory, which a fake or CPU run cannot tell apart.
     on_host = is_offloaded(engine.optimizer)
     probe = StepProbe(engine.module, engine, engine_roots(engine), updates_on_host=on_host)
-    report = _second_step(probe, work, partial(_make_all_states, engine.optimizer))
+    streaming, updater = streaming_of(engine.module), shard_updater(engine.optimizer)
+
+    def copied() -> int:
+        weights = streaming.copied if streaming is not None else 0
+        return weights + (updater.states.copied if updater is not None else 0)
+
+    if streaming is not None:
+        sizes = [block.nbytes for block in streaming.blocks if block.name in find_blocks(engine.module)]
+        facts |= {"blocks": len(sizes), "block": max(sizes)}
+    make_all = partial(_make_all_states, engine.optimizer)
+    report = _second_step(probe, work, facts, make_all, copied)
     engine.destroy()
     return report
 
@@ -253,8 +275,12 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
 
 
 def inspect_model(workload: Workload) -> dict[str, Any]:
-    """Return a model's size, its embedding layers, and whether its loss may be computed in chunks."""
+    """Return a model's size, its embedding layers, whether its loss may be computed in chunks, and elements of all linear
+    layers of the blocks (`linear`), of all blocks (`in_blocks`), and of the largest layer and block."""
     model = workload.build()
+    blocks = list(find_blocks(model).values())
+    linear = [m.weight.numel() for b in blocks for m in b.modules() if isinstance(m, nn.Linear)]
+    sizes = [sum(p.numel() for p in b.parameters()) for b in blocks]
     layers = discover(model).units
     head = model.get_output_embeddings()
     names = {layer.name for layer in layers if layer.kind == "embedding"}
@@ -262,6 +288,10 @@ def inspect_model(workload: Workload) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": len(layers),
+        "linear": sum(linear),
+        "in_blocks": sum(sizes),
+        "largest_linear": max(linear, default=0),
+        "largest_block": max(sizes, default=0),
         "embeddings": [layer.name for layer in layers if layer.name in names],
         "loss_in_chunks": workload.resolved_task(model.config) == "causal_lm"
         and takes_loss_in_chunks(model, replace(workload, seq=min(workload.seq, 16)).inputs(1)),

@@ -80,6 +80,13 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "meta-llama/Meta-Llama-3-70B": {
+        **_LLAMA3,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
     "meta-llama/Llama-3.2-1B": {
         **_LLAMA3,
         "hidden_size": 2048,

@@ -44,12 +44,14 @@ class Streaming:
         blocks: in model order.
         tables: word embeddings.
         buffers: on the device; least recently used first.
+        copied: bytes of blocks that were copied to the device so far.
     """
 
     def __init__(self, model: nn.Module, config: FrozenWeightsConfig):
         self._model, self._config = model, config
         self.device = next(model.parameters()).device
         self.buffers: list[Buffer] = []
+        self.copied = 0
         self._handles: list[Any] = []
         self._owners: list[nn.Module] = []
         self.blocks: list[Block] = []
@@ -152,6 +154,7 @@ class Streaming:
                     other.block = None
             buffer.block, buffer.versions = block, versions
             buffer.started = self._copies.start(buffer.memory[: block.nbytes], block.host)
+            self.copied += block.nbytes
         return buffer
 
     def _room_for(self, block: Block, wanted: Sequence[Block]) -> Buffer | None:
