@@ -360,7 +360,7 @@ def run_with_client(kind, stage, steps, states=None, start=0):
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)])
 def test_a_clients_own_optimizer_shows_saves_and_loads_its_states(kind):
     model, client = run_with_client(kind, 0, 3)
-    plain_model, plain = run_with_client(kind, None, 3)
+    _, plain = run_with_client(kind, None, 3)
     ours, theirs = client.state_dict(), plain.state_dict()
     assert ours["state"].keys() == theirs["state"].keys()
     for index, state in theirs["state"].items():
@@ -381,7 +381,7 @@ def test_states_that_are_cut_over_ranks_are_not_loaded_by_a_clients_optimizer():
     model, client = run_with_client(torch.optim.AdamW, 3, 2)
     assert {int(client.state[p]["step"]) for p in model.parameters()} == {2}
     before = {name: value.clone() for name, value in client.state[model.head.weight].items()}
-    with pytest.raises(ConfigError, match="use engine.load_checkpoint"):
+    with pytest.raises(ConfigError, match=r"use engine\.load_checkpoint"):
         client.load_state_dict(client.state_dict())
     assert client.state[nn.Parameter(torch.ones(1))] == {}
     assert all(torch.equal(client.state[model.head.weight][name], value) for name, value in before.items())
