@@ -136,7 +136,31 @@ def test_only_a_policy_that_chooses_has_states_to_send_to_the_host():
     assert all("inactive" not in rung.changes["optimizer_states"] for rung in ladder())
     paper = ladder({"freeze": {"policy": "ils"}})
     assert {"device", "host"} == {rung.changes["optimizer_states"]["inactive"] for rung in paper}
-    assert len(paper) > len(ladder())
+    # Whole layers that take turns are not streamed.
+    assert not any(rung.changes["frozen_weights"] for rung in paper)
+    assert len(paper) > len([rung for rung in ladder() if not rung.changes["frozen_weights"]])
+
+
+def test_resident_blocks_fill_the_budget_and_a_stated_number_is_kept():
+    """Of a pretended model whose blocks take 10 each, and everything else 25."""
+    asked = []
+
+    def run(workload, strategy):
+        weights = strategy.slimfit.get("frozen_weights", {})
+        asked.append(weights.get("resident", 0))
+        streams = weights.get("live") == "host"
+        peak = 25 + 10 * weights.get("resident", 0) if streams else 1000
+        return Estimate(
+            strategy, MemoryReport(peak=peak), blocks=32 if streams else 0, block=8 if streams else 0
+        )
+
+    choice = find_setting(100, WORKLOAD, run)
+    assert choice.setting.estimate.peak == 95
+    assert choice.setting.block["frozen_weights"] == {"live": "host", "resident": 7}
+    assert asked[-1] == 7
+    assert "but 7 of 32 blocks" in choice.setting.label
+    stated = find_setting(100, WORKLOAD, run, {"frozen_weights": {"live": "host", "resident": 2}})
+    assert stated.setting.block["frozen_weights"]["resident"] == 2
 
 
 def test_a_width_of_units_that_all_train_says_what_is_frozen():
