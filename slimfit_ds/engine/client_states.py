@@ -57,7 +57,7 @@ class ClientStates(Mapping[nn.Parameter, dict[str, Tensor]]):
     def _take(self, optimizer: torch.optim.Optimizer) -> None:
         """Take over what `load_state_dict` has put in place of these states."""
         loaded, optimizer.state = optimizer.state, self  # type: ignore[assignment]
-        self._values.replace_states(loaded)
+        self._values.replace_states(loaded)  # type: ignore[arg-type]
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -76,7 +76,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
 
     @property
     def state(self) -> Mapping[torch.nn.Parameter, dict[str, Tensor]]:
-        return self.optimizer.state
+        return self.optimizer.state  # type: ignore[return-value]
 
     @property
     def loss_scale(self) -> float:
