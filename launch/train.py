@@ -93,6 +93,7 @@ def train(argv: Sequence[str]) -> int:
     callbacks += [stop, survival.WholeCheckpoints()]  # last: it marks what the others have written
 
     # 4. Model and data.
+    from slimfit_ds.deltas.reference import ReferenceModel
     from slimfit_ds.tasks.models import build_model
 
     def new_model() -> Any:
@@ -101,8 +102,11 @@ def train(argv: Sequence[str]) -> int:
 
     model, parts = new_model(), task.trainer_parts(inputs.splits)
     if recipe.lora is None and not getattr(args, "precompute_ref_log_probs", True):
-        # TRL would load it by a hub id or folder, which a GGUF file and a model from `config` have not.
-        parts["ref_model"] = new_model()
+        if inputs.slimfit is not None and inputs.deepspeed is None:
+            parts["ref_model"] = ReferenceModel(model)
+        else:
+            # TRL would load it by a hub id or folder, which a GGUF file and a model from `config` have not.
+            parts["ref_model"] = new_model()
 
     # 5. Train.
     trainer = task.trainer_class()(model=model, args=args, callbacks=callbacks, **parts)

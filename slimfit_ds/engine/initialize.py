@@ -14,6 +14,7 @@ from slimfit_ds import private_names
 from slimfit_ds.activations.apply import activation_problems
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.deltas.base import base_problems
+from slimfit_ds.deltas.reference import reference_problems
 from slimfit_ds.engine.compatibility import config_problems
 from slimfit_ds.engine.processes import end_after_gloo
 from slimfit_ds.errors import ConfigError
@@ -132,6 +133,7 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list
     problems = config_problems(config, slim, model)
     problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
     problems += freeze_problems(model, slim.freeze)
+    problems += reference_problems(model)
     if slim.checkpoints == "delta":
         problems += base_problems(model)
     return problems + streaming_problems(

@@ -15,6 +15,7 @@ from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.deltas.delta import Source, write_delta
+from slimfit_ds.deltas.reference import hold_reference
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
@@ -119,6 +120,7 @@ class SlimHandle:
         self._rates = _ScaledRates()
         self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
         self._hooks: list[Any] = []
+        hold_reference(model, self.trainable)
         for parameter in self._small:
             parameter.requires_grad_(False)
         self.proof = Proof(model, self.compression, config.activations) if config.activations.proof else None
