@@ -109,7 +109,7 @@ def main() -> None:
         measure_saving(model, handle, folder)
         prompts = texts(tokenizer, "test", options.problems, answers=False)
         expected = answers(model, tokenizer, prompts)
-        merge(folder / "base", folder, folder / "merged")
+        merge(folder / "base", folder, output=folder / "merged")
         compare(
             "merged", answers(auto.from_pretrained(folder / "merged"), tokenizer, prompts), expected, folder
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
 from slimfit_ds.deltas.delta import Delta, read_delta
-from slimfit_ds.deltas.merge import load_base
+from slimfit_ds.deltas.load import load_base
 from slimfit_ds.trainable.split import Split
 from slimfit_ds.trainable.units import COLUMNS
 

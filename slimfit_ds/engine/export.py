@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import DELTA, read_delta
-from slimfit_ds.deltas.merge import load_merged
+from slimfit_ds.deltas.load import load_merged
 from slimfit_ds.engine.checkpoint_files import MODEL, CheckpointError, ShardReader, latest_tag, read_metadata
 from slimfit_ds.trainable.split import fill_columns
 from slimfit_ds.trainable.units import named_tensors

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError, find_base
 from slimfit_ds.deltas.delta import read_delta
-from slimfit_ds.deltas.merge import load_merged
+from slimfit_ds.deltas.load import load_merged
 
 
 def load(folder: Path):

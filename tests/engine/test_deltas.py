@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 import slimfit_ds
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import read_delta
-from slimfit_ds.deltas.merge import load_merged
+from slimfit_ds.deltas.load import load_merged
 from slimfit_ds.engine import checkpoint
 from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag
 from slimfit_ds.engine.export import load_states_of

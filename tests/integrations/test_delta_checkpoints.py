@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 from slimfit_ds import SlimFitCallback
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import read_delta
-from slimfit_ds.deltas.merge import load_merged
+from slimfit_ds.deltas.load import load_merged
 from slimfit_ds.errors import ConfigError
 
 
