@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, logits, start
+from tiny_bases import CONFIGS, logits, start
 from peft import PeftModel
 
 from slimfit_ds.cli import main

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, logits, start
+from tiny_bases import CONFIGS, logits, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

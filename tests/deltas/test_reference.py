@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IDS, logits, start
+from tiny_bases import IDS, logits, start
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IDS, logits, start
+from tiny_bases import IDS, logits, start
 from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 from slimfit_ds.cli import main

@@ -23,6 +23,7 @@ WATCHED = {
     "save_model": "transformers:Trainer.save_model",
     "write_shards": "slimfit_ds.engine.checkpoint_files:save_file",
     "write_weights": "slimfit_ds.engine.checkpoint:save_file",
+    "write_delta": "slimfit_ds.deltas.delta:save_file",
     "save_random_state": "transformers:Trainer._save_rng_state",
     "save_state": "transformers:TrainerState.save_to_json",
     "mark": "slimfit_ds.integrations.survival:_mark",

@@ -34,6 +34,20 @@ KILLS = [
     (0, "write_result", 2, "kill", 24),
 ]
 
+# Of a run whose checkpoints hold what trained.
+DELTA_KILLS = [
+    (1, "step", 1, "kill", 0),
+    (0, "write_delta", 2, "kill_torn", 2),
+    (0, "write_delta", 2, "kill", 4),
+    (1, "write_shards", 2, "kill_torn", 6),
+    (0, "rename", 2, "kill", 8),
+    (1, "save_random_state", 2, "kill", 10),
+    (0, "save_state", 2, "kill", 12),
+    (0, "mark", 2, "kill", 14),
+    (0, "remove_folder", 1, "kill", 16),
+    (1, "backward", 3, "kill", 18),
+]
+
 
 def tensors(path: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in sorted(load_file(path).items())}
@@ -66,12 +80,16 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def test_a_run_killed_again_and_again_ends_where_the_whole_run_does(runs):
-    whole = runs.launch("output_dir=long", *LENGTH)
-    assert whole.codes == [0, 0], whole.logs
-    arguments = ("output_dir=killed", *LENGTH)
-    folder = runs.folder / "killed"
-    for rank, kind, number, how, kept in KILLS:
+@pytest.mark.parametrize(("checkpoints", "kills"), [("whole", KILLS), ("delta", DELTA_KILLS)])
+def test_a_run_killed_again_and_again_ends_where_the_whole_run_does(runs, whole, checkpoints, kills):
+    more = (*LENGTH, f"slimfit.checkpoints={checkpoints}")
+    if checkpoints == "delta":
+        more = (*more, f"model={whole / 'model'}")
+    unharmed = runs.launch(f"output_dir=long_{checkpoints}", *more)
+    assert unharmed.codes == [0, 0], unharmed.logs
+    arguments = (f"output_dir=killed_{checkpoints}", *more)
+    folder = runs.folder / f"killed_{checkpoints}"
+    for rank, kind, number, how, kept in kills:
         fault = {"rank": rank, "kind": kind, "number": number, "how": how}
         cut = runs.launch(*arguments, fault=fault)
         what = f"{fault}: {cut.codes}\n{cut.logs[0][-3000:]}\n{cut.logs[1][-3000:]}"
@@ -87,10 +105,13 @@ def test_a_run_killed_again_and_again_ends_where_the_whole_run_does(runs):
         assert not (folder / "metrics.json").exists(), what
     end = runs.launch(*arguments)
     assert end.codes == [0, 0], end.logs
-    assert end.events[0].count("step") == 0, "the last checkpoint is the end of training"
-    assert contents(folder) == contents(runs.folder / "long")
+    assert end.events[0].count("step") == STEPS - kills[-1][-1]
+    assert contents(folder) == contents(runs.folder / f"long_{checkpoints}")
+    held = {path.name for path in last_checkpoint(folder).rglob("*.safetensors") if "0000" not in path.name}
+    assert held == {"delta.safetensors" if checkpoints == "delta" else "model.safetensors"}
 
 
 def test_kill_points_are_many_and_of_both_ranks():
-    assert len(set(KILLS)) >= 10
-    assert {rank for rank, *_ in KILLS} == {0, 1}
+    for kills in (KILLS, DELTA_KILLS):
+        assert len(set(kills)) >= 10
+        assert {rank for rank, *_ in kills} == {0, 1}
