@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from tiny_bases import CONFIGS, logits, start
 from peft import PeftModel
+from tiny_bases import CONFIGS, logits, start
 
 from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError

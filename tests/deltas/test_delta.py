@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_bases import CONFIGS, logits, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_bases import CONFIGS, logits, start
 
 from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError, find_base

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_bases import IDS, logits, start
 from datasets import Dataset
+from tiny_bases import IDS, logits, start
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
