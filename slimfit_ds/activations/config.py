@@ -113,7 +113,7 @@ PRESETS = MappingProxyType(
 )
 
 LARGEST_ERROR = MappingProxyType(
-    {"exact": 1e-3, "paper": 1.0, "balanced": 0.1, "minimal": 0.07, "ultra": 0.07}
+    {"exact": 1e-3, "paper": 1.0, "balanced": 0.1, "minimal": 0.06, "ultra": 0.06}
 )
 """Largest relative error of a block's gradients that a preset has (docs/activations.md)."""
 

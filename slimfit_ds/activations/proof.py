@@ -283,7 +283,9 @@ class _Part:
             found = self._run(plain=False)
         except Exception as error:
             return ("forward", f"raises {_first_line(error)}"), None
-        return difference(self._plain, found, self._rounding, self._limit), found
+        # Of a block that runs again from its input, exact inputs cost little.
+        rows = self._proof.is_recomputed(self._name)
+        return difference(self._plain, found, self._rounding, self._limit, rows), found
 
     def _find_unread(self, ours: Outcome) -> None:
         names = [

@@ -315,7 +315,9 @@ def relative_error(found: Sequence[Tensor | None], expected: Sequence[Tensor | N
     return math.sqrt(wrong / right) if right else (0.0 if wrong == 0 else math.inf)
 
 
-def difference(plain: Outcome, ours: Outcome, exact: float, limit: float) -> tuple[str, str] | None:
+def difference(
+    plain: Outcome, ours: Outcome, exact: float, limit: float, rows: bool = False
+) -> tuple[str, str] | None:
     """Return which check the changed part fails, and what was measured; `None`: none.
 
     Args:
@@ -323,6 +325,7 @@ def difference(plain: Outcome, ours: Outcome, exact: float, limit: float) -> tup
         ours: of the part as it was changed.
         exact: relative error of what should be equal.
         limit: largest relative error of gradients.
+        rows: no row of the input's gradient may be off by twice as much: all of the loss may depend on it.
     """
     if len(plain.results) != len(ours.results):
         return "forward", f"{len(ours.results)} results, {len(plain.results)} expected"
@@ -337,7 +340,22 @@ def difference(plain: Outcome, ours: Outcome, exact: float, limit: float) -> tup
         return "caches", "an argument after the recomputation is not what one forward pass leaves"
     if (error := relative_error(ours.inputs, plain.inputs)) > limit:
         return "gradient", f"of its input differs by {error:.2g}, at most {limit:.2g}"
+    if rows and (error := max(map(_worst_row, ours.inputs, plain.inputs), default=0.0)) > 2 * limit:
+        return "gradient", f"of one row of its input differs by {error:.2g}, at most {2 * limit:.2g}"
     used = {n: g for n, g in plain.parameters.items() if g is not None and ours.parameters[n] is not None}
     if (error := relative_error([ours.parameters[n] for n in used], [*used.values()])) > limit:
         return "gradient", f"of its weights differs by {error:.2g}, at most {limit:.2g}"
     return None
+
+
+def _worst_row(found: Tensor | None, expected: Tensor | None) -> float:
+    """Return the largest relative error of a row of a gradient `[batch, ..., hidden]`: a model may read a single one.
+
+    Of rows with next to no gradient the error is relative to a tenth of the mean row.
+    """
+    if found is None or expected is None or expected.dim() < 3:
+        return 0.0
+    norms = expected.double().norm(dim=-1)
+    apart = (found.double() - expected.double()).norm(dim=-1)
+    least = 0.1 * float(norms.square().mean().sqrt())
+    return float((apart / norms.clamp_min(least)).max()) if least else 0.0
