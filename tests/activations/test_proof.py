@@ -21,6 +21,7 @@ from slimfit_ds.activations import hf_attention, replay
 from slimfit_ds.activations.checkpoint import checkpoint
 from slimfit_ds.activations.codecs.channels import StandardisedChannels
 from slimfit_ds.activations.config import PRESETS
+from slimfit_ds.activations.twin import Outcome, difference
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.split import Split, SplitModule
 
@@ -319,6 +320,22 @@ def test_faults_of_a_model_fall_back_with_a_line(fault, caplog):
     assert all(torch.equal(model.state_dict()[n], v) for n, v in after.items())
     handle.remove()
     assert not [key for m in model.modules() for key in m.__dict__ if "slimfit" in key]
+
+
+def test_one_row_that_is_off_is_found_where_the_whole_is_within_the_limit():
+    """A loss may depend on one token alone, as on a class token; a row with next to no gradient is no such token."""
+    x = torch.ones(4, 64, 8)
+    off, quiet, quiet_off = x.clone(), x.clone(), x.clone()
+    off[2, 5] *= 1.5
+    quiet[2, 5], quiet_off[2, 5] = 1e-3, 2e-3
+
+    def found(plain: Tensor, ours: Tensor, rows: bool) -> tuple[str, str] | None:
+        outcomes = [Outcome([], [g], {}, {}, [], 0) for g in (plain, ours)]
+        return difference(*outcomes, exact=1e-5, limit=0.06, rows=rows)
+
+    assert found(x, off, rows=False) is None
+    assert found(x, off, rows=True) == ("gradient", "of one row of its input differs by 0.5, at most 0.12")
+    assert found(quiet, quiet_off, rows=True) is None
 
 
 def test_without_the_proof_the_faults_come_back():
