@@ -199,7 +199,9 @@ def _smaller(key: str, value: Any, values: dict[str, Any], fill: bool) -> Any:
         return None
     if "depths" in values and key in ("hidden_size", "num_layers", "num_hidden_layers"):
         return None
-    if key == "image_size" and ("depths" in values or "neck_hidden_sizes" in values):
+    if key == "image_size" and any(
+        name in values for name in ("depths", "depth_multiplier", "neck_hidden_sizes")
+    ):
         return 64
     if key == "window_size" and "spatial_merge_size" in values:
         return 32

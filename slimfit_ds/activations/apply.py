@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimfit_ds.activations.checkpoint import make_checkpoint
 from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
@@ -259,7 +260,11 @@ class _Installer:
                 install(self.patches, block, BlockSetting(functools.partial(run_compressed, codec, block)))
             self.rows.append(Row(name, "product", describe(table.product), reason))
             return
-        spec, every = _every("exact" if table.block == "recompute" else table.block)
+        batchwise = any(isinstance(module, _BatchNorm) for module in block.modules())
+        stored: CodecSpec = "recompute" if batchwise else table.block
+        if batchwise:
+            reason += ", its input kept exactly: statistics over the batch carry an error of one row to all"
+        spec, every = _every("exact" if stored == "recompute" else stored)
         # A block whose input is the remembered output of the one before it stores nothing of its own.
         position = list(self._blocks).index(name)
         remember = (position + 1) % every != 0
@@ -271,7 +276,7 @@ class _Installer:
         if not has_checkpoint_hook(block):
             install(self.patches, block, BlockSetting(run))
         self._recomputed[name] = block
-        self.rows.append(Row(name, "block", describe(table.block), reason))
+        self.rows.append(Row(name, "block", describe(stored), reason))
 
     def _compile(self, name: str, block: nn.Module, run: Callable) -> None:
         """Let a block run compiled while it is at rest, through `run` where it has the hook."""
