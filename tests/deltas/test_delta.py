@@ -217,6 +217,22 @@ def test_a_model_without_a_base_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_lost_once_layers_are_whole_again(tmp_path):
+    trained = start(tmp_path, "llama")
+    trained.train()
+    trained.handle.save_delta(tmp_path / "delta.safetensors")
+    expected = trained.logits()
+    trained.handle.remove()
+    trained.handle.save_delta(tmp_path / "delta.safetensors")
+    assert torch.equal(logits(load_merged(trained.base, read_delta(tmp_path))), expected)
+
+
+def test_a_base_by_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
+    base = saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert find_base("base")[1].name == str(base)
+
+
 def test_files_beside_the_weights_come_along(tmp_path):
     base = saved(tmp_path)
     (base / "tokenizer.json").write_text("{}")

@@ -86,6 +86,19 @@ def test_the_best_model_comes_back_whole(tmp_path):
     assert_same(best, trainer.model)
 
 
+def test_a_second_run_of_a_model_keeps_what_the_first_has_learned(tmp_path):
+    model = trainer_of(tmp_path).model
+    for seed in (0, 3):  # other columns
+        block = {"freeze": {"rate": 0.7, "seed": seed}, "checkpoints": "delta", "activations": "exact"}
+        Trainer(
+            model,
+            arguments(tmp_path / "out", max_steps=2),
+            train_dataset=Sentences(),
+            callbacks=[SlimFitCallback(block)],
+        ).train()
+    assert_same(load_merged(tmp_path / "base", read_delta(tmp_path / "out")), model)
+
+
 def test_another_base_is_refused(tmp_path):
     trainer_of(tmp_path).train()
     shutil.rmtree(tmp_path / "base")
