@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -32,20 +33,22 @@ def lead_checkpoints(model: Any, source: Source, capture: Callable[[], Delta | N
         source: of the model.
         capture: what has trained; None: the checkpoint has it elsewhere (the engine's), and no weights are written.
     """
-    whole = model.save_pretrained
 
     def save_pretrained(
-        directory: str | os.PathLike, *args: Any, is_main_process: bool = True, **kwargs: Any
+        self: Any, directory: str | os.PathLike, *args: Any, is_main_process: bool = True, **kwargs: Any
     ) -> Any:
         if not _called_by("_save_checkpoint"):
-            return whole(directory, *args, is_main_process=is_main_process, **kwargs)
+            return type(self).save_pretrained(
+                self, directory, *args, is_main_process=is_main_process, **kwargs
+            )
         Path(directory).mkdir(parents=True, exist_ok=True)
         if is_main_process and (delta := capture()) is not None:
             write_into(delta, Path(directory) / "model.safetensors", as_state=True)
             Path(directory, "config.json").write_text(json.dumps(_NO_CONFIG))
         return None
 
-    model.save_pretrained = save_pretrained
+    # Bound, so that a deep copy of the model saves itself.
+    model.save_pretrained = MethodType(save_pretrained, model)
 
     def complete(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         if prefix or (delta := from_state(state)) is None:

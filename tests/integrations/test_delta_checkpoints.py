@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -71,6 +72,10 @@ def test_a_checkpoint_holds_what_trained_and_is_no_model(tmp_path):
     merged = load_merged(tmp_path / "base", read_delta(checkpoint / "model.safetensors"))
     assert_same(merged, trainer.model)
     assert_same(load_merged(tmp_path / "base", read_delta(tmp_path / "out")), trainer.model)
+    copied = copy.deepcopy(trainer.model)
+    torch.nn.init.zeros_(copied.classifier.weight)
+    copied.save_pretrained(tmp_path / "copied")
+    assert_same(BertForSequenceClassification.from_pretrained(tmp_path / "copied"), copied)
     trainer.save_model(str(tmp_path / "whole"))
     assert_same(BertForSequenceClassification.from_pretrained(tmp_path / "whole"), trainer.model)
 
