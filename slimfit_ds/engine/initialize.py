@@ -136,8 +136,12 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list
     problems += reference_problems(model)
     if slim.checkpoints == "delta":
         problems += base_problems(model)
+    states = 0.0
+    if slim.optimizer_states.active == "host":
+        # Float32 master and moments of the share that trains, before they are cut over ranks.
+        states = 12 * (1 - slim.freeze.rate) * sum(p.numel() for p in model.parameters())
     return problems + streaming_problems(
-        model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile
+        model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile, states
     )
 
 

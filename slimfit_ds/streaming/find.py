@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def _takes_rows(module: nn.Module) -> bool:
 
 
 def streaming_problems(
-    model: nn.Module, config: FrozenWeightsConfig, splits: bool, compiles: bool
+    model: nn.Module, config: FrozenWeightsConfig, splits: bool, compiles: bool, states: float = 0
 ) -> list[str]:
     """What is wrong with a `frozen_weights` block for this model, a line each; nothing is changed or loaded.
 
@@ -143,6 +144,7 @@ def streaming_problems(
         config: the block.
         splits: whether the freezing splits layers, so that a whole weight never trains.
         compiles: whether blocks run compiled.
+        states: bytes of host memory that this rank's optimizer states will take.
     """
     if config.live == "device":
         return []
@@ -173,19 +175,22 @@ def streaming_problems(
             "slimfit.frozen_weights.live 'host': weights on the meta device have no values; load them first, on the CPU"
         )
     elif not any(isinstance(p, FakeTensor) for p in parameters):
-        problems += _room_problems(found.weights)
+        problems += _room_problems(found.weights, states)
     return problems
 
 
-def _room_problems(blocks: Sequence[Sequence[nn.Parameter]]) -> list[str]:
-    """Whether the host has room: for what is not there yet, and for one block while it is taken over."""
+def _room_problems(blocks: Sequence[Sequence[nn.Parameter]], states: float) -> list[str]:
+    """Whether the host has room: for what is not there yet, and for one block while it is taken over, of every rank."""
     sizes = [sum(p.nbytes for p in block) for block in blocks]
     new = sum(p.nbytes for block in blocks for p in block if p.device.type != "cpu")
-    needed, available = new + max(sizes, default=0), psutil.virtual_memory().available
+    # torchrun's name, and that of DeepSpeed's launcher.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    needed = ranks * (new + max(sizes, default=0) + states)
+    available = psutil.virtual_memory().available
     if needed <= available:
         return []
     return [
-        f"slimfit.frozen_weights.live 'host': frozen weights take {sum(sizes) / 2**30:.1f} GiB of host memory, for which "
-        f"{needed / 2**30:.1f} GiB must be free, and {available / 2**30:.1f} GiB are; keep more blocks on the device (resident), "
-        "or set live to 'device'"
+        f"slimfit.frozen_weights.live 'host': frozen weights take {sum(sizes) / 2**30:.1f} GiB of host memory, optimizer states "
+        f"{states / 2**30:.1f}, for each of {ranks} ranks on this host; {needed / 2**30:.1f} GiB must be free for what is not "
+        f"there yet, and {available / 2**30:.1f} GiB are; keep more blocks on the device (resident), or set live to 'device'"
     ]

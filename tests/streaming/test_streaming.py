@@ -325,6 +325,32 @@ def test_an_exception_in_a_block_leaves_everything_in_order(late):
     assert torch.equal(model(**inputs("llama", 0)).loss, expected)
 
 
+def test_an_exception_in_a_backward_pass_leaves_everything_in_order(late):
+    """The graph that is left behind and the next step's are right."""
+    model, _ = streamed()
+    expected = build("llama")
+    slimfit_ds.slim(expected, {"freeze": {"rate": 0.8}})
+
+    def fail(*_: Any) -> None:
+        raise OSError("no")
+
+    handle = model.model.layers[1].mlp.register_full_backward_pre_hook(fail)
+    with pytest.raises(OSError, match="no"):
+        model(**inputs("llama", 0)).loss.backward()
+    handle.remove()
+    model.zero_grad()
+    assert not any(p.untyped_storage().data_ptr() in buffers_of(model) for p in model.parameters())
+    for each in (model, expected):
+        each(**inputs("llama", 1)).loss.backward()
+    pairs = [
+        (p.grad, q.grad)
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True)
+        if q.grad is not None
+    ]
+    assert len(pairs) > 20
+    assert all(p is not None and torch.equal(p, q) for p, q in pairs)
+
+
 def test_copies_pickles_casts_and_removal(late):
     model, handle = streamed()
     expected = model(**inputs("llama", 0)).loss
@@ -375,8 +401,14 @@ def test_what_is_refused(monkeypatch):
     )
     assert "buffers" in problems({"frozen_weights": {"live": "host", "buffers": 1}})
     assert "updates all layers at once" in problems({"optimizer_states": {"active": "host"}})
+    assert "set activations.compile to false" in problems(
+        {"activations": {"preset": "minimal", "compile": True}}
+    )
     monkeypatch.setattr(find.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert "frozen weights take 0.0 GiB of host memory" in problems({})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    text = problems({})
+    assert "frozen weights take 0.0 GiB of host memory, optimizer states 0.0, for each of 4 ranks" in text
+    assert "and 0.0 GiB are; keep more blocks on the device (resident)" in text
     with torch.device("meta"):
         model = MODELS["llama"]()
     with pytest.raises(ConfigError, match="meta device have no values"):

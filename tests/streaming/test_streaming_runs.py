@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from slimfit_ds.errors import ConfigError
 from slimfit_ds.planner.simulate import estimate, measure
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import Workload
+from slimfit_ds.streaming import find
 from slimfit_ds.streaming.streaming import streaming_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -116,6 +118,23 @@ def test_states_of_what_trains_on_the_host_are_exact(one_rank, tmp_path, states)
     again.load_checkpoint(tmp_path)
     assert again.memory_report()["optimizer"] == 0
     assert_same(steps(again, 3, 5), steps(resident, 3, 5))
+
+
+def test_a_host_too_small_for_weights_and_states_is_told_before_anything_is_made(one_rank, monkeypatch):
+    model = llama()
+    free = int(1.9 * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr(find.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    block = {"freeze": {"rate": 0.2}, "frozen_weights": HOST}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "slimfit": block}
+    before = {n: t.data_ptr() for n, t in model.state_dict().items()}
+    with pytest.raises(
+        ConfigError, match=r"optimizer states 0\.0, for each of 1 ranks on this host; 0\.0 GiB"
+    ):
+        slimfit_ds.initialize(
+            model=model, config={**config, "slimfit": {**block, "optimizer_states": {"active": "host"}}}
+        )
+    assert before == {n: t.data_ptr() for n, t in model.state_dict().items()}
+    assert streaming_of(model) is None
 
 
 def test_stage_3_is_refused(one_rank):

