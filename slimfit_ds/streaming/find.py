@@ -127,7 +127,7 @@ def _takes_rows(module: nn.Module) -> bool:
             expected = forward(module, ids)
             weight.data = whole.index_select(0, ids[0])
             found = forward(module, torch.arange(2, device=weight.device)[None])
-    except (TypeError, RuntimeError, AssertionError):
+    except (TypeError, ValueError, LookupError, RuntimeError, AssertionError):
         return False
     finally:
         weight.data = whole

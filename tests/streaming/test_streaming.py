@@ -177,6 +177,15 @@ def test_streamed_is_resident_bit_for_bit(name, preset, late):
     assert_equal_runs(found, expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_the_output_layer_with_the_loss_in_chunks(name, late):
+    block = {"freeze": {"rate": 0.8}, "activations": {"preset": "minimal", "chunk_loss_tokens": 16}}
+    expected = train(build(name), name, block, steps=3, micro=2)
+    model = build(name)
+    assert_equal_runs(train(model, name, {**block, **HOST}, steps=3, micro=2), expected)
+    assert streaming.streaming_of(model).blocks[-1].name == "lm_head"
+
+
 def streamed(name: str = "llama", **more: Any) -> tuple[nn.Module, Any]:
     model = build(name)
     return model, slimfit_ds.slim(model, {"freeze": {"rate": 0.8}, **HOST, **more})
