@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from slimfit_ds.planner.speed import ProductCounter
+
 __all__ = ["CudaSemantics", "FakeWorld"]
 
 _ENVIRONMENT = {
@@ -131,12 +133,22 @@ _FP32_UNDER_AUTOCAST = (
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The saved tensors of the flash and memory-efficient kernels: q, k, v, mask, output, log-sum-exp."""
+    """The saved tensors of the flash and memory-efficient kernels: q, k, v, mask, output, log-sum-exp.
+
+    Their products count: two of the forward pass, five of the backward pass, half of each where it is causal.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
     ) -> torch.Tensor:
+        ctx.product = 2 * q.numel() * k.shape[-2] * (0.5 if causal else 1.0)
+        ProductCounter.add(2 * ctx.product)
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.to(q.dtype)  # the kernel wants an additive mask: a copy for every layer
         out = torch.empty_like(q)
@@ -147,7 +159,8 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         q, k, v = ctx.saved_tensors[:3]
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        ProductCounter.add(5 * ctx.product)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
 class CudaSemantics:
@@ -188,11 +201,12 @@ class CudaSemantics:
         key: torch.Tensor,
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        *_: Any,
-        **__: Any,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **_: Any,
     ) -> torch.Tensor:
         dtype = torch.bfloat16 if self._autocast else query.dtype
-        return _FusedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask)
+        return _FusedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask, is_causal)
 
 
 def _dropout(

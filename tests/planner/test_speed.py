@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from slimfit_ds.memory.tracker import MemoryReport
+from slimfit_ds.planner.fake_world import CudaSemantics
 from slimfit_ds.planner.rivals import nf4_bytes, rivals_by_arithmetic
 from slimfit_ds.planner.simulate import estimate
 from slimfit_ds.planner.speed import CARDS, ProductCounter, card_for, speed
@@ -21,6 +23,19 @@ def test_products_of_a_linear_layer_forward_and_backward():
     with ProductCounter() as counter:
         F.linear(x, weight).sum().backward()
     assert counter.flops == 3 * 2 * 6 * 8 * 4
+
+
+def test_products_of_attention_that_stands_for_a_kernel():
+    """Two products forward and five backward, of the lower half where it is causal."""
+    found = {}
+    for causal in (False, True):
+        with FakeTensorMode(), CudaSemantics():
+            q, k, v = (torch.empty(2, 4, n, 16, requires_grad=True) for n in (32, 64, 64))
+            with ProductCounter() as counter:
+                F.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
+        found[causal] = counter.flops
+    whole = 7 * 2 * 2 * 4 * 32 * 64 * 16
+    assert found == {False: whole, True: whole // 2}
 
 
 def test_the_slower_of_the_two_decides():
