@@ -271,9 +271,13 @@ def tables() -> dict[str, str]:
 def _kind(reason: str) -> str:
     """Return what a line says without names and numbers, which differ from model to model."""
     first = reason.removeprefix("proof on the first batch: ").split("; proof on")[0]
-    found = re.match(r"\S+: (rows|gradient|forward|buffers|caches|read)\b.*?(; [a-z ]+)?(\(|$)", first)
+    found = re.match(r"\S+: (rows|gradient|forward|buffers|caches|read)\b.*?(?:; ([a-z ]+))?(\(|$)", first)
     if found:
-        return f"proof: {found[1]}{(found[2] or '').rstrip()}"
+        # Lines are cut off.
+        remedies = ("left exact", "its input is kept exactly", "not cut into chunks")
+        said = next((r for r in remedies if r.startswith((found[2] or "-").strip())), "")
+        remedy = "not cut into chunks" if found[1] == "rows" else said
+        return f"proof: {found[1]}" + (f"; {remedy}" if remedy else "")
     words = first.removeprefix("slimfit.freeze: ").partition(":")[0]
     return re.sub(r"\S+[._]\S+|\d\S*", "...", words).replace("|", "")
 

@@ -49,6 +49,14 @@ def test_every_setting_gives_the_loss_and_the_gradients_of_plain_pytorch(model_t
     assert any(row["verdict"] != "refused" for row in rows)
 
 
+def test_no_cell_of_the_recorded_run_is_wrong():
+    from zoo import STUDY
+
+    rows = [row for row in STUDY.rows(proof="on") if row["verdict"] != "not built"]
+    assert len({row["type"] for row in rows}) >= 300
+    assert [(row["type"], row["setting"]) for row in rows if row["verdict"] in ("wrong", "error")] == []
+
+
 def test_a_gradient_that_is_lost_and_one_that_is_off_are_found():
     import torch
     from zoo import difference
