@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,10 +73,21 @@ NOT_OURS = [
 ]
 """Of these folders: ZeRO++, NVMe, quantised states and what makes no engine; docs/composability.md names what is refused."""
 BLOCK = {"freeze": {"policy": "none"}, "activations": "exact"}
-REASONS = dict.fromkeys(
-    ("TestClientOptimizer", "TestConfigOptimizer"),
-    "no value: asserts the class of the returned optimizer, which is ours at every stage",
-)
+_INTERNALS = "no value: reads internals of DeepSpeed's optimizer"
+REASONS = {
+    **dict.fromkeys(
+        ("TestClientOptimizer", "TestConfigOptimizer"),
+        "no value: asserts the class of the returned optimizer, which is ours at every stage",
+    ),
+    **dict.fromkeys(
+        ("TestStage2FlattenOnGPU", "TestPartitionNcclAlignment", "TestHookCountRegression", "TestBF16OptimizerGradReduction"),
+        _INTERNALS,
+    ),
+    "test_reused_checkpointed_module": "no value: asserts that `F.linear` is replaced for good, which ours does not do",
+    "TestZeroToFP32": "DeepSpeed's reader of its own checkpoint format: `zero_to_fp32.py` in the folder reads ours",
+    "test_zero_grad[True]": "`optimizer.zero_grad()` just before `step()`: nothing steps here, as in torch; DeepSpeed steps",
+    "TestZero0DirectBackwardStillRaises": "no value: `loss.backward()` works here at stage 0 too, with the same weights",
+}
 """What a test of another outcome asks for, where its error does not say so."""
 OUTCOMES = ("passed", "refused", "differs")
 
@@ -284,8 +296,11 @@ def run(tests: Path, options: Any) -> None:
 def _adapt(tests: Path) -> None:
     """Make a copy of the tests fit the installed DeepSpeed, a CPU, and two runs of each."""
     for file in tests.rglob("*.py"):
-        # On a CPU the current device has a number, which torch takes for none.
-        file.write_text(file.read_text().replace("current_device()", "current_device_name()"))
+        text = file.read_text()
+        # A CPU has no number, and DistributedDataParallel wants none; gloo gathers no scalars.
+        text = text.replace("current_device()", "current_device_name()")
+        text = re.sub(r", device_ids=\[\w+\], output_device=\w+", "", text)
+        file.write_text(text.replace("torch.tensor(1 if flag else 0,", "torch.tensor([1 if flag else 0],"))
     states = tests / "unit" / "checkpoint" / "common.py"
     # An attribute that the installed engine has no more.
     kept = [line for line in states.read_text().splitlines() if "sparse_tensor_module_names" not in line]
