@@ -80,7 +80,12 @@ REASONS = {
         "no value: asserts the class of the returned optimizer, which is ours at every stage",
     ),
     **dict.fromkeys(
-        ("TestStage2FlattenOnGPU", "TestPartitionNcclAlignment", "TestHookCountRegression", "TestBF16OptimizerGradReduction"),
+        (
+            "TestStage2FlattenOnGPU",
+            "TestPartitionNcclAlignment",
+            "TestHookCountRegression",
+            "TestBF16OptimizerGradReduction",
+        ),
         _INTERNALS,
     ),
     "test_reused_checkpointed_module": "no value: asserts that `F.linear` is replaced for good, which ours does not do",
