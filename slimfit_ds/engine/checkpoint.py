@@ -82,12 +82,19 @@ def save(
 
     Raises:
         ConfigError: the client state is not JSON.
-        CheckpointError: a rank could not write; the temporary folder is removed, `latest` is as before.
+        CheckpointError: a rank could not write, or ranks give different tags; the temporary folder is removed, `latest` is
+            as before.
     """
     tag = tag or f"global_step{state.counters['global_steps']}"
     final = Path(directory) / tag
     part = part_of(directory, tag)
     rank, world = dist.get_rank(), dist.get_world_size()
+    tags: list[str] = [""] * world
+    dist.all_gather_object(tags, tag)
+    if len({*tags}) > 1:
+        raise CheckpointError(
+            f"ranks give the checkpoint different tags, {', '.join(tags)}: give the same on all"
+        )
     excluded = sorted(exclude)
     metadata = {**_metadata(state, client_state), "excluded": excluded}
     delta = model = None

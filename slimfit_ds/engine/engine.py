@@ -257,8 +257,10 @@ class SlimFitEngine(DeepSpeedEngine):
         Args:
             exclude_frozen_parameters: leave out weights that the user has frozen before the engine was made.
         """
-        if not os.fspath(save_dir):
-            raise ValueError("save_dir must name a folder, got ''")
+        if save_dir is None or not os.fspath(save_dir):
+            raise ValueError(f"save_dir must name a folder, got {save_dir!r}")
+        tag = str(tag or f"global_step{self.global_steps}")
+        self._checkpoint_tag_validation(tag)
         excluded = set(self.roles.frozen) - set(column_places(self.module))
         checkpoint.save(
             self._training_state(),

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimfit_ds.errors import ConfigError
+
 __all__ = ["RULES", "UpdateRule", "rule_of"]
 
 Hyperparameters = Mapping[str, Any]
@@ -157,7 +159,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> UpdateRule:
     DeepSpeed's FusedAdam and CPUAdam are AdamW or Adam by their `adam_w_mode`.
 
     Raises:
-        ValueError: no rule for this class, or an option that the rule does not know is on.
+        ConfigError: no rule for this class, or an option that the rule does not know is on.
     """
     name = type(optimizer).__name__
     if name in {"FusedAdam", "DeepSpeedCPUAdam"}:
@@ -165,12 +167,16 @@ def rule_of(optimizer: torch.optim.Optimizer) -> UpdateRule:
     elif name == "Adam" and optimizer.param_groups[0].get("decoupled_weight_decay"):
         name = "AdamW"
     if name not in RULES:
-        raise ValueError(
-            f"optimizer {type(optimizer).__name__} cannot step single layers; "
-            f"use one of torch.optim.{', torch.optim.'.join(RULES)}"
+        raise ConfigError(
+            [
+                f"optimizer {type(optimizer).__name__} cannot step single layers; "
+                f"use one of torch.optim.{', torch.optim.'.join(RULES)}"
+            ]
         )
     rule = RULES[name]
     wrong = sorted({key for group in optimizer.param_groups for key in rule.unsupported if group.get(key)})
     if wrong:
-        raise ValueError(f"optimizer {name}: {', '.join(wrong)} is not supported with freezing; turn it off")
+        raise ConfigError(
+            [f"optimizer {name}: {', '.join(wrong)} is not supported with freezing; turn it off"]
+        )
     return rule

@@ -323,5 +323,6 @@ class TestOneRank:
 
     def test_an_empty_folder_name_is_refused(self):
         engine = engine_of()
-        with pytest.raises(ValueError, match="save_dir must name a folder"):
-            engine.save_checkpoint("")
+        for nothing in ("", None):
+            with pytest.raises(ValueError, match="save_dir must name a folder"):
+                engine.save_checkpoint(nothing)
