@@ -347,24 +347,30 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return the outcomes by file, and each refusal and difference with its error."""
-    rows = Study(STUDY, ()).rows()
+    """Return the outcomes by file, and the refusals and differences by their reason."""
+    rows = [row for row in Study(STUDY, ()).rows() if row["stock"] == "passed"]
     files: dict[str, Counter[str]] = {}
+    others: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        name = row["test"].partition("::")[0].removeprefix("unit/").removesuffix(".py")
-        files.setdefault(name, Counter()).update([f"stock {row['stock']}", f"ours {row['ours']}"])
-    columns = ["stock passed", *(f"ours {outcome}" for outcome in OUTCOMES)]
-    lines = [[name, *(str(count[column] or "") for column in columns)] for name, count in files.items()]
+        file, _, test = row["test"].removeprefix("unit/").partition("::")
+        files.setdefault(file.removesuffix(".py"), Counter()).update(["all", row["ours"]])
+        if row["ours"] != "passed":
+            others.setdefault((row["ours"], _why(row)), []).append(test.partition("::")[0])
+    columns = ["all", *OUTCOMES]
+    lines = [
+        [name, *(str(count[column] or "") for column in columns)] for name, count in sorted(files.items())
+    ]
     total = sum(files.values(), Counter[str]())
     lines.append(["all", *(f"**{total[column]}**" for column in columns)])
-    others = [
-        [row["test"].partition("::")[2], row["ours"], _why(row)]
-        for row in rows
-        if row["ours"] in OUTCOMES[1:]
+    reasons = [
+        [why, outcome, str(len(tests)), ", ".join(sorted({*tests}))]
+        for (outcome, why), tests in sorted(others.items())
     ]
     return {
-        "deepspeed-tests": markdown(["file", *columns], lines),
-        "deepspeed-tests-others": markdown(["test", "ours", "error"], others),
+        "deepspeed-tests": markdown(
+            ["file", "stock passed", *(f"ours {outcome}" for outcome in OUTCOMES)], lines
+        ),
+        "deepspeed-tests-others": markdown(["why", "ours", "tests", "of"], reasons),
     }
 
 
