@@ -155,12 +155,6 @@ TABLE: tuple[Name, ...] = (
     *_names(
         "deepspeed.runtime.engine:DeepSpeedEngine",
         "engine",
-        "an AttributeError at the first checkpoint",
-        "_checkpoint_tag_validation(self, tag)",
-    ),
-    *_names(
-        "deepspeed.runtime.engine:DeepSpeedEngine",
-        "engine",
         "an AttributeError while the engine is made",
         "._config",
         ".basic_optimizer",

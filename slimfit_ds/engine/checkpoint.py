@@ -85,7 +85,7 @@ def save(
         CheckpointError: a rank could not write, or ranks give different tags; the temporary folder is removed, `latest` is
             as before.
     """
-    tag = tag or f"global_step{state.counters['global_steps']}"
+    tag = str(tag or f"global_step{state.counters['global_steps']}")
     final = Path(directory) / tag
     part = part_of(directory, tag)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -259,8 +259,6 @@ class SlimFitEngine(DeepSpeedEngine):
         """
         if save_dir is None or not os.fspath(save_dir):
             raise ValueError(f"save_dir must name a folder, got {save_dir!r}")
-        tag = str(tag or f"global_step{self.global_steps}")
-        self._checkpoint_tag_validation(tag)
         excluded = set(self.roles.frozen) - set(column_places(self.module))
         checkpoint.save(
             self._training_state(),
