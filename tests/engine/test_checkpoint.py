@@ -321,6 +321,16 @@ class TestOneRank:
         assert torch.equal(master[1:], before[1:])
         assert not torch.equal(master[1:], master[1:].bfloat16().float())
 
+    def test_tags_that_differ_over_ranks_are_refused_before_anything_is_written(self, tmp_path, monkeypatch):
+        def gather(found, tag):
+            found[:] = [tag, "other"]
+
+        engine = engine_of()
+        monkeypatch.setattr(checkpoint.dist, "all_gather_object", gather)
+        with pytest.raises(CheckpointError, match="different tags, mine, other: give the same"):
+            engine.save_checkpoint(tmp_path, tag="mine")
+        assert list(tmp_path.iterdir()) == []
+
     def test_an_empty_folder_name_is_refused(self):
         engine = engine_of()
         for nothing in ("", None):
