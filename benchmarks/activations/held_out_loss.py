@@ -1,6 +1,7 @@
 """Held-out loss of SmolLM2-135M after fine-tuning on GSM8K with each preset, against exact activations with the same seed.
 
     python benchmarks/activations/held_out_loss.py [--frozen 0.9] [--lr 6e-4] [--seeds 0 1] [--presets exact balanced ...]
+    python benchmarks/activations/held_out_loss.py --frozen 0.95 --lr 1e-4 --lr-scale auto --presets exact
 
 AdamW, warm-up of 6 steps and linear decay, a problem of at most 96 tokens a step, loss on the answers alone, fp32, CPU; the
 recommended columns train, or everything (`--frozen 0`). The loss is the mean over the tokens of 32 held-out answers. A run is
@@ -30,9 +31,10 @@ import slimfit_ds
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.config import PRESETS, ActivationsConfig
 
-SETTING = ("model", "frozen", "lr", "steps", "batch", "seed", "preset")
+SETTING = ("model", "frozen", "lr", "lr_scale", "steps", "batch", "seed", "preset")
 LONGEST = 96
 HELD_OUT = 32
+FULL_RATE = 1e-4  # the best rate of full fine-tuning among those of the log
 
 Problem = tuple[list[int], int]  # tokens of question and answer, how many of them are the question's
 
@@ -86,6 +88,7 @@ def run(
     preset: str,
     frozen: float,
     lr: float,
+    lr_scale: float | str,
     steps: int,
     batch: int,
     seed: int,
@@ -95,7 +98,7 @@ def run(
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if frozen:
-        block = {"freeze": {"rate": frozen, "seed": seed, "lr_scale": 1.0}, "activations": preset}
+        block = {"freeze": {"rate": frozen, "seed": seed, "lr_scale": lr_scale}, "activations": preset}
         handle = slimfit_ds.slim(model, block).follow(optimizer)
     else:
         handle = compress(model, ActivationsConfig(preset=preset))
@@ -120,17 +123,35 @@ def run(
 
 
 def tables(csv: str = "held_out_loss") -> dict[str, str]:
-    """Return the table of the documents by its mark: loss with exact activations, and of each preset against it."""
+    """Return the tables of the documents by their marks: each preset against exact activations, and full fine-tuning's rate."""
     rows = Study(csv, SETTING).rows()
     presets = [preset for preset in PRESETS if preset not in ("exact", "paper")]
     lines = []
-    for key in dict.fromkeys((row["frozen"], row["seed"]) for row in rows):
-        of = {row["preset"]: row["loss"] for row in rows if (row["frozen"], row["seed"]) == key}
+    for key in dict.fromkeys((row["frozen"], row["seed"]) for row in rows if row["lr"] != FULL_RATE):
+        of = {
+            row["preset"]: row["loss"]
+            for row in rows
+            if (row["frozen"], row["seed"]) == key and row["lr"] != FULL_RATE
+        }
         if "exact" in of:
             frozen, seed = key
             against = [f"{of[p] - of['exact']:+.4f}" if p in of else "" for p in presets]
             lines.append([f"{frozen:.0%}", seed, f"{of['exact']:.4f}", *against])
-    return {"held-out-loss": markdown(["frozen", "seed", "exact", *presets], lines)}
+    at_full_rate = [row for row in rows if row["lr"] == FULL_RATE and row["preset"] == "exact"]
+    seeds = sorted({row["seed"] for row in at_full_rate})
+    transfer = []
+    for frozen, factor in sorted({(row["frozen"], str(row["lr_scale"])) for row in at_full_rate}):
+        of = {
+            row["seed"]: row["loss"]
+            for row in at_full_rate
+            if (row["frozen"], str(row["lr_scale"])) == (frozen, factor)
+        }
+        name = f"{frozen:.0%} frozen, `lr_scale: {factor}`" if frozen else "full fine-tuning"
+        transfer.append([name, *(f"{of[seed]:.4f}" if seed in of else "" for seed in seeds)])
+    return {
+        "held-out-loss": markdown(["frozen", "seed", "exact", *presets], lines),
+        "held-out-rate": markdown(["", *(f"seed {seed}" for seed in seeds)], transfer),
+    }
 
 
 def main() -> None:
@@ -141,6 +162,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--frozen", type=float, default=0.9)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument(
+        "--lr-scale",
+        type=lambda text: text if text == "auto" else float(text),
+        default=1.0,
+        help="freeze.lr_scale: a factor on the rate of what trains, or auto",
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--csv", default="held_out_loss", help="name of a study, or a path that ends in .csv")
@@ -158,6 +185,7 @@ def main() -> None:
             setting = {
                 "frozen": options.frozen,
                 "lr": options.lr,
+                "lr_scale": options.lr_scale,
                 "steps": options.steps,
                 "batch": options.batch,
             }

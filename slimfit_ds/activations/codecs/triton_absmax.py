@@ -120,10 +120,10 @@ def _encode_kernel(
     groups,
     reciprocal,
     tiny_peak,
+    rows_ptr,
     scale_ptr,
     offset_ptr,
     head_stride,
-    width_stride,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -132,6 +132,7 @@ def _encode_kernel(
     HIGH_BITS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -143,13 +144,13 @@ def _encode_kernel(
             x,
             offset,
             inside,
+            rows_ptr,
             scale_ptr,
             offset_ptr,
             head_stride,
-            width_stride,
             HEADS,
             WIDTH,
-            x_ptr.dtype.element_ty,
+            ROWS_FIRST,
         )
     store_groups(
         x,
@@ -181,10 +182,10 @@ def _decode_kernel(
     stored_bytes,
     high_bytes,
     groups,
+    rows_ptr,
     scale_ptr,
     offset_ptr,
     head_stride,
-    width_stride,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -193,6 +194,7 @@ def _decode_kernel(
     HIGH_BITS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     value = load_groups(
@@ -215,16 +217,16 @@ def _decode_kernel(
     inside = (offset < numel) & (column < GROUP)
     if WIDTH > 0:
         value = apply_channels(
-            round_to(value, out_ptr.dtype.element_ty).to(tl.float32),
+            value,
             offset,
             inside,
+            rows_ptr,
             scale_ptr,
             offset_ptr,
             head_stride,
-            width_stride,
             HEADS,
             WIDTH,
-            out_ptr.dtype.element_ty,
+            ROWS_FIRST,
         )
     tl.store(out_ptr + offset, round_to(value, out_ptr.dtype.element_ty), mask=inside)
 

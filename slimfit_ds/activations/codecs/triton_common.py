@@ -83,25 +83,30 @@ def apply_channels(
     value,
     element,
     inside,
+    rows_ptr,
     scale_ptr,
     offset_ptr,
     head_stride,
-    width_stride,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    dtype: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
 ):
-    """Return `value * scale + offset` of the elements at positions `element` in memory, rounded to fp32, then to `dtype`.
+    """Return fp32 `value * scale + offset` per channel, times the scale of the row before or after it.
 
-    Elements that are not `inside` become 0.
+    `element` are positions in memory; those that are not `inside` become 0.
     """
-    channel = (element // width_stride) % WIDTH
+    channel = element % WIDTH
     if HEADS > 1:
         channel += (element // head_stride) % HEADS * WIDTH
     scale = tl.load(scale_ptr + channel).to(tl.float32)
     offset = tl.load(offset_ptr + channel).to(tl.float32)
+    row = tl.load(rows_ptr + element // WIDTH, mask=inside, other=0.0).to(tl.float32)
+    if ROWS_FIRST:
+        value = value * row
     # Fused by hand, as torch.addcmul is.
-    value = round_to(tl.fma(value, scale, offset), dtype).to(tl.float32)
+    value = tl.fma(value, scale, offset)
+    if not ROWS_FIRST:
+        value = value * row
     return tl.where(inside, value, 0.0)
 
 
@@ -109,18 +114,20 @@ def channel_arguments(channels: Any, placeholder: Tensor) -> dict[str, Any]:
     """Return the arguments of `apply_channels`; without `channels` a width of 0, and `placeholder` for pointers that are not read."""
     if channels is None:
         return {
+            "rows_ptr": placeholder,
             "scale_ptr": placeholder,
             "offset_ptr": placeholder,
             "head_stride": 1,
-            "width_stride": 1,
             "HEADS": 1,
             "WIDTH": 0,
+            "ROWS_FIRST": False,
         }
     return {
+        "rows_ptr": channels.rows,
         "scale_ptr": channels.scale,
         "offset_ptr": channels.offset,
         "head_stride": channels.head_stride,
-        "width_stride": channels.width_stride,
         "HEADS": channels.heads,
         "WIDTH": channels.width,
+        "ROWS_FIRST": channels.rows_first,
     }

@@ -76,13 +76,12 @@ def test_rows_of_zeros_of_denormals_and_of_a_huge_entry_leave_the_others_alone(
     y, usual = (case.fresh().decode(case.fresh().encode(t)) for t in (x, plain))
     assert y.isfinite().all()
     if not case.name.startswith("step"):  # the derivative at 0 is none
-        size = 0.02 if case.name == "int8_channel" else 2 * torch.finfo(dtype).tiny
-        assert y[[3, 7]].abs().max() <= size
+        assert y[[3, 7]].abs().max() <= 2 * torch.finfo(dtype).tiny
     if case.name == "crs" or "relu2" in case.label:
         return  # drawn by chance; one scale for the whole tensor
     others = [row for row in range(48) if row not in (3, 5, 7)]
     error, expected = ((b - a).double()[others].norm() for a, b in ((x, y), (plain, usual)))
-    assert error <= 1.02 * expected
+    assert error <= 1.05 * expected
 
 
 @every_case
