@@ -555,7 +555,7 @@ def test_every_other_block_stores_nothing(every, chunk_tokens):
         assert relative_error(found, expected) < 0.02
     stored = len(range(0, 7, every))
     tokens, hidden = batch["input_ids"].numel(), 32
-    codes = tokens * hidden + 2 * -(-tokens * hidden // 64) + 8 * hidden
+    codes = tokens * hidden + 2 * -(-tokens * hidden // 32) + 2 * tokens + 8 * hidden
     assert counts[0] - counts[1] == (7 - stored) * codes
 
 
