@@ -45,12 +45,12 @@ def integers(bits: int, group: int, width: int = WIDTH) -> float:
     return width * (bits / 8 + 2 / group)
 
 
-CHANNELS = 2 * 4 * WIDTH / TOKENS  # mean and deviation of each channel, fp32
+STATISTICS = 2 + 2 * 4 * WIDTH / TOKENS  # size of the row in bf16, mean and deviation of each channel in fp32
 RSTD = 4
 BLOCK = {
-    "minimal": integers(8, 64) + CHANNELS,
+    "minimal": integers(8, 32) + STATISTICS,
     # Of every second block.
-    "ultra": (integers(8, 64) + CHANNELS) / 2,
+    "ultra": (integers(8, 32) + STATISTICS) / 2,
     # Two norms; queries, keys and values; five bits for each input of the GELU.
     "balanced": 2 * (integers(4, 32) + RSTD) + 3 * integers(6, 128) + INNER * 5 / 8,
 }

@@ -263,14 +263,15 @@ def _loss_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, 
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def _zero_row(x: Tensor) -> Tensor:
-    x = x.clone()
-    x[:, 0] *= 1e-7
-    return x
+def _even_row(x: Tensor) -> Tensor:
+    """Make the first token of each sample [batch, tokens, width] nearly constant."""
+    even = torch.zeros_like(x)
+    even[:, 0] = 1e4
+    return x + even
 
 
 class _PreNorm(nn.Module):
-    """A class token of (nearly) zeros goes through a norm."""
+    """A class token whose entries are nearly alike goes through a norm, which takes their mean away."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,7 +281,7 @@ class _PreNorm(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.encoder(_zero_row(x)).pow(3).mean()
+        return self.encoder(_even_row(x)).pow(3).mean()
 
 
 # A model, a batch, and what the proof finds in `minimal`.
@@ -295,7 +296,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[tuple[str,
     "counter": (lambda: _Blocks(_Counting), (6, 5, 8), {("buffers", "left exact")}),
     "cache": (lambda: _Blocks(cache=True), (6, 5, 8), {("caches", "left exact"), ("gradient", "left exact")}),
     "batch times heads": (_Positioned, (6, 5, 8), {("rows", "not cut into chunks")}),
-    "rows near zero": (_PreNorm, (6, 5, 32), {("gradient", "its input is kept exactly")}),
+    "rows of even entries": (_PreNorm, (6, 5, 32), {("gradient", "its input is kept exactly")}),
 }
 
 
@@ -336,6 +337,20 @@ def test_one_row_that_is_off_is_found_where_the_whole_is_within_the_limit():
     assert found(x, off, rows=False) is None
     assert found(x, off, rows=True) == ("gradient", "of one row of its input differs by 0.5, at most 0.12")
     assert found(quiet, quiet_off, rows=True) is None
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_rows_near_zero_in_front_of_a_norm_need_no_proof(size):
+    """Class tokens of zeros, and padding whose vector nothing has trained."""
+    torch.manual_seed(0)
+    model, x = without_dropout(_PreNorm().train()), torch.randn(6, 5, 32)
+    model.forward = lambda x: model.encoder(x).pow(3).mean()  # type: ignore[method-assign]
+    x[:, 0] *= size
+    loss, grads = _loss_and_gradients(model, x)
+    slim(model, "minimal", proof=False)
+    found_loss, found = _loss_and_gradients(model, x)
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, grads) < 0.03
 
 
 def test_without_the_proof_the_faults_come_back():
