@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -349,7 +350,7 @@ def _adapt(tests: Path) -> None:
 
 def _why(row: dict[str, Any]) -> str:
     known = next((why for name, why in REASONS.items() if name in row["test"]), None)
-    return known or f"`{row['error']}: {(row['message'] or '')[:150]}`"
+    return known or f"`{row['error']}: {textwrap.shorten(row['message'] or '', 150, placeholder=' ...')}`"
 
 
 def tables() -> dict[str, str]:

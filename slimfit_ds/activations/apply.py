@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimfit_ds.activations.checkpoint import make_checkpoint
 from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
@@ -198,6 +197,7 @@ def _every(spec: CodecSpec) -> tuple[CodecSpec, int]:
 
 # The derivative of these is a step function of one bit.
 _ONE_BIT = {"relu"}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Installer:
@@ -260,7 +260,7 @@ class _Installer:
                 install(self.patches, block, BlockSetting(functools.partial(run_compressed, codec, block)))
             self.rows.append(Row(name, "product", describe(table.product), reason))
             return
-        batchwise = any(isinstance(module, _BatchNorm) for module in block.modules())
+        batchwise = any(isinstance(module, _BATCH_NORMS) for module in block.modules())
         stored: CodecSpec = "recompute" if batchwise else table.block
         if batchwise:
             reason += ", its input kept exactly: statistics over the batch carry an error of one row to all"
