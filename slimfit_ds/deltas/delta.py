@@ -73,7 +73,7 @@ class Source:
     def __init__(
         self,
         model: nn.Module,
-        whole: Callable[[Tensor], AbstractContextManager[Any]] = lambda tensor: nullcontext(),
+        whole: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
     ):
         self._model, self._whole = model, whole
         self._found: tuple[Path, Base] | None = None

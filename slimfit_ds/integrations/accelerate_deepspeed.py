@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.integrations.delta_checkpoints import lead_checkpoints
+from slimfit_ds.integrations.delta_checkpoints import write_deltas
 
 __all__ = ["disable_deepspeed", "enable_deepspeed"]
 
@@ -84,7 +84,12 @@ def _replace_initialize() -> Callable[[], None]:
             made = initialize(**(_without_block(arguments) if _nothing_trains(arguments) else arguments))
             if isinstance(made[0], SlimFitEngine) and made[0].slimfit_config.checkpoints == "delta":
                 # The engine's own part of a Trainer's checkpoint has what trained.
-                lead_checkpoints(made[0].module, made[0].source, lambda: None)
+                engine = made[0]
+                write_deltas(
+                    engine.module,
+                    lambda: None,
+                    lambda trainer: getattr(trainer, "model_wrapped", None) is engine,
+                )
             return made
         finally:
             deepspeed.initialize = before

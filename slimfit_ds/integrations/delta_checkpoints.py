@@ -11,10 +11,11 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from slimfit_ds.deltas.delta import Delta, Source, from_state, whole_state, write_into
 
-__all__ = ["lead_checkpoints"]
+__all__ = ["read_deltas", "take_read", "write_deltas", "write_whole"]
 
 _NO_CONFIG = {
     "model_type": "slimfit_delta",
@@ -23,21 +24,26 @@ _NO_CONFIG = {
 """Keeps `from_pretrained` from taking such a folder for a model, most of which would be new."""
 
 
-def lead_checkpoints(model: Any, source: Source, capture: Callable[[], Delta | None]) -> None:
-    """Let a Trainer's `checkpoint-N` have a delta for its `model.safetensors`, and let the model load it.
+_READ = "slimfit_delta_read"
+"""Attribute of a model into which a delta was loaded, until `take_read` is called."""
 
-    `save_pretrained` called by anybody else writes the whole model. A model that has been led stays so.
+
+def write_deltas(model: Any, capture: Callable[[], Delta | None], of: Callable[[Any], bool]) -> None:
+    """Let a Trainer's `checkpoint-N` have a delta for its `model.safetensors`; `write_whole` undoes this.
+
+    `save_pretrained` called by anybody else writes the whole model.
 
     Args:
         model: of transformers.
-        source: of the model.
         capture: what has trained; None: the checkpoint has it elsewhere (the engine's), and no weights are written.
+        of: whether a Trainer that saves is the one that this is meant for.
     """
 
     def save_pretrained(
         self: Any, directory: str | os.PathLike, *args: Any, is_main_process: bool = True, **kwargs: Any
     ) -> Any:
-        if not _called_by("_save_checkpoint"):
+        trainer = _saving_trainer()
+        if trainer is None or not of(trainer):
             return type(self).save_pretrained(
                 self, directory, *args, is_main_process=is_main_process, **kwargs
             )
@@ -47,24 +53,50 @@ def lead_checkpoints(model: Any, source: Source, capture: Callable[[], Delta | N
             Path(directory, "config.json").write_text(json.dumps(_NO_CONFIG))
         return None
 
-    # Bound, so that a deep copy of the model saves itself.
+    # Bound, so that a deep copy of the model saves itself, and a pickled one has the method of its class.
     model.save_pretrained = MethodType(save_pretrained, model)
 
-    def complete(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+
+def write_whole(model: nn.Module) -> None:
+    """Undo `write_deltas`."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+def read_deltas(model: nn.Module, source: Source) -> RemovableHandle:
+    """Let a model load deltas as it loads whole weights.
+
+    Returns:
+        its `remove` undoes this.
+    """
+    return model.register_load_state_dict_pre_hook(_Complete(source))
+
+
+class _Complete:
+    """Makes whole weights of a delta that is about to be loaded. A class, so that the model can be pickled."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         if prefix or (delta := from_state(state)) is None:
             return
-        whole_weights = whole_state(module, source, delta)
+        whole_weights = whole_state(module, self._source, delta)
         state.clear()
         state.update(whole_weights)
-        source.forget()
+        self._source.forget()
+        module.__dict__[_READ] = True
 
-    model.register_load_state_dict_pre_hook(complete)
+
+def take_read(model: nn.Module) -> bool:
+    """Whether the model has loaded a delta since this was last asked."""
+    return model.__dict__.pop(_READ, False)
 
 
-def _called_by(name: str) -> bool:
+def _saving_trainer() -> Any:
+    """The Trainer whose checkpoint is being written; None: the caller is somebody else."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == name:
-            return True
+        if frame.f_code.co_name == "_save_checkpoint" and "self" in frame.f_locals:
+            return frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return None

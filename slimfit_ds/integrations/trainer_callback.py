@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -17,7 +18,7 @@ from slimfit_ds.deltas.base import base_problems
 from slimfit_ds.deltas.delta import DELTA, Delta, Source, write_delta
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
-from slimfit_ds.integrations.delta_checkpoints import lead_checkpoints
+from slimfit_ds.integrations.delta_checkpoints import read_deltas, take_read, write_deltas, write_whole
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
@@ -69,6 +70,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         )
         self._handle: SlimHandle | None = None
         self._source: Source | None = None
+        self._reading: RemovableHandle | None = None
         self._gradients: ActiveGradients | None = None
 
     @property
@@ -100,11 +102,23 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         """Refuse what cannot work, and let DDP leave the layers alone when it wraps the model."""
         model = kwargs["model"]
         self._check(args, model)
-        if self.config.checkpoints == "delta":
-            self._source = Source(model)
-            lead_checkpoints(model, self._source, self._capture)
+        self._read_deltas(model)
         if _wrapped_by_ddp():
             hide_from_ddp(model, _trainable(model))
+
+    def _read_deltas(self, model: nn.Module) -> None:
+        """A checkpoint may be one, whatever this run writes."""
+        self._read_whole()
+        self._source = Source(model)
+        self._reading = read_deltas(model, self._source)
+
+    def _read_whole(self) -> None:
+        if self._reading is not None:
+            self._reading.remove()
+        self._source = self._reading = None
+
+    def _is_followed_by(self, trainer: Any) -> bool:
+        return self._handle is not None and self in trainer.callback_handler.callbacks
 
     def _capture(self) -> Delta:
         assert self._handle is not None
@@ -130,12 +144,23 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._remove()
         self._check(args, model)
-        if self._source is not None:
-            # It may have been trained or loaded since.
-            self._source.forget()
+        saved = _saved(state) if state.global_step else {}
+        kept = saved.get("args", {}).get("config", {}).get("checkpoints")
+        if not take_read(model) and kept == "delta":
+            raise ConfigError(
+                [
+                    "resume_from_checkpoint: the checkpoint holds what trained only, and this model was not prepared to read it "
+                    "(train() a second time, model_init, or a callback that was added later): make a new Trainer with "
+                    "callbacks=[SlimFitCallback(...)] and a model, and resume that"
+                ]
+            )
+        # The model may be another one, or other weights, than when the Trainer was made.
+        self._read_deltas(model)
+        if self.config.checkpoints == "delta":
+            write_deltas(model, self._capture, self._is_followed_by)
         self._handle = SlimHandle(model, self.config)
         if state.global_step:
-            self._resume(state)
+            self._resume(state, saved)
         if _wrapped_by_ddp():
             self._gradients = ActiveGradients(model, self._handle.trainable)
         combine = self._gradients.average if self._gradients is not None else None
@@ -143,12 +168,9 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._run_log is not None:
             self._run_log.on_train_begin(args, state, control, **kwargs)
 
-    def _resume(self, state: TrainerState) -> None:
+    def _resume(self, state: TrainerState, entry: Mapping[str, Any]) -> None:
         assert self._handle is not None
-        # Declared as a list of callbacks; by now it is the mapping that the Trainer saves.
-        states: Any = state.stateful_callbacks
-        entry = states.get(type(self).__name__) or {}
-        saved = (entry[0] if isinstance(entry, list) else entry).get("attributes", {}).get("saved_schedule")
+        saved = entry.get("attributes", {}).get("saved_schedule")
         if saved is None:
             _log.warning(
                 "the checkpoint was written without SlimFitCallback: the schedule of layers starts afresh at "
@@ -214,11 +236,14 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         """Give back the model as it was: every weight trainable, nothing compressed."""
         if self._handle is not None:
             self.saved_schedule = self._handle.state_dict()
-            if self._source is not None and state.is_world_process_zero:
+            if self.config.checkpoints == "delta" and state.is_world_process_zero:
                 write_delta(self._capture(), Path(args.output_dir or "trainer_output", DELTA))
         if self._run_log is not None:
             self._run_log.on_train_end(args, state, control, **kwargs)
         self._remove()
+        self._read_whole()
+        write_whole(kwargs["model"])
+        take_read(kwargs["model"])
         show_to_ddp(kwargs["model"], _trainable(kwargs["model"]))
 
     def _remove(self) -> None:
@@ -227,6 +252,14 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._gradients is not None:
             self._gradients.remove()
         self._handle = self._gradients = None
+
+
+def _saved(state: TrainerState) -> Mapping[str, Any]:
+    """What the callback has written into the checkpoint that a run goes on from; empty: it was not there."""
+    # Declared as a list of callbacks; by now it is the mapping that the Trainer saves.
+    states: Any = state.stateful_callbacks
+    entry = states.get(SlimFitCallback.__name__) or {}
+    return entry[0] if isinstance(entry, list) else entry
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -56,6 +57,55 @@ def test_a_run_goes_on_as_one_with_whole_checkpoints_does(tmp_path, policy):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert resumed.state.log_history[-2]["step"] == 12
     assert_same(resumed.model, whole.model)
+
+
+def test_a_run_of_whole_checkpoints_goes_on_from_a_delta(tmp_path):
+    first = trainer_of(tmp_path)
+    first.train()
+    other = trainer_of(tmp_path, checkpoints="whole", output="whole")
+    other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert_same(other.model, first.model)
+    checkpoint = tmp_path / "whole" / "checkpoint-12"
+    assert_same(BertForSequenceClassification.from_pretrained(checkpoint), first.model)
+
+
+def test_a_delta_that_the_model_could_not_read_is_refused(tmp_path):
+    """The Trainer itself would load the norms and the head, and nothing else."""
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    with pytest.raises(ConfigError, match="make a new Trainer"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+
+
+def test_after_a_run_the_model_is_as_any_other(tmp_path):
+    first = trainer_of(tmp_path)
+    model = first.model
+    first.train()
+    assert_same(pickle.loads(pickle.dumps(model)), model)
+    for name, callbacks in (("whole", [SlimFitCallback({"freeze": {"rate": 0.7}})]), ("plain", [])):
+        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        later = Trainer(
+            model,
+            arguments(tmp_path / name, **options),
+            train_dataset=Sentences(),
+            callbacks=callbacks,
+        )
+        later.train()
+        checkpoint = tmp_path / name / "checkpoint-2"
+        assert_same(BertForSequenceClassification.from_pretrained(checkpoint), model)
+
+
+def test_the_model_of_model_init_is_the_one_that_is_saved(tmp_path):
+    classifier().save_pretrained(tmp_path / "base")
+    trainer = Trainer(
+        args=arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2),
+        model_init=lambda: BertForSequenceClassification.from_pretrained(tmp_path / "base"),
+        train_dataset=Sentences(),
+        callbacks=[SlimFitCallback({"freeze": {"rate": 0.7}, "checkpoints": "delta"})],
+    )
+    trainer.train()
+    for file in (tmp_path / "out" / "checkpoint-2" / "model.safetensors", tmp_path / "out"):
+        assert_same(load_merged(tmp_path / "base", read_delta(file)), trainer.model)
 
 
 def test_a_checkpoint_holds_what_trained_and_is_no_model(tmp_path):
