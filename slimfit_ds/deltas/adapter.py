@@ -11,7 +11,8 @@ import argparse
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
-from slimfit_ds.deltas.delta import Delta, read_delta
+from slimfit_ds.deltas.delta import Delta, filled, read_delta
 from slimfit_ds.deltas.load import load_base
 from slimfit_ds.trainable.split import Split
 from slimfit_ds.trainable.units import COLUMNS
@@ -71,8 +72,9 @@ def export_adapter(
         raise DeltaError(f"{output} exists; choose another name")
     folder, found = find_base(base)
     delta.base.require(found, "the delta")
-    model = load_base(folder, delta).float()
-    parts = _take_apart(model, delta, cut=rank is not None)
+    model, made = load_base(folder, delta)
+    parts = _take_apart(model.float(), delta, made, cut=rank is not None)
+    _say_if_resized(model, made)
     loss = _cut(parts, rank) if rank is not None else (0.0, 0.0)
     if not parts.products:
         raise DeltaError(
@@ -95,12 +97,12 @@ def export_adapter(
         fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in ranks),
         init_lora_weights=False,
         task_type="CAUSAL_LM" if causal else None,
-        base_model_name_or_path=delta.base.name,
-        revision=delta.base.revision,
+        base_model_name_or_path=found.name,
+        revision=delta.base.revision if found.name == delta.base.name else None,
     )
     adapted: Any = peft.get_peft_model(model, config)
     _fill(adapted, parts)
-    adapted.peft_config["default"].base_model_name_or_path = delta.base.name
+    adapted.peft_config["default"].base_model_name_or_path = found.name
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -115,19 +117,35 @@ def export_adapter(
     return loss
 
 
-def _take_apart(model: nn.Module, delta: Delta, cut: bool) -> _Parts:
+def _say_if_resized(model: Any, made: Collection[str]) -> None:
+    words = None
+    with suppress(NotImplementedError):  # Of pictures.
+        words = getattr(model.get_input_embeddings(), "weight", None)
+    if words is not None and any(p is words for n, p in model.named_parameters() if n in made):
+        warnings.warn(
+            f"the vocabulary was resized: call resize_token_embeddings({len(words)}) on the base before peft loads the adapter",
+            stacklevel=3,
+        )
+
+
+def _take_apart(model: nn.Module, delta: Delta, made: Collection[str], cut: bool) -> _Parts:
     """What changed against the base, sorted by where PEFT holds it."""
     parts, problems = _Parts(), []
     tied = _tied(model)
     owned: dict[str, dict[str, Tensor]] = {}
-    for name, values in delta.tensors.items():
-        if not _is_the_bases(model, delta, name, values):
+    for name, values in filled(delta).items():
+        if not _is_the_bases(model, delta, made, name, values):
             owner, _, local = name.rpartition(".")
             owned.setdefault(owner, {})[local] = values.float() if values.is_floating_point() else values
-    linear_bias = any(
-        "bias" in tensors and _is_linear(model.get_submodule(owner)) and "weight" not in tensors
+    # What the base lacks, or has in another shape, has nothing that an update could be taken against.
+    products = {
+        owner
         for owner, tensors in owned.items()
-    )
+        if _is_linear(module := model.get_submodule(owner))
+        and (cut or "weight" not in tensors)
+        and not any(f"{owner}.{local}" in made for local, _ in module.named_parameters())
+    }
+    linear_bias = any("bias" in owned[owner] for owner in products)
     for owner, tensors in owned.items():
         module = model.get_submodule(owner)
         place = delta.places.get(f"{owner}.weight")
@@ -135,14 +153,14 @@ def _take_apart(model: nn.Module, delta: Delta, cut: bool) -> _Parts:
             problems.append(f"{owner}.weight, which {' and '.join(sorted(tied[owner]))} share")
         elif any(True for _ in module.children()) or not owner:
             problems += [f"{owner}.{local}".lstrip(".") for local in tensors]
-        elif place is not None and isinstance(module, nn.Embedding):
+        elif place is not None and COLUMNS in tensors and isinstance(module, nn.Embedding):
             _take_embedding(parts, owner, module, place, tensors[COLUMNS], linear_bias)
-        elif _is_linear(module) and "weight" not in tensors:
-            _take_columns(parts, owner, module, place, tensors)
-        elif cut and _is_linear(module):
+        elif owner in products and "weight" in tensors:
             _take_whole(parts, owner, module, tensors)
+        elif owner in products:
+            _take_columns(parts, owner, module, place, tensors)
         else:
-            parts.saved[owner] = tensors
+            parts.saved[owner] = _whole(module, place, tensors)
     if problems:
         raise DeltaError(
             f"PEFT cannot hold {', '.join(problems[:5])}{', ...' if len(problems) > 5 else ''}: use slimfit-ds merge"
@@ -150,10 +168,12 @@ def _take_apart(model: nn.Module, delta: Delta, cut: bool) -> _Parts:
     return parts
 
 
-def _is_the_bases(model: nn.Module, delta: Delta, name: str, values: Tensor) -> bool:
+def _is_the_bases(model: nn.Module, delta: Delta, made: Collection[str], name: str, values: Tensor) -> bool:
     whole = whole_name(name)
     owner, _, local = whole.rpartition(".")
     own = getattr(model.get_submodule(owner), local)
+    if name in made and isinstance(own, nn.Parameter):
+        return False
     own = delta.places[whole].of_weight(own) if whole != name else own
     return torch.equal(own, values.to(own.dtype))
 
@@ -178,6 +198,16 @@ def _as_rows(module: nn.Module, weight: Tensor) -> Tensor:
 def _one_hot(split: Split, width: int) -> Tensor:
     """Rows `[count, width]`, each of them 1 at a trained column."""
     return split.of_rows(torch.eye(width)).T.contiguous()
+
+
+def _whole(module: Any, place: Split | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values by the names of the module's own parameters."""
+    result = dict(tensors)
+    if COLUMNS in result:
+        assert place is not None
+        result["weight"] = module.weight.detach().clone()
+        place.of_weight(result["weight"]).copy_(result.pop(COLUMNS))
+    return result
 
 
 def _take_columns(
@@ -214,8 +244,7 @@ def _take_embedding(
         parts.products[owner] = (first, _one_hot(place, weight.shape[1]).T.contiguous())
         return
     # `lora_bias` is for all layers of an adapter or for none, and an embedding cannot have it.
-    trained = weight.clone()
-    place.of_weight(trained).copy_(values)
+    trained = _whole(module, place, {COLUMNS: values})["weight"]
     if words < len(weight):
         parts.tokens[owner] = trained[:words].clone()
     else:

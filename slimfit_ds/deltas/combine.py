@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimfit_ds.deltas.base import BaseTensors, DeltaError, find_base, whole_name
+from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
 from slimfit_ds.deltas.delta import Delta
 from slimfit_ds.deltas.load import load_base
 from slimfit_ds.trainable.units import is_part, named_tensors
@@ -42,18 +42,17 @@ def combine(base: str | Path, deltas: Sequence[Delta], weights: Sequence[float] 
         if delta.architecture != deltas[0].architecture:
             raise DeltaError(f"deltas of {deltas[0].architecture} and {delta.architecture} have no sum")
     first = deltas[0]
-    model = load_base(folder, first)
+    model, made = load_base(folder, first)
     original = dict(named_tensors(model))
     names = sorted({whole_name(name) for delta in deltas for name in delta.tensors})
-    with BaseTensors(model, folder) as known:
-        for name in names:
-            if name not in original:
-                raise DeltaError(f"the first delta's {first.architecture} has no {name!r}")
-            if (own := known.get(name)) is None or own.shape != original[name].shape:
-                # A head that was made anew has no base.
-                original[name] = torch.zeros_like(original[name])
-                if not all(name in delta.tensors for delta in deltas):
-                    raise DeltaError(f"not all deltas have {name!r}, which their base lacks")
+    for name in names:
+        if name not in original:
+            raise DeltaError(f"the first delta's {first.architecture} has no {name!r}")
+        if name in made:
+            # A head that was made anew has no base.
+            original[name] = torch.zeros_like(original[name])
+            if not all(name in delta.tensors for delta in deltas):
+                raise DeltaError(f"not all deltas have {name!r}, which their base lacks")
     tensors: dict[str, Tensor] = {}
     places = {}
     for name in names:

@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "check_fit",
     "describe",
+    "filled",
     "from_state",
     "read_delta",
     "whole_state",
@@ -241,6 +242,20 @@ def whole_state(model: nn.Module, source: Source, delta: Delta) -> dict[str, Ten
                 delta.places[name].fill(value, delta.tensors[part])
             state[name] = value
     return state
+
+
+def filled(delta: Delta) -> dict[str, Tensor]:
+    """The tensors of a delta, each weight once: one that is there whole, as it was not the base's before it trained, has its
+    trained columns in it, in their dtype.
+    """
+    tensors = dict(delta.tensors)
+    for name in filter(is_part, delta.tensors):
+        whole = whole_name(name)
+        if whole in tensors:
+            columns = tensors.pop(name)
+            tensors[whole] = tensors[whole].to(columns.dtype, copy=True)
+            delta.places[whole].of_weight(tensors[whole]).copy_(columns)
+    return tensors
 
 
 def _about(delta: Delta) -> str:

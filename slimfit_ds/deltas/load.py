@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
-from slimfit_ds.deltas.delta import Delta, check_fit
+from slimfit_ds.deltas.delta import Delta, check_fit, filled
 from slimfit_ds.trainable.units import named_tensors
 
 __all__ = ["load_base", "load_merged", "put_in"]
 
 
-def load_base(folder: Path, delta: Delta) -> nn.Module:
+def load_base(folder: Path, delta: Delta) -> tuple[nn.Module, set[str]]:
     """Load the model that a delta is of, without the delta; its class and values of its config are the delta's.
+
+    Returns:
+        The model, and the names of its tensors that the base lacks or has in another shape: their values are random.
 
     Raises:
         DeltaError: the class is none of transformers, or the delta lacks what the base does not have.
@@ -48,7 +51,7 @@ def load_base(folder: Path, delta: Delta) -> nn.Module:
     if lacking:
         raise DeltaError(f"neither the base nor the delta has {lacking[0]!r} ({len(lacking)} tensors)")
     check_fit(model, delta)
-    return model
+    return model, made
 
 
 def _lay_over(config: Any, values: Mapping[str, Any]) -> None:
@@ -66,7 +69,7 @@ def _lay_over(config: Any, values: Mapping[str, Any]) -> None:
 def put_in(model: nn.Module, delta: Delta) -> None:
     """Write the values of a delta into a whole model; a weight takes the dtype of what trained in it."""
     present = dict(named_tensors(model))
-    for name, values in delta.tensors.items():
+    for name, values in filled(delta).items():
         whole = whole_name(name)
         tensor = present[whole]
         if tensor.is_floating_point() and tensor.dtype != values.dtype:
@@ -87,6 +90,6 @@ def load_merged(base: str | Path, delta: Delta, revision: str | None = None) -> 
     """
     folder, found = find_base(base, revision)
     delta.base.require(found, "the delta")
-    model = load_base(folder, delta)
+    model, _ = load_base(folder, delta)
     put_in(model, delta)
     return model.eval()

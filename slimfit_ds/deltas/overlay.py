@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimfit_ds.deltas.base import DeltaError, other_tensors
-from slimfit_ds.deltas.delta import Delta, Source, check_fit
+from slimfit_ds.deltas.delta import Delta, Source, check_fit, filled
 from slimfit_ds.trainable.split import Split, SplitModule
 from slimfit_ds.trainable.units import COLUMNS, is_part
 
@@ -113,7 +113,7 @@ class DeltaSwitch:
         if delta is not None:
             delta.base.require(self._source.base, "the delta")
             check_fit(self._model, delta)
-            overlay = Overlay(self._model, delta.tensors, delta.places)
+            overlay = Overlay(self._model, filled(delta), delta.places)
         if self._overlay is not None:
             self._overlay.exchange()
         if overlay is not None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tiny_bases import CONFIGS, logits, start
+from tiny_bases import CONFIGS, Trained, logits, start
 
+import slimfit_ds
 from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import read_delta
@@ -129,3 +130,77 @@ def test_another_base_is_refused(tmp_path):
     other = start(tmp_path / "other", "gpt2")
     with pytest.raises(DeltaError, match="sha256"):
         export_adapter(other.base, read_delta(tmp_path), tmp_path / "adapter")
+
+
+def export(trained, folder, rank=None):
+    trained.handle.save_delta(folder / "delta.safetensors")
+    rank = [] if rank is None else ["--rank", str(rank)]
+    return main(["adapter", str(trained.base), str(folder), str(folder / "adapter"), *rank])
+
+
+@pytest.mark.parametrize("freeze", [{}, {"policy": "ils"}])
+def test_a_head_that_the_base_lacks_is_saved_whole_whatever_the_rank(tmp_path, freeze):
+    trained = start(tmp_path, "bert", **freeze)
+    trained.train(steps=4)
+    # No rank of these layers is above 64, so nothing is cut.
+    assert export(trained, tmp_path, rank=64) == 0
+    torch.manual_seed(7)
+    model = adapted(trained.base, tmp_path / "adapter", "bert")
+    torch.testing.assert_close(logits(model), trained.logits(), rtol=0, atol=1e-5)
+    assert "classifier" in model.peft_config["default"].modules_to_save
+
+
+def test_a_head_that_never_trained_is_saved_even_if_loading_draws_it_again(tmp_path):
+    trained = start(tmp_path, "bert", never_active=["classifier"], train_biases=False)
+    trained.train(steps=2)
+    torch.manual_seed(2)  # As `start` did: the head that is made for the adapter is the same.
+    assert export(trained, tmp_path, rank=4) == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "classifier" in config["modules_to_save"]
+
+
+@pytest.mark.parametrize("rank", [None, 64])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("layer", ["word embedding", "linear"])
+def test_a_weight_that_was_changed_before_the_run_has_its_columns_in_it(tmp_path, layer, kind, rank):
+    trained = start(tmp_path, kind)
+    module = trained.model.get_input_embeddings()
+    if layer == "linear":
+        module = next(m for n, m in trained.model.named_modules() if n.endswith(("q_proj", "query")))
+    with torch.no_grad():
+        module.frozen_weight.add_(0.1)
+    trained.train(steps=3)
+    assert export(trained, tmp_path, rank) == 0
+    model = adapted(trained.base, tmp_path / "adapter", kind)
+    torch.testing.assert_close(logits(model), trained.logits(), rtol=0, atol=1e-5)
+
+
+def test_a_resized_vocabulary_is_saved_whole_and_said(tmp_path):
+    start(tmp_path, "llama")
+    resized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(40)
+    trained = Trained(
+        tmp_path / "base",
+        resized,
+        slimfit_ds.slim(resized, {"freeze": {"rate": 0.7}, "activations": "exact"}),
+    )
+    trained.train(steps=3)
+    with pytest.warns(UserWarning, match=r"resize_token_embeddings\(40\) on the base"):
+        assert export(trained, tmp_path) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(40)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), trained.logits(), rtol=0, atol=1e-5)
+    # Not without a word on the base as it is.
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        adapted(tmp_path / "base", tmp_path / "adapter", "llama")
+
+
+def test_a_base_that_has_moved_is_named_where_it_is(tmp_path):
+    trained = start(tmp_path, "llama")
+    trained.train(steps=1)
+    trained.handle.save_delta(tmp_path / "delta.safetensors")
+    moved = trained.base.rename(tmp_path / "moved")
+    assert main(["adapter", str(moved), str(tmp_path), str(tmp_path / "adapter")]) == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)

@@ -51,6 +51,22 @@ def test_deltas_take_turns_in_place(tmp_path, kind):
     assert not torch.equal(one_logits, two_logits)
 
 
+def test_a_layer_that_was_changed_before_it_trained_takes_its_turn(tmp_path):
+    made = start(tmp_path, "llama")
+    with torch.no_grad():
+        made.model.model.layers[0].self_attn.q_proj.frozen_weight.add_(0.1)
+    made.train(steps=3)
+    made.handle.save_delta(tmp_path / "one.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base_logits = logits(model)
+    switch = DeltaSwitch(model)
+    for _ in range(2):
+        switch.use(read_delta(tmp_path / "one.safetensors"))
+        assert torch.equal(logits(model), made.logits())
+        switch.use(None)
+        assert torch.equal(logits(model), base_logits)
+
+
 def test_what_does_not_belong_is_refused_and_changes_nothing(tmp_path):
     one, one_logits, _ = trained(tmp_path, "llama", "one")
     other, _, _ = trained(tmp_path / "other", "gpt2", "other")
