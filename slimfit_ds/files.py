@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "replacing", "write_atomically"]
+__all__ = ["flush", "latest_tag", "replacing", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
@@ -29,6 +29,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def latest_tag(directory: str | os.PathLike) -> str | None:
+    """The tag of the newest whole checkpoint that an engine has written to a folder, or `None`."""
+    path = Path(directory) / "latest"
+    return path.read_text().strip() or None if path.is_file() else None
 
 
 def flush(path: str | os.PathLike) -> None:

@@ -146,3 +146,10 @@ def test_an_error_is_the_same_behind_a_process():
 
     error = pickle.loads(pickle.dumps(ConfigError(["one", "two"])))
     assert (error.problems, str(error)) == (["one", "two"], "one\ntwo")
+
+
+def test_settings_of_streaming_without_streaming_are_refused():
+    for settings in ({"resident": 3}, {"buffers": 3}):
+        with pytest.raises(ConfigError, match=r"slimfit\.frozen_weights.*set live to host"):
+            SlimFitConfig.parse({"frozen_weights": settings})
+    SlimFitConfig.parse({"frozen_weights": {"live": "device", "resident": 0}})

@@ -28,6 +28,7 @@ __all__ = [
     "base_problems",
     "find_base",
     "other_tensors",
+    "version_of",
     "whole_name",
 ]
 
@@ -80,9 +81,7 @@ def find_base(name: str | os.PathLike, revision: str | None = None) -> tuple[Pat
     known_as = str(folder.absolute())
     if not folder.is_dir():
         folder, known_as = _from_hub(os.fspath(name), revision), os.fspath(name)
-    files = _weight_files(folder)
-    stats = [(str(file.resolve()), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
-    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    files, key = _weight_files(folder), version_of(folder)
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "slimfit_ds", "bases", key)
     known = cached.read_text() if cached.is_file() else ""
     if len(known) != 64:
@@ -93,12 +92,28 @@ def find_base(name: str | os.PathLike, revision: str | None = None) -> tuple[Pat
     return folder, Base(known_as, revision, known)
 
 
+def version_of(folder: Path) -> str:
+    """A hash over path, time and size of the files of a base: another one, and the base may be another one.
+
+    Raises:
+        DeltaError: they are not there.
+    """
+    files = _weight_files(folder)
+    stats = [(str(file.resolve()), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
 def base_of(model: nn.Module) -> tuple[Path, Base]:
     """Find the base of a model, which transformers has noted in its config.
 
     Raises:
-        DeltaError: the model was not loaded from a folder or the hub, or not from safetensors.
+        DeltaError: the model was not loaded from a folder or the hub, or not from safetensors; or it has adapters.
     """
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise DeltaError(
+            "the model has adapters of PEFT, which train beside the base: PEFT saves them alone, by save_pretrained and in a "
+            "Trainer's checkpoints; leave slimfit.checkpoints at whole"
+        )
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
     if not name:
@@ -109,12 +124,23 @@ def base_of(model: nn.Module) -> tuple[Path, Base]:
     return find_base(name, getattr(config, "_commit_hash", None))
 
 
-def base_problems(model: nn.Module) -> list[str]:
-    """What keeps a model from being saved as a delta; a line, or nothing."""
+def base_problems(model: nn.Module, output: str | os.PathLike | None = None) -> list[str]:
+    """What keeps a model from being saved as a delta; a line, or nothing.
+
+    Args:
+        output: the folder that a Trainer writes to.
+    """
     try:
-        base_of(model)
+        folder = base_of(model)[0].resolve()
     except DeltaError as error:
         return [f"slimfit.checkpoints is delta, but {error}"]
+    if output is not None:
+        target = Path(output).resolve()
+        if folder == target or (folder.parent == target and folder.name.startswith("checkpoint-")):
+            return [
+                f"slimfit.checkpoints is delta, and output_dir {os.fspath(output)!r} has the base {os.fspath(folder)!r} in it, "
+                "which the run might replace or remove, and without which a delta is worth nothing: choose another output_dir"
+            ]
     return []
 
 

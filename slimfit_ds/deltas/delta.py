@@ -21,8 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slimfit_ds.deltas.base import Base, BaseTensors, DeltaError, base_of, other_tensors, whole_name
-from slimfit_ds.files import replacing
+from slimfit_ds.deltas.base import (
+    Base,
+    BaseTensors,
+    DeltaError,
+    base_of,
+    other_tensors,
+    version_of,
+    whole_name,
+)
+from slimfit_ds.files import latest_tag, replacing
 from slimfit_ds.trainable.split import Split, column_places
 from slimfit_ds.trainable.units import COLUMNS, full_shape, is_part, named_tensors
 
@@ -42,6 +50,8 @@ __all__ = [
 
 DELTA = "delta.safetensors"
 """Name of a delta's file."""
+_WEIGHTS = "model.safetensors"
+"""Name of a delta's file in a Trainer's checkpoint, and of a base's."""
 _FORMAT = 1
 _KEY = "slimfit_delta"
 
@@ -78,11 +88,12 @@ class Source:
     ):
         self._model, self._whole = model, whole
         self._found: tuple[Path, Base] | None = None
+        self._version = ""
         self._others: list[str] | None = None
 
     @property
     def base(self) -> Base:
-        """The base; hashed at first use.
+        """The base; hashed at first use, and again once its files have changed.
 
         Raises:
             DeltaError: the model has none.
@@ -95,8 +106,9 @@ class Source:
         return self._locate()[0]
 
     def _locate(self) -> tuple[Path, Base]:
-        if self._found is None:
-            self._found = base_of(self._model)
+        if self._found is None or version_of(self._found[0]) != self._version:
+            self._found, self._others = base_of(self._model), None
+            self._version = version_of(self._found[0])
         return self._found
 
     def names(self, trained: Iterable[str]) -> set[str]:
@@ -105,16 +117,35 @@ class Source:
         Args:
             trained: names of parameters that have trained.
         """
+        folder = self.folder  # Forgets what was compared if the base has changed since.
         present = dict(named_tensors(self._model))
         kept = {name for name in trained if name in present}
         kept |= {name for name, tensor in present.items() if not isinstance(tensor, nn.Parameter)}
         if self._others is None:
-            self._others = other_tensors(self._model, kept, self.folder, self._whole)
+            self._others = other_tensors(self._model, kept, folder, self._whole)
         return kept | {*self._others}
 
     def forget(self) -> None:
         """Compare again: somebody has loaded other weights."""
         self._others = None
+
+    def target_problem(self, path: str | os.PathLike) -> str | None:
+        """Why a delta of the model must not be written to a path: it would replace something else; None: it may.
+
+        Raises:
+            DeltaError: the model has no base.
+        """
+        path = Path(path)
+        if path.parent.resolve() == self.folder.resolve() and path.name == _WEIGHTS:
+            return f"{path} is where the weights of the base {self.base.name!r} stand; choose another name"
+        if path.is_dir():
+            return f"{path} is a folder; name a file in it, such as {path / DELTA}"
+        if path.exists():
+            try:
+                read_delta(path, names=())
+            except DeltaError:
+                return f"{path} exists and is no delta, so it is not replaced; choose another name"
+        return None
 
     def capture(self, trained: Iterable[str]) -> Delta:
         """Take what trained out of a model that this process holds whole."""
@@ -274,14 +305,14 @@ def read_delta(path: str | os.PathLike, names: Collection[str] | None = None) ->
     """Read a delta; nothing in it is run.
 
     Args:
-        path: of the file, or of a folder that holds one.
+        path: of the file, or of a folder that holds one: by the name `delta.safetensors`, as a checkpoint of a Trainer, or as
+            one of the engine, which `latest` names.
         names: of the tensors to read; None: all.
 
     Raises:
         DeltaError: not a whole delta of this format.
     """
-    path = Path(path)
-    path = path / DELTA if path.is_dir() else path
+    path = _file_of(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -296,6 +327,14 @@ def read_delta(path: str | os.PathLike, names: Collection[str] | None = None) ->
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} is no whole delta: {error}") from None
     return dataclasses.replace(delta, tensors=tensors)
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir() or (path / DELTA).is_file():
+        return path / DELTA if path.is_dir() else path
+    if (tag := latest_tag(path)) is not None:
+        return path / tag / DELTA
+    return path / (_WEIGHTS if (path / _WEIGHTS).is_file() else DELTA)
 
 
 def _parse(text: str, shapes: Mapping[str, list[int]], path: str) -> Delta:

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimfit_ds.files import flush, write_atomically
+from slimfit_ds.files import flush, latest_tag, write_atomically
 
 __all__ = [
     "FORMAT",
@@ -67,12 +67,6 @@ sys.exit(main())
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; what was there before is untouched."""
-
-
-def latest_tag(directory: str | os.PathLike) -> str | None:
-    """The tag of the newest whole checkpoint of a folder, or `None`."""
-    path = Path(directory) / "latest"
-    return path.read_text().strip() or None if path.is_file() else None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

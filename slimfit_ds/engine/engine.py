@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import Source, write_delta
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.optimizer import FreezeOptimizer
@@ -321,8 +322,12 @@ class SlimFitEngine(DeepSpeedEngine):
         """Write what has trained, and nothing else, as one safetensors file; `slimfit-ds merge` puts it into the base.
 
         Raises:
-            DeltaError: the model was not loaded by transformers from safetensors.
+            DeltaError: the model was not loaded by transformers from safetensors, or the path is that of another file.
         """
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, self.source.target_problem(path))
+        if problems[0]:
+            raise DeltaError(problems[0])
         delta = weights.gather_delta(self.module, self.source, self.trained_names)
         if dist.get_rank() == 0:
             write_delta(delta, path)

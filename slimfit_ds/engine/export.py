@@ -24,10 +24,13 @@ from slimfit_ds.trainable.units import named_tensors
 __all__ = ["load_states_of", "main"]
 
 
-def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_states_of(path: str | os.PathLike, base: str | os.PathLike | None = None) -> dict[str, Tensor]:
     """Return the most exact weights of a checkpoint: float32 masters where there are any, else the weights.
 
     The counterpart of DeepSpeed's `zero_to_fp32`.
+
+    Args:
+        base: of a checkpoint that holds a delta, where its base lies; None: where it lay.
 
     Returns:
         Name -> tensor in the shape of the weight; float32 for floating-point tensors.
@@ -37,6 +40,8 @@ def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
         folder = folder / tag
     metadata = read_metadata(folder)
     delta = read_delta(folder) if (folder / DELTA).is_file() else None
+    if delta is None and base is not None:
+        raise CheckpointError(f"{folder} holds whole weights, which need no base: leave base out")
     saved = load_file(folder / MODEL) if delta is None else delta.tensors
     result: dict[str, Tensor] = {}
     with ShardReader(sorted(folder.glob("optimizer-*.safetensors"))) as reader:
@@ -47,7 +52,12 @@ def load_states_of(path: str | os.PathLike) -> dict[str, Tensor]:
     if delta is not None:
         exact_delta = dataclasses.replace(delta, tensors=result)
         # In the dtype of the run, whose frozen weights these are.
-        model = load_merged(delta.base.name, exact_delta, delta.base.revision).float()
+        where = (delta.base.name, delta.base.revision) if base is None else (os.fspath(base), None)
+        try:
+            model = load_merged(where[0], exact_delta, where[1]).float()
+        except DeltaError as error:
+            remedy = "; if it has moved, say where it is by --base" if base is None else ""
+            raise DeltaError(f"{error}{remedy}") from None
         return {name: tensor.detach() for name, tensor in named_tensors(model)}
     return fill_columns(result, metadata.get("columns", {}))
 
@@ -67,13 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="the .safetensors file to write, or a folder for it; the file must not exist",
     )
+    parser.add_argument(
+        "--base", help="folder or hub id of the base of a delta checkpoint (default: where it lay)"
+    )
     arguments = parser.parse_args(argv)
     output = arguments.output if arguments.output.suffix == ".safetensors" else arguments.output / MODEL
     if output.exists():
         print(f"slimfit-ds export: {output} exists; choose another name", file=sys.stderr)
         return 2
     try:
-        weights = load_states_of(arguments.checkpoint)
+        weights = load_states_of(arguments.checkpoint, arguments.base)
     except (CheckpointError, DeltaError, SafetensorError) as error:
         print(f"slimfit-ds export: {error}", file=sys.stderr)
         return 2

@@ -122,8 +122,14 @@ def initialize(
         deepspeed.DeepSpeedEngine = stock
 
 
-def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list[str]:
-    """Return what is wrong with a DeepSpeed configuration that has a `"slimfit"` block, for this model; a line each."""
+def setting_problems(
+    config: Mapping[str, Any], model: nn.Module | None, output: str | None = None
+) -> list[str]:
+    """Return what is wrong with a DeepSpeed configuration that has a `"slimfit"` block, for this model; a line each.
+
+    Args:
+        output: the folder that a Trainer writes to.
+    """
     if model is None:
         return ["model: slimfit_ds.initialize needs a model, got None"]
     try:
@@ -135,7 +141,7 @@ def setting_problems(config: Mapping[str, Any], model: nn.Module | None) -> list
     problems += freeze_problems(model, slim.freeze)
     problems += reference_problems(model)
     if slim.checkpoints == "delta":
-        problems += base_problems(model)
+        problems += base_problems(model, output)
     states = 0.0
     if slim.optimizer_states.active == "host":
         # Float32 master and moments of the share that trains, before they are cut over ranks.

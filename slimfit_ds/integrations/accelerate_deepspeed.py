@@ -145,7 +145,7 @@ def _replace_finalize() -> Callable[[], None]:
                 'TrainingArguments: make them equal, or write "auto" into the JSON'
                 for line in self.mismatches
             ]
-        problems += setting_problems(self.config, model)
+        problems += setting_problems(self.config, model, args.output_dir or "trainer_output")
         if problems:
             raise ConfigError(problems)
         return None

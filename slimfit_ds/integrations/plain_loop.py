@@ -14,6 +14,7 @@ from slimfit_ds import private_names
 from slimfit_ds.activations.apply import CompressionHandle, compress
 from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
+from slimfit_ds.deltas.base import DeltaError, base_problems
 from slimfit_ds.deltas.delta import Source, write_delta
 from slimfit_ds.deltas.reference import hold_reference
 from slimfit_ds.errors import ConfigError
@@ -95,6 +96,8 @@ class SlimHandle:
                 "slimfit.optimizer_states.active 'host': an optimizer of torch updates all layers at once; set 'device', or "
                 "train with slimfit_ds.initialize, whose optimizer updates a layer at a time"
             )
+        if config.checkpoints == "delta":
+            problems += base_problems(model)
         if problems:
             raise ConfigError(problems)
         self.source = Source(model)
@@ -297,8 +300,10 @@ class SlimHandle:
         """Write what has trained, and nothing else, as one safetensors file; `slimfit-ds merge` puts it into the base.
 
         Raises:
-            DeltaError: the model was not loaded by transformers from safetensors.
+            DeltaError: the model was not loaded by transformers from safetensors, or the path is that of another file.
         """
+        if problem := self.source.target_problem(path):
+            raise DeltaError(problem)
         write_delta(self.source.capture(self.trained_names), path)
 
     @property

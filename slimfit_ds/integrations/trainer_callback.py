@@ -130,7 +130,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         problems += [f"slimfit.{line}" for line in activation_problems(model, self.config.activations)]
         problems += freeze_problems(model, self.config.freeze)
         if self.config.checkpoints == "delta":
-            problems += base_problems(model)
+            problems += _delta_problems(model, args.output_dir or "trainer_output")
         problems += streaming_problems(
             model, self.config.frozen_weights, self.config.freeze.splits, self.config.activations.compile
         )
@@ -275,6 +275,14 @@ def _kind_of_run() -> str:
     from accelerate.state import AcceleratorState
 
     return AcceleratorState().distributed_type.name
+
+
+def _delta_problems(model: nn.Module, output: str) -> list[str]:
+    """What keeps deltas of a model from being written to a folder; a line, or nothing."""
+    problems = base_problems(model, output)
+    if not problems and (problem := Source(model).target_problem(Path(output, DELTA))):
+        problems.append(f"slimfit.checkpoints is delta, and output_dir: {problem}")
+    return problems
 
 
 def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[str]:

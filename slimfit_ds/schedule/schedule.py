@@ -237,6 +237,12 @@ class FreezeSchedule:
             ConfigError: the saved units are not this model's; names the difference.
         """
         if problems := _difference(state["layers"], self.names):
+            before, policy = state["policy"], self.config.policy
+            if before != policy:
+                problems.append(
+                    f"the checkpoint is of slimfit.freeze.policy {before!r}, this run of {policy!r}, which trains other parts: set "
+                    f"{before!r}"
+                )
             raise ConfigError(problems)
         self._warn_of_rates(state.get("lr_scales"))
         self.step = int(state["step"])

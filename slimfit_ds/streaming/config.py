@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slimfit_ds.errors import StrictModel
 
@@ -26,3 +26,12 @@ class FrozenWeightsConfig(StrictModel):
     buffers: int = Field(
         2, ge=2, description="with live: host, how many blocks have room on the device at a time"
     )
+
+    @model_validator(mode="after")
+    def _needs_host(self) -> FrozenWeightsConfig:
+        if self.live == "device" and (self.resident, self.buffers) != (0, 2):
+            raise ValueError(
+                f"resident {self.resident} and buffers {self.buffers} do nothing while all blocks live on the device: set live to "
+                "host, or leave them out"
+            )
+        return self

@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_bases import CONFIGS, logits, start
 
+import slimfit_ds
 from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError, find_base
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
+from slimfit_ds.errors import ConfigError
 
 
 def load(folder: Path):
@@ -208,8 +210,6 @@ def test_a_delta_from_an_untrusted_place_runs_no_code(tmp_path):
 
 
 def test_a_model_without_a_base_is_refused(tmp_path):
-    import slimfit_ds
-
     model = transformers.LlamaForCausalLM(CONFIGS["llama"][1])
     handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.7}})
     with pytest.raises(DeltaError, match="the model has no base"):
@@ -251,3 +251,61 @@ def test_files_beside_the_weights_come_along(tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "trained with"
     assert load(tmp_path / "out").dtype == torch.bfloat16
     assert main(["merge", str(base), str(tmp_path), str(tmp_path / "out")]) == 2
+
+
+def test_nothing_but_a_delta_is_replaced(tmp_path):
+    trained = start(tmp_path, "llama")
+    trained.train(steps=1)
+    base = find_base(trained.base)[1]
+    (tmp_path / "notes.safetensors").write_text("mine")
+    for name, message in {
+        "base/model.safetensors": "weights of the base",
+        "base/config.json": "is no delta, so it is not replaced",
+        "notes.safetensors": "is no delta, so it is not replaced",
+        "base": "is a folder",
+    }.items():
+        with pytest.raises(DeltaError, match=message):
+            trained.handle.save_delta(tmp_path / name)
+    assert find_base(trained.base)[1] == base
+    assert (tmp_path / "notes.safetensors").read_text() == "mine"
+    for _ in range(2):
+        trained.handle.save_delta(trained.base / "delta.safetensors")
+    assert torch.equal(logits(load_merged(trained.base, read_delta(trained.base))), trained.logits())
+
+
+def test_the_name_of_weights_is_kept_free_in_a_base_of_shards(tmp_path):
+    trained = start(tmp_path, "llama")
+    load(trained.base).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    model = load(tmp_path / "shards")
+    handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.7}})
+    with pytest.raises(DeltaError, match="weights of the base"):
+        handle.save_delta(tmp_path / "shards" / "model.safetensors")
+
+
+def test_a_base_that_changes_during_a_run_is_compared_again(tmp_path):
+    trained = start(tmp_path, "llama")
+    trained.train()
+    trained.handle.save_delta(tmp_path / "first.safetensors")
+    before = read_delta(tmp_path / "first.safetensors").base.sha256
+    changed = load(trained.base)
+    torch.nn.init.zeros_(changed.model.layers[0].self_attn.q_proj.weight)
+    changed.save_pretrained(trained.base)
+    trained.handle.save_delta(tmp_path / "second.safetensors")
+    delta = read_delta(tmp_path / "second.safetensors")
+    assert delta.base.sha256 != before
+    assert "model.layers.0.self_attn.q_proj.weight" in delta.tensors
+    assert torch.equal(logits(load_merged(trained.base, delta)), trained.logits())
+
+
+def test_a_model_with_adapters_has_no_delta(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = saved(tmp_path)
+    model = peft.get_peft_model(load(base), peft.LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="adapters of PEFT"):
+        slimfit_ds.slim(model, {"checkpoints": "delta"})
+
+
+def test_slim_refuses_the_key_for_a_model_without_a_base():
+    model = transformers.LlamaForCausalLM(CONFIGS["llama"][1])
+    with pytest.raises(ConfigError, match=r"slimfit\.checkpoints is delta, but the model has no base"):
+        slimfit_ds.slim(model, {"checkpoints": "delta"})

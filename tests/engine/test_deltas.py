@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import slimfit_ds
+from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
@@ -153,6 +154,27 @@ class TestCheckpoints:
         assert all(t.dtype == torch.float32 for t in mine.values())
         merged = load_merged(tmp_path / "base", read_delta(tmp_path / "delta" / "global_step2"))
         assert_equal(dict(merged.state_dict()), weights_of(delta))
+
+    def test_commands_find_it_by_latest_and_its_base_where_it_has_moved_to(self, tmp_path, capsys):
+        engine = engine_of(tmp_path)
+        train(engine, 2)
+        engine.save_checkpoint(tmp_path / "run")
+        exported = load_states_of(tmp_path / "run")
+        base, run, out = tmp_path / "moved", str(tmp_path / "run"), tmp_path / "out.safetensors"
+        (tmp_path / "base").rename(base)
+        assert main(["export", run, str(out)]) == 2
+        assert "say where it is by --base" in capsys.readouterr().err
+        assert main(["export", run, str(out), "--base", str(base)]) == 0
+        assert_equal(load_file(out), exported)
+        assert main(["merge", str(base), run, str(tmp_path / "merged")]) == 0
+        merged = BertForMaskedLM.from_pretrained(tmp_path / "merged")
+        assert_equal(dict(merged.state_dict()), weights_of(engine))
+
+    def test_a_delta_replaces_no_other_file(self, tmp_path):
+        engine = engine_of(tmp_path)
+        with pytest.raises(DeltaError, match="weights of the base"):
+            engine.save_delta(tmp_path / "base" / "model.safetensors")
+        BertForMaskedLM.from_pretrained(tmp_path / "base")
 
     def test_another_base_is_refused_with_both_hashes_before_anything_changes(self, tmp_path):
         engine = engine_of(tmp_path)

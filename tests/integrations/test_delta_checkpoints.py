@@ -13,6 +13,7 @@ from trainer_cases import Sentences, arguments, classifier
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from slimfit_ds import SlimFitCallback
+from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
@@ -173,3 +174,37 @@ def test_a_model_without_a_base_is_refused(tmp_path):
             train_dataset=Sentences(),
             callbacks=[SlimFitCallback({"checkpoints": "delta"})],
         )
+
+
+def test_a_folder_with_the_base_in_it_is_no_output_folder(tmp_path):
+    with pytest.raises(ConfigError, match="choose another output_dir"):
+        trainer_of(tmp_path, output="base")
+    whole = trainer_of(tmp_path, checkpoints="whole")
+    whole.train()
+    (tmp_path / "base").rename(tmp_path / "first")
+    (tmp_path / "base").symlink_to(tmp_path / "out" / "checkpoint-4")
+    with pytest.raises(ConfigError, match="choose another output_dir"):
+        trainer_of(tmp_path)
+
+
+def test_a_file_of_the_user_is_not_replaced_at_the_end(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "delta.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is no delta"):
+        trainer_of(tmp_path)
+
+
+def test_merge_takes_the_folder_of_a_checkpoint(tmp_path, capsys):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-12"
+    assert main(["merge", str(tmp_path / "base"), str(checkpoint), str(tmp_path / "merged")]) == 0
+    assert_same(BertForSequenceClassification.from_pretrained(tmp_path / "merged"), trainer.model)
+    assert main(["merge", str(checkpoint), str(tmp_path / "base"), str(tmp_path / "wrong")]) == 2
+    assert "is no delta" in capsys.readouterr().err
+
+
+def test_another_policy_is_refused_by_name(tmp_path):
+    trainer_of(tmp_path, max_steps=4).train()
+    with pytest.raises(ConfigError, match="policy 'static', this run of 'ils'"):
+        trainer_of(tmp_path, "ils").train(resume_from_checkpoint=True)
