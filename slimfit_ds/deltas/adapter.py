@@ -8,7 +8,6 @@ number of trained columns. What is no product of two matrices (norms, heads, lay
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -18,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from slimfit_ds.deltas.base import DeltaError, find_base, whole_name
 from slimfit_ds.deltas.delta import Delta, filled, read_delta
 from slimfit_ds.deltas.load import load_base
+from slimfit_ds.files import new_folder
 from slimfit_ds.trainable.split import Split
 from slimfit_ds.trainable.units import COLUMNS
 
@@ -62,6 +63,7 @@ def export_adapter(
 
     Raises:
         DeltaError: another base, a part that PEFT cannot hold (named), or the output exists.
+        OSError: the output cannot be written.
     """
     try:
         import peft
@@ -70,50 +72,46 @@ def export_adapter(
     output = Path(output)
     if output.exists():
         raise DeltaError(f"{output} exists; choose another name")
-    folder, found = find_base(base)
-    delta.base.require(found, "the delta")
-    model, made = load_base(folder, delta)
-    parts = _take_apart(model.float(), delta, made, cut=rank is not None)
-    _say_if_resized(model, made)
-    loss = _cut(parts, rank) if rank is not None else (0.0, 0.0)
-    if not parts.products:
-        raise DeltaError(
-            "no linear layer has trained in part, so there is nothing for LoRA: use slimfit-ds merge, or cut whole layers to a "
-            "rank"
+    with new_folder(output) as part:
+        folder, found = find_base(base)
+        delta.base.require(found, "the delta")
+        model, made = load_base(folder, delta)
+        parts = _take_apart(model.float(), delta, made, cut=rank is not None)
+        _say_if_resized(model, made)
+        loss = _cut(parts, rank) if rank is not None else (0.0, 0.0)
+        if not parts.products:
+            raise DeltaError(
+                "no linear layer has trained in part, so there is nothing for LoRA: use slimfit-ds merge, or cut whole layers to a "
+                "rank"
+            )
+        ranks = {name: len(a) for name, (a, _) in parts.products.items()}
+        largest = max(ranks.values())
+        others = {name: each for name, each in ranks.items() if each != largest}
+        causal = delta.architecture is not None and delta.architecture.endswith(
+            ("ForCausalLM", "LMHeadModel")
         )
-    ranks = {name: len(a) for name, (a, _) in parts.products.items()}
-    largest = max(ranks.values())
-    others = {name: each for name, each in ranks.items() if each != largest}
-    causal = delta.architecture is not None and delta.architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    config = peft.LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
-        modules_to_save=sorted(parts.saved) or None,
-        trainable_token_indices={n: list(range(len(v))) for n, v in parts.tokens.items()} or None,
-        lora_bias=bool(parts.biases),
-        fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in ranks),
-        init_lora_weights=False,
-        task_type="CAUSAL_LM" if causal else None,
-        base_model_name_or_path=found.name,
-        revision=delta.base.revision if found.name == delta.base.name else None,
-    )
-    adapted: Any = peft.get_peft_model(model, config)
-    _fill(adapted, parts)
-    adapted.peft_config["default"].base_model_name_or_path = found.name
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+        config = peft.LoraConfig(
+            r=largest,
+            lora_alpha=largest,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            target_modules=sorted(ranks),
+            modules_to_save=sorted(parts.saved) or None,
+            trainable_token_indices={n: list(range(len(v))) for n, v in parts.tokens.items()} or None,
+            lora_bias=bool(parts.biases),
+            fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in ranks),
+            init_lora_weights=False,
+            task_type="CAUSAL_LM" if causal else None,
+            base_model_name_or_path=found.name,
+            revision=delta.base.revision if found.name == delta.base.name else None,
+        )
+        adapted: Any = peft.get_peft_model(model, config)
+        _fill(adapted, parts)
+        adapted.peft_config["default"].base_model_name_or_path = found.name
         with warnings.catch_warnings():
             # It takes biases of LoRA layers, which are vectors, for pieces of matrices.
             warnings.filterwarnings("ignore", message=".*LoRA tensor.*have invalid shape")
             adapted.save_pretrained(part, save_embedding_layers=False)
-        part.rename(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return loss
 
 
@@ -303,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write what trained as a LoRA adapter that plain peft loads.
 
     Returns:
-        0; 2 if base and delta do not belong together, PEFT cannot hold a part, or the output exists.
+        0; 2 if base and delta do not belong together, PEFT cannot hold a part, or the output exists or cannot be written.
     """
     parser = argparse.ArgumentParser(prog="slimfit-ds adapter", description=main.__doc__)
     parser.add_argument("base", help="folder or hub id of the model that was fine-tuned")
@@ -317,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         all_lost, worst = export_adapter(
             arguments.base, read_delta(arguments.delta), arguments.output, arguments.rank
         )
-    except DeltaError as error:
+    except (DeltaError, SafetensorError, OSError) as error:
         print(f"slimfit-ds adapter: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in arguments.output.glob("*.safetensors"))

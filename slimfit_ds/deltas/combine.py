@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,11 +32,13 @@ def combine(base: str | Path, deltas: Sequence[Delta], weights: Sequence[float] 
         weight whole.
 
     Raises:
-        DeltaError: another base, another class or other shapes, or not as many weights as deltas.
+        DeltaError: another base, another class or other shapes, not as many weights as deltas, or one that is not finite.
     """
     weights = [1 / len(deltas)] * len(deltas) if weights is None else weights
     if not deltas or len(weights) != len(deltas):
         raise DeltaError(f"{len(deltas)} deltas and {len(weights)} weights: give one weight for each")
+    if not all(map(math.isfinite, weights)):
+        raise DeltaError(f"weights must be finite, got {', '.join(map(str, weights))}")
     folder, found = find_base(base)
     for delta in deltas:
         delta.base.require(found, "the delta")

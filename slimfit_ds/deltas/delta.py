@@ -30,7 +30,7 @@ from slimfit_ds.deltas.base import (
     version_of,
     whole_name,
 )
-from slimfit_ds.files import latest_tag, replacing
+from slimfit_ds.files import folder_for_writing, latest_tag, replacing
 from slimfit_ds.trainable.split import Split, column_places
 from slimfit_ds.trainable.units import COLUMNS, full_shape, is_part, named_tensors
 
@@ -210,11 +210,17 @@ def _is_plain(value: Any) -> bool:
 
 
 def write_delta(delta: Delta, path: str | os.PathLike) -> None:
-    """Write a delta; the file is there whole or not at all."""
+    """Write a delta; the file is there whole or not at all.
+
+    Raises:
+        DeltaError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        write_into(delta, part)
+    try:
+        with folder_for_writing(path.parent), replacing(path) as part:
+            write_into(delta, part)
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"the delta {path} is not written: {error}") from None
 
 
 def write_into(delta: Delta, path: Path, as_state: bool = False) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from slimfit_ds.deltas.base import DeltaError, find_base
 from slimfit_ds.deltas.combine import combine
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
-from slimfit_ds.files import flush
+from slimfit_ds.files import new_folder
 
 __all__ = ["main", "merge"]
 
@@ -42,20 +43,18 @@ def merge(
 
     Raises:
         DeltaError: see `load_merged` and `combine`; or the output exists.
+        OSError: the output cannot be written.
     """
     output = Path(output)
     if output.exists():
         raise DeltaError(f"{output} exists; choose another name")
     found = [read_delta(delta) for delta in deltas]
     only = len(found) == 1 and weights is None
-    model: Any = load_merged(base, found[0] if only else combine(base, found, weights))
-    if dtype is not None:
-        model = model.to(dtype)
-        model.config.dtype = dtype
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(output) as part:
+        model: Any = load_merged(base, found[0] if only else combine(base, found, weights))
+        if dtype is not None:
+            model = model.to(dtype)
+            model.config.dtype = dtype
         model.save_pretrained(part)
         taken = {path.name for path in part.iterdir()} | set(_OF_THE_MODEL)
         beside = Path(deltas[0]) if Path(deltas[0]).is_dir() else Path(deltas[0]).parent
@@ -69,12 +68,6 @@ def merge(
                     and path.name not in taken
                 ):
                     shutil.copyfile(path, part / path.name)
-        for path in part.iterdir():
-            flush(path)
-        part.rename(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _belongs(name: str) -> bool:
@@ -94,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write a base with what trained in it, as plain transformers loads it.
 
     Returns:
-        0; 2 if base and delta do not belong together, one cannot be read, or the output exists.
+        0; 2 if base and delta do not belong together, one cannot be read, or the output exists or cannot be written.
     """
     parser = argparse.ArgumentParser(prog="slimfit-ds merge", description=main.__doc__)
     parser.add_argument("base", help="folder or hub id of the model that was fine-tuned")
@@ -123,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=dtype,
             weights=arguments.weights,
         )
-    except DeltaError as error:
+    except (DeltaError, SafetensorError, OSError) as error:
         print(f"slimfit-ds merge: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in arguments.output.glob("*.safetensors"))

@@ -131,7 +131,7 @@ def save(
 
     try:
         for stage in (prepare, write, give_name):
-            _together(stage, f"checkpoint {final} could not be written")
+            together(stage, f"checkpoint {final} could not be written")
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -171,7 +171,7 @@ def _metadata(state: TrainingState, client_state: Mapping[str, Any]) -> dict[str
     return parts
 
 
-def _together(action: Callable[[], None], what: str) -> None:
+def together(action: Callable[[], None], what: str) -> None:
     """Run an action on every rank; if it fails on one, all raise the same error."""
     problem = None
     try:

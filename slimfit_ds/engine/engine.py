@@ -323,15 +323,19 @@ class SlimFitEngine(DeepSpeedEngine):
 
         Raises:
             DeltaError: the model was not loaded by transformers from safetensors, or the path is that of another file.
+            CheckpointError: rank 0 could not write it; on all ranks.
         """
         problems: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, self.source.target_problem(path))
         if problems[0]:
             raise DeltaError(problems[0])
         delta = weights.gather_delta(self.module, self.source, self.trained_names)
-        if dist.get_rank() == 0:
-            write_delta(delta, path)
-        dist.barrier()
+
+        def write() -> None:
+            if dist.get_rank() == 0:
+                write_delta(delta, path)
+
+        checkpoint.together(write, f"the delta {path} could not be written")
 
     @property
     def trained_names(self) -> frozenset[str]:
@@ -340,11 +344,18 @@ class SlimFitEngine(DeepSpeedEngine):
         return self.schedule.trained_names | {*small}
 
     def save_pretrained(self, save_dir: str | os.PathLike) -> None:
-        """Write the model so that plain transformers loads it without this package."""
+        """Write the model so that plain transformers loads it without this package.
+
+        Raises:
+            CheckpointError: rank 0 could not write it; on all ranks.
+        """
         state = weights.gather(self.module)
-        if dist.get_rank() == 0:
-            weights.save_pretrained(self.module, state, save_dir)
-        dist.barrier()
+
+        def write() -> None:
+            if dist.get_rank() == 0:
+                weights.save_pretrained(self.module, state, save_dir)
+
+        checkpoint.together(write, f"the model could not be saved to {save_dir}")
 
 
 class ActiveSetMismatchError(RuntimeError):

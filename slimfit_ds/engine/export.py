@@ -18,6 +18,7 @@ from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import DELTA, read_delta
 from slimfit_ds.deltas.load import load_merged
 from slimfit_ds.engine.checkpoint_files import MODEL, CheckpointError, ShardReader, latest_tag, read_metadata
+from slimfit_ds.files import folder_for_writing, replacing
 from slimfit_ds.trainable.split import fill_columns
 from slimfit_ds.trainable.units import named_tensors
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write float32 weights (masters where there are any) of a checkpoint; like DeepSpeed's `zero_to_fp32`.
 
     Returns:
-        0; 2 if there is no such checkpoint or the target exists.
+        0; 2 if there is no such checkpoint, or the target exists or cannot be written.
     """
     parser = argparse.ArgumentParser(prog="slimfit-ds export", description=main.__doc__)
     parser.add_argument(
@@ -86,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"slimfit-ds export: {output} exists; choose another name", file=sys.stderr)
         return 2
     try:
-        weights = load_states_of(arguments.checkpoint, arguments.base)
-    except (CheckpointError, DeltaError, SafetensorError) as error:
+        with folder_for_writing(output.parent), replacing(output) as part:
+            weights = load_states_of(arguments.checkpoint, arguments.base)
+            save_file(weights, part, metadata={"format": "pt"})
+    except (CheckpointError, DeltaError, SafetensorError, OSError) as error:
         print(f"slimfit-ds export: {error}", file=sys.stderr)
         return 2
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, output, metadata={"format": "pt"})
     print(f"{len(weights)} tensors, {output.stat().st_size:,} bytes: {output}")
     return 0

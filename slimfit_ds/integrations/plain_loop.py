@@ -300,7 +300,8 @@ class SlimHandle:
         """Write what has trained, and nothing else, as one safetensors file; `slimfit-ds merge` puts it into the base.
 
         Raises:
-            DeltaError: the model was not loaded by transformers from safetensors, or the path is that of another file.
+            DeltaError: the model was not loaded by transformers from safetensors, or the path is that of another file or cannot
+                be written.
         """
         if problem := self.source.target_problem(path):
             raise DeltaError(problem)

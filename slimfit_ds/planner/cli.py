@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from slimfit_ds.errors import ConfigError, parse_bytes
+from slimfit_ds.files import folder_for_writing, write_atomically
 from slimfit_ds.planner.rivals import rivals_by_arithmetic
 from slimfit_ds.planner.search import Choice, Setting, find_setting
 from slimfit_ds.planner.simulate import Estimate, Simulator
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link-efficiency", type=float, help="share of --link that copies reach (0.8, assumed)")
     add("--slimfit-only", action="store_true", help="leave other methods out of the table")
     add("--output", help="folder for recipe and JSON (outputs/plan-MODEL)")
+    add("--overwrite", action="store_true", help="replace a recipe and JSON that are there")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,12 +72,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what fits, and write the recipe of the fastest setting that does.
 
     Returns:
-        The exit code: 0; 2 if the arguments are wrong or nothing fits.
+        The exit code: 0; 2 if the arguments are wrong, nothing fits, or the output is there or cannot be written.
     """
     try:
-        _Plan(arguments).go()
-    except ConfigError as error:
-        lines = [line for problem in error.problems for line in problem.splitlines()]
+        plan = _Plan(arguments)
+        with folder_for_writing(plan.folder):
+            plan.go()
+    except (ConfigError, OSError) as error:
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        lines = [line for problem in problems for line in problem.splitlines()]
         print("\n".join(["slimfit-ds plan:", *(f"  {line}" for line in lines)]), file=sys.stderr)
         return 2
     return 0
@@ -145,12 +150,16 @@ class _Plan:
             load_config(arguments.model)
         except ModelNotFound as error:
             problems.append(str(error))
-        if problems:
-            raise ConfigError(problems)
         model = Path(arguments.model)
         name = model.stem if model.suffix == ".json" else model.name
-        self.arguments = arguments
         self.folder = Path(arguments.output) if arguments.output else Path("outputs") / f"plan-{name}"
+        self.files = (self.folder / "ds_config.json", self.folder / "recipe.yaml")
+        if not arguments.overwrite:
+            there = [path for path in self.files if path.exists()]
+            problems += [f"{path} exists: choose another --output, or add --overwrite" for path in there]
+        if problems:
+            raise ConfigError(problems)
+        self.arguments = arguments
         self.workload = Workload(
             arguments.model,
             batch=arguments.batch,
@@ -218,7 +227,7 @@ class _Plan:
                 raise ConfigError(self._what_is_missing(choice))
         for path in self._write(choice, choice.setting):
             console.print(f"written: {path}", highlight=False)
-        recipe = self.folder / "recipe.yaml"
+        recipe = self.files[1]
         console.print(
             f"{choice.reason(self.budget)}\nexpected gradient error: {choice.setting.gradient_error}\n"
             f"{self._speed(choice.setting.estimate)} (simulated, not measured)\n"
@@ -317,7 +326,7 @@ class _Plan:
                 lines.append(f"with batch 1 and {smaller.seq} tokens it needs {needs_then}, which {verdict}")
         return lines
 
-    def _write(self, choice: Choice, setting: Setting) -> list[Path]:
+    def _write(self, choice: Choice, setting: Setting) -> tuple[Path, ...]:
         """Write the recipe and the DeepSpeed JSON that it names."""
         arguments = self.arguments
         task = self.workload.resolved_task(load_config(arguments.model))
@@ -344,11 +353,9 @@ class _Plan:
             f"# {choice.reason(self.memory)}\n"
             "# Set data_dir (or data) and what else your task needs.\n"
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        paths = [self.folder / "ds_config.json", self.folder / "recipe.yaml"]
-        paths[0].write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
-        paths[1].write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        return paths
+        write_atomically(self.files[0], json.dumps(deepspeed, indent=2) + "\n")
+        write_atomically(self.files[1], header + yaml.safe_dump(values, sort_keys=False))
+        return self.files
 
 
 def _table(rows: Sequence[PlanRow], title: str, caption: str, budget: int) -> Table:

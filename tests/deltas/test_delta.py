@@ -15,6 +15,8 @@ from tiny_bases import CONFIGS, logits, start
 
 import slimfit_ds
 from slimfit_ds.cli import main
+from slimfit_ds.deltas import adapter
+from slimfit_ds.deltas import load as load_module
 from slimfit_ds.deltas.base import DeltaError, find_base
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
@@ -309,3 +311,65 @@ def test_slim_refuses_the_key_for_a_model_without_a_base():
     model = transformers.LlamaForCausalLM(CONFIGS["llama"][1])
     with pytest.raises(ConfigError, match=r"slimfit\.checkpoints is delta, but the model has no base"):
         slimfit_ds.slim(model, {"checkpoints": "delta"})
+
+
+def output_problem(command: str, tmp_path, place: str) -> tuple[int, Path]:
+    base = saved(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    output = Path(place) if place.startswith("/") else tmp_path / place
+    return main([command, str(base), str(tmp_path), str(output)]), output
+
+
+@pytest.mark.parametrize("command", ["merge", "adapter"])
+@pytest.mark.parametrize("place", ["/proc/none/out", "file/out", "file/deeper/out"])
+def test_an_output_that_cannot_be_written_is_said_before_any_work(
+    tmp_path, capsys, monkeypatch, command, place
+):
+    def fail(*_):
+        raise AssertionError("loads the base")
+
+    for module in (adapter, load_module):
+        monkeypatch.setattr(module, "load_base", fail)
+    code, output = output_problem(command, tmp_path, place)
+    assert code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("slimfit-ds"))
+    assert f"nothing can be written to {output.parent}" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["merge", "adapter"])
+def test_what_stands_beside_the_output_is_left_alone(tmp_path, command):
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "mine").write_text("mine")
+    before = {*tmp_path.iterdir(), tmp_path / "base", tmp_path / "delta.safetensors", tmp_path / "file"}
+    code, output = output_problem(command, tmp_path, "out")
+    assert code == 0
+    assert (tmp_path / ".out.part" / "mine").read_text() == "mine"
+    assert {*tmp_path.iterdir()} == before | {output}
+
+
+def test_what_fails_leaves_no_folder(tmp_path):
+    base = saved(tmp_path)
+    other = start(tmp_path / "other", "gpt2").base
+    assert main(["merge", str(other), str(tmp_path), str(tmp_path / "new" / "out")]) == 2
+    assert not (tmp_path / "new").exists()
+    assert main(["merge", str(base), str(tmp_path), str(tmp_path / "new" / "out")]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_a_delta_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    trained = start(tmp_path, "llama")
+    (tmp_path / "file").write_text("mine")
+    for path in ("/proc/none/delta", tmp_path / "file" / "delta"):
+        with pytest.raises(DeltaError, match=f"the delta {path} is not written: nothing can be written to"):
+            trained.handle.save_delta(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "file"}
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys, weight):
+    base = saved(tmp_path)
+    command = ["merge", str(base), str(tmp_path), str(tmp_path), str(tmp_path / "out")]
+    assert main([*command, "--weights", "1", weight]) == 2
+    assert f"weights must be finite, got 1.0, {weight}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

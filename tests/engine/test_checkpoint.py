@@ -201,6 +201,11 @@ class TestOneRank:
         assert "exists; choose another name" in capsys.readouterr().err
         assert main(["export", str(tmp_path), str(tmp_path / "new.safetensors")]) == 2
         assert "is no SlimFit checkpoint" in capsys.readouterr().err
+        for output in ("/proc/none/out", target / "out"):
+            assert main(["export", str(tmp_path / "run"), str(output)]) == 2
+            assert f"slimfit-ds export: nothing can be written to {output}" in capsys.readouterr().err
+        assert main(["export", str(tmp_path), str(tmp_path / "none")]) == 2
+        assert not (tmp_path / "none").exists()
 
     def test_the_folder_brings_the_script_that_deepspeeds_users_call(self, tmp_path, monkeypatch):
         engine = engine_of()

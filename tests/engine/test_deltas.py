@@ -74,6 +74,16 @@ def test_base_and_delta_are_the_engines_model(tmp_path, stage, policy, bf16):
         assert tensor.dtype == whole[name].dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_what_cannot_be_written_is_said_on_every_rank(tmp_path):
+    engine = engine_of(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"rank 0: .*nothing can be written to"):
+        engine.save_delta(tmp_path / "file" / "delta.safetensors")
+    with pytest.raises(CheckpointError, match=r"could not be saved to .*: rank 0: "):
+        engine.save_pretrained(tmp_path / "file" / "folder")
+
+
 def weights_of(engine) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in engine.module.state_dict().items()}
 

@@ -69,6 +69,41 @@ def test_misspelt_model(capsys, monkeypatch):
     assert "did you mean 'meta-llama/Meta-Llama-3-8B'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_simulation(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("simulates")
+
+    monkeypatch.setattr("slimfit_ds.planner.cli.Simulator", fail)
+
+
+@pytest.mark.parametrize("place", ["/proc/none", "/proc", "config.json", "config.json/plan"])
+def test_an_output_that_cannot_be_written_is_said_before_the_simulation(
+    config, tmp_path, capsys, no_simulation, place
+):
+    output = place if place.startswith("/") else str(tmp_path / place)
+    assert main(["--model", config, "--gpu-memory", "24GB", "--output", output]) == 2
+    assert f"nothing can be written to {output}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "ds_config.json"])
+def test_a_plan_that_is_there_is_not_replaced(config, tmp_path, capsys, no_simulation, name):
+    (tmp_path / name).write_text("edited")
+    arguments = ["--model", config, "--gpu-memory", "24GB", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert f"{tmp_path / name} exists: choose another --output, or add --overwrite" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="simulates"):
+        main([*arguments, "--overwrite"])
+    assert (tmp_path / name).read_text() == "edited"
+
+
+def test_a_folder_that_was_made_for_a_plan_goes_if_there_is_none(config, tmp_path, capsys):
+    arguments = ["--model", config, "--gpu-memory", "600MB", "--output", str(tmp_path / "new" / "plan")]
+    assert main(arguments) == 2
+    assert "nothing fits" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_plan_writes_a_recipe_that_reads(config, tmp_path, capsys):
     out = tmp_path / "plan"
@@ -94,6 +129,9 @@ def test_plan_writes_a_recipe_that_reads(config, tmp_path, capsys):
     block = json.loads((out / "ds_config.json").read_text())["slimfit"]
     SlimFitConfig.parse(block)
     assert recipe.deepspeed == str(out / "ds_config.json")
+    (out / "recipe.yaml").write_text("edited")
+    assert main([*arguments, "--slimfit-only", "--overwrite"]) == 0
+    assert (out / "recipe.yaml").read_text() != "edited"
 
 
 @pytest.mark.slow
