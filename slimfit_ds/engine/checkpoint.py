@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from slimfit_ds.engine.checkpoint_files import (
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.files import flush
 from slimfit_ds.schedule.schedule import FreezeSchedule
-from slimfit_ds.trainable.split import Split, column_places, fill_columns
+from slimfit_ds.trainable.split import check_columns, column_places, fill_columns
 from slimfit_ds.trainable.units import named_tensors
 
 __all__ = ["CheckpointError", "TrainingState", "latest_tag", "load", "save"]
@@ -229,7 +229,7 @@ def load(
         present = {name for name, _ in named_tensors(state.module)} if is_delta else set()
         if strict and custom_load_fn is None:
             weights.check_names(state.module, saved | set(metadata.get("excluded", ())) | present)
-        _check_columns(metadata.get("columns", {}), column_places(state.module))
+        check_columns(metadata.get("columns", {}), column_places(state.module))
         if schedule:
             _load_schedule(state.schedule, metadata["schedule"], strict)
         state.source.forget()
@@ -289,17 +289,3 @@ def _restore_base(state: TrainingState, saved: Collection[str]) -> None:
             )
         weights.scatter(state.module, lambda name: found[name], found)  # type: ignore[arg-type,return-value]
     source.forget()
-
-
-def _check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:
-    """Whether the trained columns of a checkpoint stand where those of the model do."""
-    differing = [name for name in own if name not in saved or Split(*saved[name]) != Split(*own[name])]
-    if differing:
-        name = differing[0]
-        raise ConfigError(
-            [
-                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than this run would "
-                f"({name}: start, stride, count, transposed, rows {list(saved.get(name, ()))}, now {list(own[name])}); resume with "
-                f"the rate, the width and the seed of that run, or export the checkpoint and start from its whole weights"
-            ]
-        )

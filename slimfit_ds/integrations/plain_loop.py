@@ -24,7 +24,13 @@ from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
 from slimfit_ds.schedule.statistics import of_units, sum_of_move
 from slimfit_ds.streaming.find import streaming_problems
 from slimfit_ds.streaming.streaming import Streaming, stream
-from slimfit_ds.trainable.split import SplitModule, adopt_columns, column_places, unsplit_columns
+from slimfit_ds.trainable.split import (
+    SplitModule,
+    adopt_columns,
+    check_columns,
+    column_places,
+    unsplit_columns,
+)
 from slimfit_ds.trainable.units import COLUMNS, discover
 
 __all__ = ["SlimHandle", "slim"]
@@ -274,15 +280,18 @@ class SlimHandle:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule, as JSON types: all that is needed to go on, beside weights and optimizer states."""
-        return self.schedule.state_dict()
+        """Schedule and places of trained columns, as JSON types: all to go on with, beside weights and optimizer states."""
+        return {**self.schedule.state_dict(), "columns": column_places(self._model)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved schedule.
 
         Raises:
-            ConfigError: it is of another model; names the difference.
+            ConfigError: it is of another model, or of other columns; names the difference.
         """
+        # States of earlier versions do not say where the columns stood.
+        if "columns" in state and list(state["layers"]) == list(self.schedule.names):
+            check_columns(state["columns"], column_places(self._model))
         self.schedule.load_state_dict(state)
         self._apply()
 

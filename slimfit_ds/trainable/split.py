@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.plan import Plan
 from slimfit_ds.trainable.units import COLUMNS, SplitRecord, discover, full_shape, split_record
 
@@ -32,6 +33,7 @@ __all__ = [
     "Split",
     "SplitModule",
     "adopt_columns",
+    "check_columns",
     "column_places",
     "fill_columns",
     "split_columns",
@@ -387,6 +389,28 @@ def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool, int 
         for name, module in model.named_modules()
         if isinstance(module, SplitModule)
     }
+
+
+def check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:
+    """Raise unless the trained columns of a checkpoint stand where those of the model do: its moments are of those.
+
+    Args:
+        saved: from `column_places`, or as JSON gives it back.
+        own: of the model.
+
+    Raises:
+        ConfigError: names a layer and both places.
+    """
+    differing = [name for name in own if name not in saved or Split(*saved[name]) != Split(*own[name])]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            [
+                f"slimfit.freeze: the checkpoint trains other columns of {len(differing)} layers than this run would "
+                f"({name}: start, stride, count, transposed, rows {list(saved.get(name, ()))}, now {list(own[name])}); resume with "
+                f"the rate, the width and the seed of that run, or export the checkpoint and start from its whole weights"
+            ]
+        )
 
 
 def fill_columns(state: Mapping[str, Tensor], places: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:

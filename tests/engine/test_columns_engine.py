@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from stage_matrix_worker import batch_of, tiny_bert
 
 import slimfit_ds
-from slimfit_ds.engine.checkpoint import _check_columns
 from slimfit_ds.engine.export import load_states_of
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.split import column_places
+from slimfit_ds.trainable.split import check_columns, column_places
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 
@@ -124,10 +123,10 @@ def test_policies_choose_among_narrow_units_as_they_do_without_an_engine(one_ran
 
 def test_places_of_a_checkpoint_that_knew_of_no_rows_are_understood():
     own = {"a.weight": (1, 2, 3, False, None), "words.weight": (1, 2, 3, False, 40)}
-    _check_columns({"a.weight": [1, 2, 3, False], "words.weight": [1, 2, 3, False, 40]}, own)
+    check_columns({"a.weight": [1, 2, 3, False], "words.weight": [1, 2, 3, False, 40]}, own)
     for saved in ({"a.weight": [1, 2, 3, False]}, {name: [1, 2, 3, False] for name in own}):
         with pytest.raises(ConfigError, match=r"other columns of 1 layers.*words.weight"):
-            _check_columns(saved, own)
+            check_columns(saved, own)
 
 
 def test_a_checkpoint_of_other_columns_is_refused_before_anything_is_changed(one_rank, tmp_path):

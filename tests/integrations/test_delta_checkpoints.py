@@ -204,6 +204,23 @@ def test_merge_takes_the_folder_of_a_checkpoint(tmp_path, capsys):
     assert "is no delta" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("checkpoints", ["whole", "delta"])
+@pytest.mark.parametrize("changes", [{"rate": 0.5}, {"seed": 3}], ids=str)
+def test_other_columns_are_refused(tmp_path, checkpoints, changes):
+    """Their moments are those of other weights, of the same shape where only the seed is another."""
+    trainer_of(tmp_path, checkpoints=checkpoints, max_steps=4).train()
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    block = {"freeze": {"rate": 0.7, **changes}, "activations": "exact"}
+    other = Trainer(
+        model,
+        arguments(tmp_path / "out"),
+        train_dataset=Sentences(),
+        callbacks=[SlimFitCallback(block)],
+    )
+    with pytest.raises(ConfigError, match="trains other columns of"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_another_policy_is_refused_by_name(tmp_path):
     trainer_of(tmp_path, max_steps=4).train()
     with pytest.raises(ConfigError, match="policy 'static', this run of 'ils'"):
