@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slimfit_ds.deltas.delta import Delta, Source, from_state, whole_state, write_into
 
-__all__ = ["read_deltas", "take_read", "write_deltas", "write_whole"]
+__all__ = ["forget_read", "has_read", "read_deltas", "write_deltas"]
 
 _NO_CONFIG = {
     "model_type": "slimfit_delta",
@@ -25,11 +25,13 @@ _NO_CONFIG = {
 
 
 _READ = "slimfit_delta_read"
-"""Attribute of a model into which a delta was loaded, until `take_read` is called."""
+"""Attribute of a model into which a delta was loaded, until `forget_read` is called."""
 
 
-def write_deltas(model: Any, capture: Callable[[], Delta | None], of: Callable[[Any], bool]) -> None:
-    """Let a Trainer's `checkpoint-N` have a delta for its `model.safetensors`; `write_whole` undoes this.
+def write_deltas(
+    model: Any, capture: Callable[[], Delta | None], of: Callable[[Any], bool]
+) -> Callable[[], None]:
+    """Let a Trainer's `checkpoint-N` have a delta for its `model.safetensors`.
 
     `save_pretrained` called by anybody else writes the whole model.
 
@@ -37,7 +39,11 @@ def write_deltas(model: Any, capture: Callable[[], Delta | None], of: Callable[[
         model: of transformers.
         capture: what has trained; None: the checkpoint has it elsewhere (the engine's), and no weights are written.
         of: whether a Trainer that saves is the one that this is meant for.
+
+    Returns:
+        what undoes this.
     """
+    before = model.__dict__.get("save_pretrained")
 
     def save_pretrained(
         self: Any, directory: str | os.PathLike, *args: Any, is_main_process: bool = True, **kwargs: Any
@@ -56,10 +62,12 @@ def write_deltas(model: Any, capture: Callable[[], Delta | None], of: Callable[[
     # Bound, so that a deep copy of the model saves itself, and a pickled one has the method of its class.
     model.save_pretrained = MethodType(save_pretrained, model)
 
+    def undo() -> None:
+        del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
 
-def write_whole(model: nn.Module) -> None:
-    """Undo `write_deltas`."""
-    model.__dict__.pop("save_pretrained", None)
+    return undo
 
 
 def read_deltas(model: nn.Module, source: Source) -> RemovableHandle:
@@ -87,9 +95,14 @@ class _Complete:
         module.__dict__[_READ] = True
 
 
-def take_read(model: nn.Module) -> bool:
-    """Whether the model has loaded a delta since this was last asked."""
-    return model.__dict__.pop(_READ, False)
+def has_read(model: nn.Module) -> bool:
+    """Whether the model has loaded a delta since `forget_read`."""
+    return _READ in model.__dict__
+
+
+def forget_read(model: nn.Module) -> None:
+    """Leave nothing on the model that says that it has loaded a delta."""
+    model.__dict__.pop(_READ, None)
 
 
 def _saving_trainer() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from slimfit_ds.deltas.base import base_problems
 from slimfit_ds.deltas.delta import DELTA, Delta, Source, write_delta
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
-from slimfit_ds.integrations.delta_checkpoints import read_deltas, take_read, write_deltas, write_whole
+from slimfit_ds.integrations.delta_checkpoints import forget_read, has_read, read_deltas, write_deltas
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
@@ -71,6 +71,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         self._handle: SlimHandle | None = None
         self._source: Source | None = None
         self._reading: RemovableHandle | None = None
+        self._end_writing: Callable[[], None] | None = None
         self._gradients: ActiveGradients | None = None
 
     @property
@@ -108,17 +109,22 @@ class SlimFitCallback(TrainerCallback, ExportableState):
 
     def _read_deltas(self, model: nn.Module) -> None:
         """A checkpoint may be one, whatever this run writes."""
-        self._read_whole()
+        self._forget_deltas()
         self._source = Source(model)
         self._reading = read_deltas(model, self._source)
 
-    def _read_whole(self) -> None:
+    def _forget_deltas(self) -> None:
+        """The model writes and reads whole weights again, as any other."""
         if self._reading is not None:
             self._reading.remove()
-        self._source = self._reading = None
+        if self._end_writing is not None:
+            self._end_writing()
+        self._source = self._reading = self._end_writing = None
 
     def _is_followed_by(self, trainer: Any) -> bool:
-        return self._handle is not None and self in trainer.callback_handler.callbacks
+        return self._handle is not None and self in getattr(
+            getattr(trainer, "callback_handler", None), "callbacks", ()
+        )
 
     def _capture(self) -> Delta:
         assert self._handle is not None
@@ -144,9 +150,9 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._remove()
         self._check(args, model)
-        saved = _saved(state) if state.global_step else {}
+        saved = _saved(state, type(self).__name__) if state.global_step else {}
         kept = saved.get("args", {}).get("config", {}).get("checkpoints")
-        if not take_read(model) and kept == "delta":
+        if not has_read(model) and kept == "delta":
             raise ConfigError(
                 [
                     "resume_from_checkpoint: the checkpoint holds what trained only, and this model was not prepared to read it "
@@ -157,7 +163,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         # The model may be another one, or other weights, than when the Trainer was made.
         self._read_deltas(model)
         if self.config.checkpoints == "delta":
-            write_deltas(model, self._capture, self._is_followed_by)
+            self._end_writing = write_deltas(model, self._capture, self._is_followed_by)
         self._handle = SlimHandle(model, self.config)
         if state.global_step:
             self._resume(state, saved)
@@ -241,9 +247,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._run_log is not None:
             self._run_log.on_train_end(args, state, control, **kwargs)
         self._remove()
-        self._read_whole()
-        write_whole(kwargs["model"])
-        take_read(kwargs["model"])
+        self._forget_deltas()
+        forget_read(kwargs["model"])
         show_to_ddp(kwargs["model"], _trainable(kwargs["model"]))
 
     def _remove(self) -> None:
@@ -254,11 +259,11 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         self._handle = self._gradients = None
 
 
-def _saved(state: TrainerState) -> Mapping[str, Any]:
+def _saved(state: TrainerState, name: str) -> Mapping[str, Any]:
     """What the callback has written into the checkpoint that a run goes on from; empty: it was not there."""
     # Declared as a list of callbacks; by now it is the mapping that the Trainer saves.
     states: Any = state.stateful_callbacks
-    entry = states.get(SlimFitCallback.__name__) or {}
+    entry = states.get(name) or {}
     return entry[0] if isinstance(entry, list) else entry
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import shutil
 
@@ -74,6 +75,7 @@ def test_a_delta_that_the_model_could_not_read_is_refused(tmp_path):
     """The Trainer itself would load the norms and the head, and nothing else."""
     trainer = trainer_of(tmp_path)
     trainer.train()
+    assert "slimfit_delta_read" not in vars(trainer.model)
     with pytest.raises(ConfigError, match="make a new Trainer"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
 
@@ -81,7 +83,10 @@ def test_a_delta_that_the_model_could_not_read_is_refused(tmp_path):
 def test_after_a_run_the_model_is_as_any_other(tmp_path):
     first = trainer_of(tmp_path)
     model = first.model
+    model.save_pretrained = another = functools.partial(type(model).save_pretrained, model)
     first.train()
+    assert model.save_pretrained is another
+    del model.save_pretrained
     assert_same(pickle.loads(pickle.dumps(model)), model)
     for name, callbacks in (("whole", [SlimFitCallback({"freeze": {"rate": 0.7}})]), ("plain", [])):
         options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
