@@ -121,6 +121,11 @@ class Source:
         present = dict(named_tensors(self._model))
         kept = {name for name in trained if name in present}
         kept |= {name for name, tensor in present.items() if not isinstance(tensor, nn.Parameter)}
+        # The base is loaded in one dtype; what has another stands in the delta.
+        dtype = _dtype_of(self._model)
+        kept |= {
+            name for name, tensor in present.items() if tensor.is_floating_point() and tensor.dtype != dtype
+        }
         if self._others is None:
             self._others = other_tensors(self._model, kept, folder, self._whole)
         return kept | {*self._others}
@@ -154,6 +159,11 @@ class Source:
         return describe(self._model, self.base, tensors)
 
 
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
@@ -164,14 +174,13 @@ def describe(model: nn.Module, base: Base, tensors: Mapping[str, Tensor]) -> Del
     places = {name: Split(*place) for name, place in column_places(model).items() if name in parts}
     config: Any = getattr(model, "config", None)
     known = type(model).__module__.startswith("transformers.")
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return Delta(
         base,
         tensors,
         places,
         type(model).__name__ if known else None,
         plain_values(config.to_dict()) if hasattr(config, "to_dict") else {},
-        str(dtype).removeprefix("torch."),
+        str(_dtype_of(model)).removeprefix("torch."),
     )
 
 

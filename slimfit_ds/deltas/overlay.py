@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimfit_ds.deltas.base import DeltaError, other_tensors
+from slimfit_ds.deltas.base import DeltaError, other_tensors, whole_name
 from slimfit_ds.deltas.delta import Delta, Source, check_fit, filled
 from slimfit_ds.trainable.split import Split, SplitModule
-from slimfit_ds.trainable.units import COLUMNS, is_part
+from slimfit_ds.trainable.units import COLUMNS, is_part, named_tensors
 
 __all__ = ["DeltaSwitch", "Overlay"]
 
@@ -113,9 +113,20 @@ class DeltaSwitch:
         if delta is not None:
             delta.base.require(self._source.base, "the delta")
             check_fit(self._model, delta)
+            self._check_dtypes(delta)
             overlay = Overlay(self._model, filled(delta), delta.places)
         if self._overlay is not None:
             self._overlay.exchange()
         if overlay is not None:
             overlay.exchange()
         self._overlay = overlay
+
+    def _check_dtypes(self, delta: Delta) -> None:
+        present = dict(named_tensors(self._model))
+        for name, values in delta.tensors.items():
+            own = present[whole_name(name)].dtype
+            if torch.promote_types(own, values.dtype) != own:
+                raise DeltaError(
+                    f"{name} of the delta is {values.dtype}, the model's {own} would round it: load the base with "
+                    f"dtype={values.dtype}"
+                )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimfit_ds.deltas.base import whole_name
 from slimfit_ds.deltas.overlay import Overlay
+from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.split import Split, column_places
 from slimfit_ds.trainable.units import is_part
 
@@ -39,6 +40,7 @@ class ReferenceModel(nn.Module):
         self._policy = [model]
         self.config: Any = getattr(model, "config", None)
         self._overlay: Overlay | None = None
+        self._held: dict[str, Split | None] = {}
         self._versions = self._count_changes()
         self._before: dict[str, Tensor] | None = None
         self._loading = model.register_load_state_dict_pre_hook(self._remember)
@@ -66,23 +68,34 @@ class ReferenceModel(nn.Module):
 
         Args:
             parameters: by name; of split layers the columns.
+
+        Raises:
+            ConfigError: other parts trained before, and the reference holds those.
         """
         model = self._policy[0]
+        split = {name: Split(*place) for name, place in column_places(model).items()}
+        held = {name: split[whole_name(name)] if is_part(name) else None for name in parameters}
         if self._overlay is not None:
+            if held != self._held:
+                raise ConfigError(
+                    [
+                        "the model's ReferenceModel holds what trained before, and other parts train now: train the same ones "
+                        "(rate, seed, policy), or make a ReferenceModel of the model as it is"
+                    ]
+                )
             return
+        self._held = held
         before = self._before
         if before is None:
             values = {name: p.detach() for name, p in parameters.items()}
-            places = {name: Split(*place) for name, place in column_places(model).items()}
         else:
-            places = {name: Split(*place) for name, place in column_places(model).items()}
             values = {
-                name: places[whole_name(name)].of_weight(before[whole_name(name)])
+                name: split[whole_name(name)].of_weight(before[whole_name(name)])
                 if is_part(name) and name not in before
                 else before[name]
                 for name in parameters
             }
-        self._overlay = Overlay(model, values, places)
+        self._overlay = Overlay(model, values, split)
         self._before = None
         self._loading.remove()
 

@@ -217,8 +217,8 @@ class _Plan:
             )
             caption = (
                 f"{facts['parameters']:,} parameters, {facts['layers']} layers, {arguments.dtype}; simulated on fake "
-                f"tensors; {human_bytes(self.reserve)} kept free for what is not simulated. Fastest first among the "
-                "SlimFit rows; the paper's schedule with its worst active set. Speed: no measurement, but the step's matrix "
+                f"tensors; {human_bytes(self.reserve)} kept free for what is not simulated. In the order of the "
+                "ladder; the paper's schedule with its worst active set. Speed: no measurement, but the step's matrix "
                 f"products at {self.card.flops / 1e12:g} TFLOP/s x {self.card.efficiency:g} ({self.card.name}) or its bytes over "
                 f"a link of {self.card.link / 1e9:g} GB/s x {self.card.link_efficiency:g}, whichever takes longer."
             )
@@ -306,7 +306,7 @@ class _Plan:
         block["freeze"] = {**block["freeze"], "policy": "ils"}
         block["optimizer_states"] = {**block.get("optimizer_states", {}), "inactive": "host"}
         estimate = self._worst(self.workload, self.strategy.with_(slimfit=block))
-        label = f"the paper's schedule (policy ils), {setting.label.partition(', frozen weights on host')[0]}"
+        label = f"the paper's schedule (policy ils), {setting.label.partition(', frozen weights and states on host')[0]}"
         return self._row(label, estimate, setting.gradient_error)
 
     def _what_is_missing(self, choice: Choice) -> list[str]:
@@ -350,7 +350,7 @@ class _Plan:
         }
         header = (
             f"# Written by slimfit-ds plan for {arguments.gpus} GPU(s) of {arguments.gpu_memory}.\n"
-            f"# {choice.reason(self.memory)}\n"
+            f"# {choice.reason(self.budget)}\n"
             "# Set data_dir (or data) and what else your task needs.\n"
         )
         write_atomically(self.files[0], json.dumps(deepspeed, indent=2) + "\n")

@@ -89,7 +89,7 @@ def _label(changes: Mapping[str, Mapping[str, Any]]) -> str:
     words += ["loss in chunks" if "chunk_loss_tokens" in activations else None]
     words += ["embeddings frozen" if "never_active" in freeze else None]
     words += ["8-bit states" if "precision" in states else None]
-    words += ["frozen weights on host" if changes.get("frozen_weights", {}).get("live") else None]
+    words += ["frozen weights and states on host" if changes.get("frozen_weights", {}).get("live") else None]
     return ", ".join(word for word in words if word)
 
 
@@ -204,7 +204,7 @@ class Choice:
         text = f"{self.setting.label}: {human_bytes(self.setting.estimate.peak)} of {human_bytes(budget)}"
         if over:
             nearest = min(over, key=lambda s: s.estimate.peak)
-            text += f"; the next faster tried ({nearest.label}) needs {human_bytes(nearest.estimate.peak)}"
+            text += f"; the next larger tried ({nearest.label}) needs {human_bytes(nearest.estimate.peak)}"
         return text
 
 

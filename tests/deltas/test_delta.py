@@ -373,3 +373,17 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys, weight):
     assert main([*command, "--weights", "1", weight]) == 2
     assert f"weights must be finite, got 1.0, {weight}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_two_dtypes_keeps_both(tmp_path):
+    start(tmp_path, "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model.model.to(torch.bfloat16)
+    handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.7}})
+    handle.save_delta(tmp_path / "delta.safetensors")
+    handle.remove()
+    merged = load_merged(tmp_path / "base", read_delta(tmp_path / "delta.safetensors"))
+    expected = model.state_dict()
+    assert all(
+        torch.equal(t, expected[n]) and t.dtype == expected[n].dtype for n, t in merged.state_dict().items()
+    )

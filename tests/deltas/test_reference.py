@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 import slimfit_ds
 from slimfit_ds import SlimFitCallback
 from slimfit_ds.deltas.reference import ReferenceModel, share_reference
+from slimfit_ds.errors import ConfigError
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(29))]
 
@@ -219,3 +220,20 @@ def test_only_a_trainer_without_a_reference_takes_a_shared_one():
 
     with pytest.raises(ValueError, match=r"made with beta=0\.0"):
         share_reference(Trainer(), 0.1)
+
+
+def test_a_reference_is_not_taken_over_to_other_columns(tmp_path):
+    """It holds those of the run before; others would be compared with what they have learned."""
+    model = AutoModelForCausalLM.from_pretrained(base_of(tmp_path, "llama"))
+    reference, before = ReferenceModel(model), logits(model)
+    for seed in (0, 0):
+        handle = slimfit_ds.slim(model, {"freeze": {"rate": 0.7, "seed": seed}})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        handle.remove()
+        assert torch.equal(reference(IDS).logits, before)
+        assert not torch.equal(logits(model), before)
+    with pytest.raises(ConfigError, match="other parts train now"):
+        slimfit_ds.slim(model, {"freeze": {"rate": 0.7, "seed": 1}})

@@ -118,3 +118,10 @@ def test_deltas_of_other_bases_have_no_sum(tmp_path):
     other, _, _ = trained(tmp_path / "other", "gpt2", "other")
     with pytest.raises(DeltaError, match="sha256"):
         combine(tmp_path / "base", [one, other])
+
+
+def test_a_delta_that_the_model_would_round_is_refused(tmp_path):
+    one, _, _ = trained(tmp_path, "llama", "one")
+    switch = DeltaSwitch(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16))
+    with pytest.raises(DeltaError, match=r"dtype=torch\.float32"):
+        switch.use(one)

@@ -69,7 +69,7 @@ def test_budget_decides_and_the_choice_fits(fake):
     tight, reason = choose(limit)
     assert tight["activations"]["preset"] != "exact"
     assert tight["freeze"]["rate"] == 0.9
-    assert "next faster" in reason
+    assert "next larger" in reason
     SlimFitConfig.parse(tight)
     assert peak(tight) <= limit
     with pytest.raises(ConfigError, match="smallest feasible budget") as error:
