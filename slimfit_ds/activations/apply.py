@@ -27,6 +27,7 @@ from slimfit_ds.activations.patch import (
     Patches,
     Setting,
     install,
+    is_patched,
     run_as_it_is,
     run_compressed,
 )
@@ -126,6 +127,11 @@ def compress(model: nn.Module, config: ActivationsConfig) -> CompressionHandle:
 
 def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str]:
     """Return what is wrong with a configuration for this model, before anything is changed; a line each."""
+    if any(is_patched(module) for module in model.modules()):
+        return [
+            "activations: this model is compressed already, by an earlier slim(), callback or engine (or is a copy of such a model): "
+            "call remove() of its handle, or load the model anew"
+        ]
     problems = config.unmatched_layers(name for name, _ in model.named_modules())
     tables = [config.table(), *(config.table(name) for name, _ in model.named_modules())]
     specs = {(name, describe(spec)): spec for table in tables for name, spec in table if spec is not None}

@@ -37,6 +37,7 @@ __all__ = [
     "Patches",
     "Setting",
     "install",
+    "is_patched",
     "original_forward",
     "run_as_it_is",
     "run_block",
@@ -75,6 +76,11 @@ class Patches:
                 target.__dict__.pop(name, None)
             else:
                 target.__dict__[name] = value
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the forward of this instance is replaced."""
+    return _ORIGINAL in module.__dict__
 
 
 def original_forward(module: nn.Module) -> Callable:

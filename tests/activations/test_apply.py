@@ -610,3 +610,14 @@ def test_dropout_of_balanced_is_differentiated_with_the_masks_it_drew(name, part
         slope = (losses[0] - losses[1]) / 2e-3
         # Rounded activations tilt the gradient a little; other masks turn it away.
         assert abs(slope / norm - 1) < 0.01, part
+
+
+def test_a_model_that_is_compressed_already_is_refused():
+    """A second slim() after an interrupted run would call itself without end."""
+    model, config = build("llama"), ActivationsConfig(preset="minimal")
+    handle = compress(model, config)
+    for changed in (model, copy.deepcopy(model)):
+        with pytest.raises(ConfigError, match="compressed already"):
+            compress(changed, config)
+    handle.remove()
+    compress(model, config).remove()
