@@ -86,6 +86,7 @@ def finalize(json, hidden_size=16, **more):
         "learning_rate": 3e-4, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.01,
         "save_on_each_node": False, "fp16": False, "fp16_full_eval": False, "bf16": False, "bf16_full_eval": False,
         "get_warmup_steps": lambda total: 0,
+        "output_dir": None,
     }  # fmt: skip
     arguments = SimpleNamespace(**(values | more))
     trainer_config = HfTrainerDeepSpeedConfig(json)
