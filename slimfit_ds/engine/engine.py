@@ -98,7 +98,13 @@ class SlimFitEngine(DeepSpeedEngine):
                 return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
         stage = int(self.zero_optimization_stage())
         sharding = Sharding(
-            build_units(self.module, self.roles, optimizer.param_groups, slim.freeze.train_biases),
+            build_units(
+                self.module,
+                self.roles,
+                optimizer.param_groups,
+                slim.freeze.train_biases,
+                self.schedule.depths,
+            ),
             self.seq_data_parallel_group,
             sharded=stage > 0,
             reduce_bucket=int(self.zero_reduce_bucket_size()),
@@ -116,7 +122,7 @@ class SlimFitEngine(DeepSpeedEngine):
             sharding,
             stage,
             slim,
-            self.schedule.is_static,
+            self.schedule.measures,
             scaler,
             clip=self.gradient_clipping(),
             communication_dtype=self._config.communication_data_type or torch.float32,
@@ -223,7 +229,7 @@ class SlimFitEngine(DeepSpeedEngine):
         every = self.slimfit_config.freeze.check_interval
         if every and self.schedule.step % every == 0:
             check_active_set(self.schedule, self.seq_data_parallel_group, self.device)
-        self.optimizer.set_active(self.schedule.active)
+        self.optimizer.set_active(self.schedule.active, self.schedule.front)
         self.optimizer.updater.lr_factors = self.schedule.lr_factors()
 
     @property

@@ -45,7 +45,7 @@ class FreezeOptimizer(FullValues):
         self,
         units: Sequence[Unit],
         config: SlimFitConfig,
-        static: bool,
+        measures: bool,
         group: Any,
         device: torch.device,
         rank: int,
@@ -57,7 +57,7 @@ class FreezeOptimizer(FullValues):
         Args:
             units: every unit that may train.
             config: the `slimfit` block.
-            static: the active set never changes, so no update is measured.
+            measures: the schedule asks for statistics.
             group: the data-parallel process group.
             device: where updates are worked out.
             rank: position of this rank among the shards.
@@ -73,7 +73,7 @@ class FreezeOptimizer(FullValues):
             device,
             seed=config.freeze.seed,
             rank=rank,
-            measures=not static,
+            measures=measures,
         )
         self.layer_statistics: dict[int, float] = {}
         self._group = group
@@ -106,13 +106,17 @@ class FreezeOptimizer(FullValues):
 
     # The step.
 
-    def set_active(self, layers: frozenset[int]) -> None:
-        """Make these layers, and the small parameters, the ones that train from now on.
+    def set_active(self, layers: frozenset[int], front: int = 0) -> None:
+        """Make these layers, and the small parameters at or above the front, the ones that train from now on.
 
         Only at an accumulation boundary. States of layers that go to sleep are written back, states of layers that
         wake up start to travel to the device.
         """
-        chosen = [unit for unit in self.units if unit.layer is None or unit.layer in layers]
+        chosen = [
+            unit
+            for unit in self.units
+            if (unit.layer in layers if unit.layer is not None else unit.depth >= front)
+        ]
         before = {unit.index for unit in self._active}
         after = {unit.index for unit in chosen}
         asleep = [unit for unit in self._active if unit.index not in after]

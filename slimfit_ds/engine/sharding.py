@@ -38,7 +38,8 @@ class Unit:
         names: parameter names, in order.
         parameters: the parameters, one after the other in the flat unit.
         group: index of the optimizer's parameter group (learning rate, weight decay).
-        layer: position of the layer in the schedule; None: trains at every step.
+        layer: position of the layer in the schedule; None: small parameters.
+        depth: of small parameters; they train where the front is not above it.
 
     Attributes:
         start, stop: first and last (exclusive) element of this rank's shard in the flat unit.
@@ -51,12 +52,14 @@ class Unit:
         parameters: Sequence[nn.Parameter],
         group: int,
         layer: int | None,
+        depth: int = 0,
     ):
         self.index = index
         self.names = tuple(names)
         self.parameters = tuple(parameters)
         self.group = group
         self.layer = layer
+        self.depth = depth
         self.dtype = parameters[0].dtype
         self.device = parameters[0].device
         self.numel: int = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
@@ -99,8 +102,9 @@ class FlatUnit(Unit):
         parameters: Sequence[nn.Parameter],
         group: int,
         layer: int | None,
+        depth: int = 0,
     ):
-        super().__init__(index, names, parameters, group, layer)
+        super().__init__(index, names, parameters, group, layer, depth)
         self._flat: Tensor | None = None
         if len(parameters) == 1:
             parameters[0].data = parameters[0].data.contiguous()
@@ -136,9 +140,15 @@ class PartitionedUnit(Unit):
     """A unit of stage 3: one parameter, of which `ds_tensor` is this rank's shard, padded at the end."""
 
     def __init__(
-        self, index: int, names: Sequence[str], parameters: Sequence[Any], group: int, layer: int | None
+        self,
+        index: int,
+        names: Sequence[str],
+        parameters: Sequence[Any],
+        group: int,
+        layer: int | None,
+        depth: int = 0,
     ):
-        super().__init__(index, names, parameters, group, layer)
+        super().__init__(index, names, parameters, group, layer, depth)
         (self.parameter,) = parameters
         chunk = self.parameter.partition_numel()
         self.start = min(dist.get_rank(group=self.parameter.ds_process_group) * chunk, self.numel)
@@ -155,23 +165,25 @@ def build_units(
     roles: ParameterRoles,
     groups: Sequence[dict],
     train_small: bool,
+    depths: Mapping[str, int],
     partitioned: bool = False,
 ) -> list[Any]:
-    """Make a unit of each layer, then of the small parameters: one for each (group, dtype), or each by itself.
+    """Make a unit of each layer, then of the small parameters: one for each (group, dtype, depth), or each by itself.
 
     Args:
         groups: the optimizer's parameter groups; a parameter in none of them is not stepped.
         train_small: small parameters train at every step; otherwise they are frozen for good.
+        depths: of parameters by name, where a front moves over them.
         partitioned: ZeRO 3 has cut the parameters.
     """
     kind = PartitionedUnit if partitioned else FlatUnit
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     parameters = dict(model.named_parameters())
-    members: list[tuple[list[str], int, int | None]] = []
+    members: list[tuple[list[str], int, int | None, int]] = []
     for position, layer in enumerate(roles.units):
         group = group_of.get(id(parameters[layer.name]))
         if group is not None:
-            members.append(([layer.name], group, position))
+            members.append(([layer.name], group, position, 0))
     bundles: dict[tuple, list[str]] = {}
     for name in roles.small:
         parameter = parameters[name]
@@ -179,11 +191,12 @@ def build_units(
         if not train_small or group is None:
             parameter.requires_grad_(False)
             continue
-        bundles.setdefault((group, parameter.dtype, name if partitioned else ""), []).append(name)
-    members += [(names, group, None) for (group, *_), names in bundles.items()]
+        key = (group, depths.get(name, 0), parameter.dtype, name if partitioned else "")
+        bundles.setdefault(key, []).append(name)
+    members += [(names, group, None, depth) for (group, depth, *_), names in bundles.items()]
     return [
-        kind(index, names, [parameters[name] for name in names], group, layer)
-        for index, (names, group, layer) in enumerate(members)
+        kind(index, names, [parameters[name] for name in names], group, layer, depth)
+        for index, (names, group, layer, depth) in enumerate(members)
     ]
 
 

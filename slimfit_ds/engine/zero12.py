@@ -25,7 +25,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         sharding: the units that may train and how they are cut over the ranks.
         stage: ZeRO stage 0, 1 or 2; 2 reduces gradients after each micro-batch and keeps shards.
         config: the `slimfit` block.
-        static: the active set never changes.
+        measures: the schedule asks for statistics.
         loss_scaler: DeepSpeed's loss scaler (static 1 unless fp16).
         clip: largest global norm of the gradients; 0: no clipping.
         communication_dtype: what gradients are sent in; float32 sums make the norm the same on any number of ranks.
@@ -39,7 +39,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         sharding: Sharding,
         stage: int,
         config: SlimFitConfig,
-        static: bool,
+        measures: bool,
         loss_scaler: Any,
         clip: float = 0.0,
         communication_dtype: torch.dtype = torch.float32,
@@ -66,7 +66,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         self._squared: Tensor | None = torch.zeros(())
         """Of the own shards of all reduced gradients; None: not worked out yet."""
         device = sharding.units[0].device
-        self._set_up(sharding.units, config, static, sharding.group, device, sharding.row, sharding.rows)
+        self._set_up(sharding.units, config, measures, sharding.group, device, sharding.row, sharding.rows)
 
     # What DeepSpeed's engine and schedulers ask of an optimizer.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ class Setting:
 
     config: SlimFitConfig
     roles: ParameterRoles
-    static: bool
+    measures: bool
+    depths: Mapping[str, int]
     communication_dtype: torch.dtype
 
 
@@ -101,6 +102,7 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
             self._setting.roles,
             self.optimizer.param_groups,
             config.freeze.train_biases,
+            self._setting.depths,
             partitioned=True,
         )
         self._unit_of = {id(unit.parameter): unit for unit in units}
@@ -108,7 +110,7 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
         """Unit -> squared norm of its own shard, taken before that was rounded to the dtype of the weights."""
         group = self.dp_process_group
         rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
-        self._set_up(units, config, self._setting.static, group, device, rank, world, states)
+        self._set_up(units, config, self._setting.measures, group, device, rank, world, states)
 
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
         """Take a gradient that backward has just finished into the bucket that is reduced next."""
@@ -227,7 +229,8 @@ def configure_zero3(
     setting = Setting(
         engine.slimfit_config,
         engine.roles,
-        engine.schedule.is_static,
+        engine.schedule.measures,
+        engine.schedule.depths,
         # Few gradients travel, and summed in bf16 the norm is off by 2e-3 on two ranks.
         engine._config.communication_data_type or torch.float32,
     )

@@ -121,6 +121,7 @@ class SlimHandle:
         self.streaming: Streaming | None = stream(model, config.frozen_weights)
         # Freshly discovered layers all train.
         self._applied = frozenset(range(len(self._parameters)))
+        self._small_applied = frozenset(self._small_names if self._biases else ())
         inactive = config.optimizer_states.inactive
         self._host_states = HostStates(self._parameters) if inactive == "host" else None
         self._stale_moments = config.optimizer_states.stale_moments
@@ -196,7 +197,9 @@ class SlimHandle:
         units = zip(self.schedule.names, self._parameters, strict=True)
         flags = [(name, p, i in self._applied) for i, (name, p) in enumerate(units)]
         biases = self._biases or self._small
-        flags += [(name, p, bool(self._biases)) for name, p in zip(self._small_names, biases, strict=True)]
+        flags += [
+            (name, p, name in self._small_applied) for name, p in zip(self._small_names, biases, strict=True)
+        ]
         changed = [name for name, p, expected in flags if p.requires_grad != expected]
         changed = [name for name in changed if name not in self._frozen_by_user]
         woken = [
@@ -230,7 +233,12 @@ class SlimHandle:
         if factors[None] != 1.0:
             scaled |= {p: factors[None] for p in self._biases if p.grad is not None}
         if not self.schedule.is_static:
-            self._age(optimizer, present)
+            self._age(optimizer, {p: self.schedule.missed(layer) for layer, p in present.items()})
+            named = zip(self._small_names, self._biases, strict=True) if self._biases else ()
+            self._age(
+                optimizer, {p: self.schedule.missed_small(name) for name, p in named if p.grad is not None}
+            )
+        if self.schedule.measures:
             self._before = {layer: parameter.clone() for layer, parameter in present.items()}
             still = {p for g in optimizer.param_groups if float(g["lr"]) == 0.0 for p in g["params"]}
             self._sizes = {
@@ -240,13 +248,12 @@ class SlimHandle:
             }
         self._rates.scale(optimizer, scaled)
 
-    def _age(self, optimizer: torch.optim.Optimizer, present: Mapping[int, nn.Parameter]) -> None:
-        """What becomes of the moments of layers that have missed steps."""
+    def _age(self, optimizer: torch.optim.Optimizer, present: Mapping[nn.Parameter, int]) -> None:
+        """What becomes of the moments of parameters that have missed so many steps."""
         if self._stale_moments == "keep":
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for layer, parameter in present.items():
-            missed = self.schedule.missed(layer)
+        for parameter, missed in present.items():
             if not missed or parameter not in optimizer.state:
                 continue
             if self._stale_moments == "reset":
@@ -266,8 +273,8 @@ class SlimHandle:
         # again with the same layers.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and float(overflow):
             return
-        if self.schedule.is_static:
-            self.schedule.advance({})
+        if not self.schedule.measures:
+            self.advance({})
             return
         sums = [sum_of_move(old, self._parameters[layer]) for layer, old in before.items()]
         # One transfer for all layers.
@@ -304,6 +311,14 @@ class SlimHandle:
         for layer in active - self._applied:
             self._parameters[layer].requires_grad_(True)
         self._applied = active
+        if not self._biases:
+            return
+        small = frozenset(name for name in self._small_names if self.schedule.trains(name))
+        for name, parameter in zip(self._small_names, self._biases, strict=True):
+            if (name in small) != (name in self._small_applied):
+                parameter.requires_grad_(name in small)
+                parameter.grad = None
+        self._small_applied = small
 
     def save_delta(self, path: str | os.PathLike) -> None:
         """Write what has trained, and nothing else, as one safetensors file; `slimfit-ds merge` puts it into the base.
@@ -328,7 +343,8 @@ class SlimHandle:
         self._hooks = []
         if self.streaming is not None:
             self.streaming.remove()
-        for parameter in [*self._parameters, *self._small]:
+        resting = {*self._small_names} - self._small_applied
+        for parameter in [*self._parameters, *(self._model.get_parameter(name) for name in resting)]:
             parameter.requires_grad_(True)
         if self.proof is not None:
             self.proof.remove()

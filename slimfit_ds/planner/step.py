@@ -24,7 +24,7 @@ from slimfit_ds.planner.fake_world import CudaSemantics
 from slimfit_ds.planner.speed import ProductCounter
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import DTYPES, Workload
-from slimfit_ds.schedule.policies import Budget
+from slimfit_ds.schedule.policies import POLICIES, Budget
 from slimfit_ds.schedule.schedule import FreezeSchedule, room_at
 from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.units import Unit, discover, match_globs
@@ -252,7 +252,7 @@ def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.M
     if freeze.splits:
         return block  # of narrow units the policy's own choice costs what any other does
     roles = discover(model)
-    if FreezeSchedule(roles, freeze).is_static:
+    if POLICIES[freeze.policy].trains_all or FreezeSchedule(roles, freeze).is_static:
         return block
     layers = roles.units
     if isinstance(active, str):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from slimfit_ds.errors import StrictModel
+from slimfit_ds.schedule.front import FRONTS
 from slimfit_ds.schedule.policies import POLICIES
 
 __all__ = ["RECOMMENDED", "FreezeConfig"]
@@ -59,6 +60,12 @@ def _budget(value: Any) -> Any:
     return value
 
 
+def _front(value: Any) -> Any:
+    if value not in ("none", *FRONTS):
+        raise ValueError(f"must be one of none, {', '.join(FRONTS)}, got {value!r}")
+    return value
+
+
 class FreezeConfig(StrictModel):
     """Which parts of the model train at each step."""
 
@@ -87,6 +94,11 @@ class FreezeConfig(StrictModel):
         "layers",
         description="what the rate of a choosing policy is a share of: layers (the paper; a narrow unit counts as its "
         "width), or parameters",
+    )
+    front: Annotated[str, BeforeValidator(_front)] = Field(
+        "none",
+        description="where the backward pass of a step ends; blocks below rest and have no graph. none: every step goes down "
+        "the whole way. half: every other one, the others to the middle. statistics: blocks train as often as they learn",
     )
     interval: int = Field(1, ge=1, description="choose new units every this many optimizer steps")
     lr_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
@@ -137,6 +149,15 @@ class FreezeConfig(StrictModel):
             )
         if self.policy == "none" and self.width < 1:
             raise ValueError(f"width {self.width:g} needs a policy that freezes: use static, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _front_of_all(self) -> FreezeConfig:
+        if self.front != "none" and not POLICIES[self.policy].trains_all:
+            raise ValueError(
+                f"front {self.front} needs a policy under which everything above it trains, static or none: {self.policy} "
+                f"chooses among all layers"
+            )
         return self
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.config import FreezeConfig
+from slimfit_ds.schedule.front import depths, front_of, mean_of_blocks
 from slimfit_ds.schedule.policies import POLICIES, Budget, Selection
 from slimfit_ds.trainable.new_words import warn_of_new_words
 from slimfit_ds.trainable.plan import Plan, plan_units
@@ -23,6 +24,7 @@ from slimfit_ds.trainable.units import (
     ParameterRoles,
     Unit,
     discover,
+    find_blocks,
     is_part,
     match_always_and_never,
     split_record,
@@ -86,7 +88,9 @@ class FreezeSchedule:
         config: the `freeze` block.
 
     Attributes:
-        is_static: whether the active set never changes: there is nothing to choose, so nothing has to be measured.
+        is_static: whether the active set never changes.
+        measures: whether what trains follows from statistics: otherwise nothing has to be measured.
+        front: the lowest block that trains in the coming step; 0: all do.
         active: positions of the units that train in the coming step.
         step: optimizer steps done.
         statistics: unit position -> its latest statistic.
@@ -104,12 +108,36 @@ class FreezeSchedule:
         self._always, self._never, self._budget = _resolve(roles, config)
         fixed = self._always | self._never
         self._candidates = tuple(i for i in range(len(self.units)) if i not in fixed)
-        self.is_static = self._policy.trains_all or self._budget.fits(self._always | {*self._candidates})
+        self._set_depths(roles)
+        whole = self._policy.trains_all or self._budget.fits(self._always | {*self._candidates})
+        self.is_static = whole and config.front == "none"
+        self.measures = not whole or config.front == "statistics"
         self._state = self._policy.init(len(self.units), config.seed)
         self.step = 0
         self.statistics: dict[int, float] = {}
         self._last = [-1] * len(self.units)
+        self.front = 0
         self.active = self._select()
+
+    def _set_depths(self, roles: ParameterRoles) -> None:
+        self.depths: dict[str, int] = {}
+        """Of each parameter that may train, by its name; empty without a front."""
+        self._pinned: frozenset[int] = frozenset()
+        if self.config.front == "none":
+            return
+        self.depths = depths(roles.order or (*roles.names, *roles.small))
+        self._depth_of = [self.depths[name] for name in self.names]
+        self._blocks = len(find_blocks(list(self.depths)).blocks)
+        if self._blocks < 2:
+            raise ConfigError(
+                [f"slimfit.freeze.front {self.config.front}: the model has no list of blocks; set none"]
+            )
+        # Who asks for a layer at every step gets it, and the graph that it needs.
+        self._pinned = match_always_and_never(self.config.always_active, (), roles, [])[0]
+
+    def trains(self, name: str) -> bool:
+        """Whether a small parameter trains in the coming step, as far as the front goes."""
+        return self.depths.get(name, self.front) >= self.front
 
     @property
     def oversized(self) -> tuple[str, ...]:
@@ -168,11 +196,25 @@ class FreezeSchedule:
             always=self._always,
             seed=self.config.seed,
         )
-        return self._policy.select(self._state, selection)
+        active = self._policy.select(self._state, selection)
+        if not self.depths:
+            return active
+        moved = mean_of_blocks(self.statistics, self._depth_of, self._blocks)
+        self.front = front_of(self.config.front, moved, selection.choice)
+        return frozenset(i for i in active if self._depth_of[i] >= self.front or i in self._pinned)
 
     def missed(self, unit: int) -> int:
         """Steps in a row, up to the coming one, in which a unit did not train."""
         return self.step - self._last[unit] - 1
+
+    def missed_small(self, name: str) -> int:
+        """The same of a small parameter: those of the units at its depth."""
+        beside = [
+            self.missed(i)
+            for i in range(len(self.units))
+            if name in self.depths and self._depth_of[i] == self.depths[name] and i not in self._pinned
+        ]
+        return min(beside, default=0)
 
     @cached_property
     def lr_scale(self) -> float:
@@ -211,7 +253,7 @@ class FreezeSchedule:
 
     def fingerprint(self) -> int:
         """A 63-bit hash of step and active set; equal on ranks that will train the same units."""
-        text = f"{self.step}:{sorted(self.active)}"
+        text = f"{self.step}:{self.front}:{sorted(self.active)}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,6 +264,7 @@ class FreezeSchedule:
             "state": dict(self._state),
             "step": self.step,
             "active": sorted(self.active),
+            "front": self.front,
             "last": list(self._last),
             "lr_scales": {name: getattr(self, name) for name in _LR_SCALES},
             "statistics": {self.names[unit]: value for unit, value in self.statistics.items()},
@@ -254,7 +297,10 @@ class FreezeSchedule:
             self.active = self._select()
             return
         self._state = dict(state["state"])
-        self.active = self._select() if self.is_static else frozenset(state["active"])
+        if self.is_static:
+            self.active = self._select()
+        else:
+            self.active, self.front = frozenset(state["active"]), int(state.get("front", 0))
 
     def _warn_of_rates(self, saved: Mapping[str, float] | None) -> None:
         """Say where the learning rate jumps."""

@@ -152,11 +152,13 @@ def _after(roles: ParameterRoles, split: Mapping[int, SplitLayer], whole: Iterab
     """The roles of the parameters of a model whose layers have been split."""
     units = {i: each.unit for i, each in split.items()} | {i: roles.units[i] for i in whole}
     asleep = [layer for i, layer in enumerate(roles.units) if i not in whole]
+    after = {roles.units[i].name: unit.name for i, unit in units.items()} | {n: n for n in roles.small}
     return ParameterRoles(
         tuple(unit for _, unit in sorted(units.items())),
         roles.small,
         (*roles.frozen, *(name for layer in asleep for name in (layer.name, *layer.aliases))),
         SplitRecord(tuple(layer.name for layer in asleep), roles.layers, roles.numel),
+        tuple(after[name] for name in roles.order if name in after),
     )
 
 

@@ -85,6 +85,8 @@ class ParameterRoles:
     frozen: tuple[str, ...] = ()
     """Parameters with `requires_grad=False` when they were found, under all of their names: never touched."""
     split: SplitRecord | None = field(default=None, compare=False)
+    order: tuple[str, ...] = field(default=(), compare=False)
+    """Names of units and small parameters as they stand in the model."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,12 +122,15 @@ def discover(model: nn.Module) -> ParameterRoles:
     units: list[Unit] = []
     small: list[str] = []
     frozen: list[str] = []
+    order: list[str] = []
     for name, parameter, owner, local_name in _owned_parameters(model):
         shape = full_shape(parameter)
         aliases = tuple(names[id(parameter)][1:])
         if not parameter.requires_grad:
             frozen += [name, *aliases]
-        elif len(shape) >= 2:
+            continue
+        order.append(name)
+        if len(shape) >= 2:
             kind, width = _kind(owner), 1.0
             if local_name == COLUMNS:
                 width = _width(kind, shape, full_shape(owner.weight))
@@ -135,7 +140,7 @@ def discover(model: nn.Module) -> ParameterRoles:
             units.append(Unit(name, "norm", shape.numel(), aliases=aliases))
         else:
             small.append(name)
-    return ParameterRoles(tuple(units), tuple(small), tuple(frozen), split_record(model))
+    return ParameterRoles(tuple(units), tuple(small), tuple(frozen), split_record(model), tuple(order))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

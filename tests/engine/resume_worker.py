@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--inactive", default="device")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--policy", default="ils")
+    parser.add_argument("--front", default="none")
     parser.add_argument("--pretrained")
     parser.add_argument("--base", help="checkpoints are deltas of this folder")
     parser.add_argument("--local_rank", type=int, default=0)
@@ -44,7 +45,7 @@ def main() -> None:
         "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 2}},
         "bf16": {"enabled": arguments.dtype == "bf16"},
         "slimfit": {
-            "freeze": {"rate": 0.8, "policy": arguments.policy},
+            "freeze": {"rate": 0.8, "policy": arguments.policy, "front": arguments.front},
             "optimizer_states": {"inactive": arguments.inactive},
             "checkpoints": "delta" if arguments.base else "whole",
         },

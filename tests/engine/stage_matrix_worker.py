@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import deepspeed
 import torch
@@ -43,6 +44,12 @@ def batch_of(step: int, micro: int, rank: int, size: int = 4) -> dict[str, torch
         "input_ids": torch.randint(0, 64, (size, 8), generator=generator),
         "labels": torch.randint(0, 3, (size,), generator=generator),
     }
+
+
+def at_or_above(front: int, name: str) -> bool:
+    """Whether a parameter of `tiny_bert` stands in this block or above it; embeddings stand with the first."""
+    block = re.search(r"layer\.(\d+)\.", name)
+    return front <= (int(block[1]) if block else 0 if "embeddings" in name else 99)
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
@@ -131,8 +138,15 @@ def run_cell(
     freezable = set(engine.layer_names)
     start = full_weights(engine)
     drift, norm_error, sets_equal, leaks = 0.0, 0.0, True, 0
+    fronts = []
     for step in range(steps):
         active = set(engine.active_layers)
+        if "front" in (freeze or {}):
+            fronts.append(engine.schedule.front)
+            # Under policy none: vectors too, so all parameters count as layers.
+            freezable = set(start)
+            active = {name for name in freezable if at_or_above(fronts[-1], name)}
+            assert set(engine.active_layers) == active & set(engine.layer_names)
         before = full_weights(engine)
         for micro in range(accumulation):
             batch = batch_of(step, micro, rank)
@@ -175,6 +189,7 @@ def run_cell(
         "trained": trained,
         "layers": len(freezable),
         "report": report,
+        "fronts": fronts,
     }
 
 

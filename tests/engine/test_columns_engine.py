@@ -188,6 +188,21 @@ def test_resume_anywhere_equals_the_uninterrupted_run(run_ranks, tmp_path, phase
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_resumed_run_takes_the_fronts_up_on_another_stage_and_number_of_ranks(run_ranks, tmp_path):
+    front = {"front": "statistics"}
+    whole = run(run_ranks, 2, 1, 0, 8, save=tmp_path / "whole", **front)
+    part = tmp_path / "part"
+    first = run(run_ranks, 2, 1, 0, 4, save=part, **front)
+    rest = run(run_ranks, 1, 2, 4, 8, load=part, save=part, **front)
+    assert [entry["active"] for entry in [*first, *rest]] == [entry["active"] for entry in whole]
+    assert len({tuple(entry["active"]) for entry in whole}) > 1
+    uninterrupted = load_states_of(tmp_path / "whole")
+    for name, weight in load_states_of(part).items():
+        torch.testing.assert_close(weight, uninterrupted[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_stages_agree(run_ranks, tmp_path):
     losses = {
         stage: [entry["loss"] for entry in run(run_ranks, 2, stage, 0, 3, save=tmp_path / str(stage))]

@@ -1,6 +1,6 @@
 """One rank of a Trainer run over DistributedDataParallel; prints what the test compares.
 
-Usage: ddp_worker.py FOLDER START PRESET [POLICY], where START is 1 if rank 1 begins with other weights.
+Usage: ddp_worker.py FOLDER START PRESET [POLICY [FRONT]], where START is 1 if rank 1 begins with other weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import slimfit_ds
 
 folder, differing, activations = Path(sys.argv[1]), sys.argv[2] == "1", sys.argv[3]
 policy = sys.argv[4] if len(sys.argv) > 4 else "ils"
-config = {"freeze": {"rate": 0.8, "policy": policy}, "activations": activations}
+front = sys.argv[5] if len(sys.argv) > 5 else "none"
+config = {"freeze": {"rate": 0.8, "policy": policy, "front": front}, "activations": activations}
 callback = slimfit_ds.SlimFitCallback(config)
 watch = Watch(lambda: callback.active_layers)
 

@@ -45,12 +45,14 @@ def test_two_ranks_train_what_one_process_would(run_ranks, tmp_path, differing):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_ranks_train_the_columns_that_one_process_would(run_ranks, tmp_path):
-    found = run_ranks(WORKER, str(tmp_path / "two"), "1", "exact", "static")
+@pytest.mark.parametrize("front", ["none", "statistics"])
+def test_two_ranks_train_the_columns_that_one_process_would(run_ranks, tmp_path, front):
+    found = run_ranks(WORKER, str(tmp_path / "two"), "1", "exact", "static", front)
     (sets, _, _), (other_sets, _, _) = found["ranks"]
     assert sets == other_sets
     trained = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    config = {"freeze": {"rate": 0.8, "policy": "static"}}
+    assert (len({tuple(names) for names in sets}) > 1) == (front != "none")
+    config = {"freeze": {"rate": 0.8, "policy": "static", "front": front}}
     alone, _, _ = train(tmp_path / "one", config)
     start = classifier().state_dict()
     for name, weight in alone.model.state_dict().items():

@@ -202,6 +202,14 @@ def test_a_choosing_policy_over_narrow_units_streams_too(late):
     assert LateCopies.started > 10
 
 
+@pytest.mark.parametrize("preset", ["exact", "minimal"])
+def test_blocks_below_the_front_stream_too(preset, late):
+    block = {"freeze": {"rate": 0.8, "front": "half"}, "activations": preset}
+    expected = train(build("llama"), "llama", block, steps=6)
+    assert_equal_runs(train(build("llama"), "llama", {**block, **HOST}, steps=6), expected)
+    assert LateCopies.started > 10
+
+
 def test_weights_that_the_user_froze_stream_under_any_policy(late):
     """Plain frozen layers, whose weight autograd itself saves, also under torch's checkpointing."""
 
