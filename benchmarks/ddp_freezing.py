@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,11 @@ def classifier(hidden: int, layers: int) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * hidden,
+    }
     return BertForSequenceClassification(
         BertConfig(**sizes, num_attention_heads=hidden // 64, vocab_size=8000)
     )
@@ -76,8 +81,9 @@ def measure(way: str, hidden: int, layers: int, steps: int, rate: float) -> dict
     handle = slimfit_ds.slim(model, {"freeze": {"policy": "ils", "rate": rate}})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
     handle.follow(optimizer)
-    in_buckets = sum(p.numel() for n, p in model.named_parameters() if n not in wrapper.parameters_to_ignore)
-    row = {
+    ignored: Any = wrapper.parameters_to_ignore
+    in_buckets: int = sum(p.numel() for n, p in model.named_parameters() if n not in ignored)
+    row: dict[str, Any] = {
         "way": way,
         "buckets_bytes": 4 * in_buckets,
         "error": None,

@@ -152,7 +152,7 @@ def _use_ours() -> None:
     from slimfit_ds.integrations import enable_deepspeed
 
     # Where tests look for the reduced gradients of ZeRO 3.
-    FreezeZero3Optimizer.averaged_gradients = property(  # type: ignore[attr-defined]
+    FreezeZero3Optimizer.averaged_gradients = property(
         lambda self: {
             group: [*found.values()] for group, found in self.get_fp32_grad_partitions().items() if found
         },
@@ -205,7 +205,7 @@ class _Skipped(Exception):
 
 def _launch(test: Any, ranks: int, init_method: str) -> None:
     """Run one test on stock, then on ours, and write what became of it."""
-    row = {"test": os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]}
+    row: dict[str, str | None] = {"test": os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]}
     for mode in ("stock", "ours"):
         outcome, error = _outcome(mode, test, ranks, f"{init_method}-{mode}")
         kind = type(error).__name__ if error else None
@@ -344,8 +344,8 @@ def _adapt(tests: Path) -> None:
     assert known in text
     ours = "    import deepspeed_tests\n    if deepspeed_tests.compare_masters(saved_model, loaded_model):\n        return\n\n"
     states.write_text(text.replace(known, ours + known, 1))
-    with (tests / "unit" / "common.py").open("a") as file:
-        file.write("\n\nimport deepspeed_tests\n\ndeepspeed_tests.prepare(DistributedExec)\n")
+    with (tests / "unit" / "common.py").open("a") as common:
+        common.write("\n\nimport deepspeed_tests\n\ndeepspeed_tests.prepare(DistributedExec)\n")
 
 
 def _why(row: dict[str, Any]) -> str:

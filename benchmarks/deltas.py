@@ -106,8 +106,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer, model = pretrained_smollm2()
-        model.config.use_cache = True
-        model.to(torch.bfloat16).save_pretrained(folder / "base")
+        model.config.use_cache = True  # type: ignore[union-attr]
+        model.to(torch.bfloat16).save_pretrained(folder / "base")  # type: ignore[operator]
         tokenizer.save_pretrained(folder / "base")
         auto = transformers.AutoModelForCausalLM
         model = auto.from_pretrained(folder / "base", dtype=torch.float32)
@@ -167,7 +167,7 @@ def measure_reference(rate: float) -> None:
         elif kind == "DPO, two models":
             reference = copy.deepcopy(model).eval().requires_grad_(False)
             add_fused_lm_head(reference)
-        add_fused_lm_head(model)
+        add_fused_lm_head(model)  # type: ignore[arg-type]
         handle = slimfit_ds.slim(model, {"freeze": {"rate": rate}, "activations": "balanced"})
         optimizer = torch.optim.AdamW(handle.trainable.values(), lr=1e-5)
         handle.follow(optimizer)

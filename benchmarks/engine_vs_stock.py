@@ -71,7 +71,7 @@ def measure(model, config: dict, steps: int, warm_up: int, counter) -> dict:
         reducing[0], began = 0.0, time.perf_counter()
         engine.backward(engine(input_ids=ids, labels=torch.zeros(1, dtype=torch.long)).loss)
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        row = {"gradients": held("gradients", gradients)}
+        row: dict[str, float] = {"gradients": held("gradients", gradients)}
         if slim:
             row = {"gradients": engine.optimizer.state_bytes()["gradients"]}
             sizes = {layer.name: layer.numel for layer in engine.roles.units}
@@ -120,7 +120,12 @@ def rank_worker(arguments: argparse.Namespace) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
-    small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+    small: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
     config = BertConfig(**small, vocab_size=500) if arguments.tiny else BertConfig()
     results = {}
     for name, slimfit in variants(arguments.seed).items():

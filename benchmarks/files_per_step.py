@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from typing import Any
+
 import deepspeed
 import torch
 from transformers import ViTConfig, ViTForImageClassification
@@ -32,10 +34,15 @@ PRESETS = ("exact", "balanced", "minimal")
 def demo_vit() -> torch.nn.Module:
     """Return the model of recipes/digits_vit.yaml."""
     torch.manual_seed(0)
-    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4}
-    return ViTForImageClassification(
-        ViTConfig(**sizes, num_attention_heads=4, intermediate_size=128, num_labels=10)
-    )
+    sizes: dict[str, Any] = {
+        "image_size": 8,
+        "patch_size": 2,
+        "num_channels": 1,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_labels": 10,
+    }
+    return ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, intermediate_size=128))
 
 
 def entered(freeze: dict, preset: str) -> Counter[tuple[str, str]]:

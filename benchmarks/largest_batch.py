@@ -75,7 +75,7 @@ class FakeSteps:
                     roots = dict(trainer.roots())
                     hosted = roots.get(HOST, tuple)
                     # The batch itself does not count, as in the memory estimator.
-                    roots[HOST] = lambda hosted=hosted: [*hosted(), *inputs.values()]
+                    roots[HOST] = lambda hosted=hosted: [*hosted(), *inputs.values()]  # type: ignore[misc]
                     with MemoryTracker(trainer.model, roots) as tracker:
                         trainer.step(inputs, tracker.phase)
                     reports.append(tracker.report(without_phases=trainer.uncounted_phases))

@@ -258,7 +258,7 @@ def _low_rank(request: Request) -> tuple[nn.Module, list[nn.Parameter], list[nn.
     """Return a bf16 model, the matrices of its blocks, everything else, and a quarter of the hidden size, the papers' rank."""
     model = request.model("bf16")
     inside = {id(p) for block in find_blocks(model).values() for p in block.parameters() if p.dim() == 2}
-    config = model.config
+    config: Any = model.config
     rank = max(1, (getattr(config, "hidden_size", None) or config.n_embd) // 4)
     matrices = [p for p in model.parameters() if id(p) in inside]
     return model, matrices, [p for p in model.parameters() if id(p) not in inside], rank
@@ -341,7 +341,10 @@ class Method:
 
     def build(self, request: Request) -> Trainer:
         """Return the trainer; raises `Failed` where the method cannot run."""
-        return self.own(request) if self.own else of_strategy(request, self.strategy(request.shape))
+        if self.own is not None:
+            return self.own(request)
+        assert self.strategy is not None
+        return of_strategy(request, self.strategy(request.shape))
 
 
 _PLAIN = Strategy("plain", stage=None, dtype="bf16_autocast")

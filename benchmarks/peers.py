@@ -171,7 +171,8 @@ def take_turns(own: Any, full: Any, rounds: int, steps: int, seconds: float) -> 
         steps: of a turn.
         seconds: no further round starts after this long, but three are done.
     """
-    begun, done = time.monotonic(), []
+    begun = time.monotonic()
+    done: list[Any] = []
     while len(done) < rounds and (len(done) < 3 or time.monotonic() - begun < seconds):
         pair = {"own": own} if full is None else {"own": own, "full": full}
         order = list(pair) if len(done) % 2 == 0 else list(pair)[::-1]

@@ -116,7 +116,13 @@ SWEEPS: dict[tuple[str, str], tuple[str, str, dict[Any, Any]]] = {
         dict.fromkeys((1, 2, 4), _SMALL),
     ),
 }
-METHODS_OF = {"memory": MEMORY, "ranks": RANKS, "traffic": TRAFFIC, "time": TIME, "time_ranks": TIME_RANKS}
+METHODS_OF: dict[str, Any] = {
+    "memory": MEMORY,
+    "ranks": RANKS,
+    "traffic": TRAFFIC,
+    "time": TIME,
+    "time_ranks": TIME_RANKS,
+}
 
 
 class Traffic:
@@ -220,6 +226,7 @@ def run(part: str, study: Study, rounds: int) -> None:
             missing = [name for name in METHODS_OF[part] if not study.has(place | {"method": name})]
             if not missing:
                 continue
+            found: Any
             if part == "time":
                 found = dict(timed(what, rounds))
             elif part == "time_ranks":

@@ -51,7 +51,7 @@ def bert_base(options: argparse.Namespace) -> nn.Module:
     import transformers as hf
 
     torch.manual_seed(0)
-    config = hf.BertConfig(
+    config = hf.BertConfig(  # type: ignore[call-arg]
         num_hidden_layers=options.layers,
         attention_probs_dropout_prob=options.attention_dropout,
         attn_implementation="sdpa",
@@ -84,10 +84,10 @@ def build(method: str, options: argparse.Namespace, clock: Clock) -> Trainer:
         preset = "exact" if method == "frozen" else method
         handle = slimfit_ds.slim(model, block | {"activations": preset})
         clock.around(handle, "_before_step", "_after_step")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    stepper = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
     if handle is not None:
-        handle.follow(optimizer)
-    return PlainTrainer(model, optimizer, autocast=bf16)
+        handle.follow(stepper)
+    return PlainTrainer(model, stepper, autocast=bf16)
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

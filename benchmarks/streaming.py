@@ -53,7 +53,7 @@ def steps(
 
 
 def bits_of(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.blake2b(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def compare(make: Callable[[], nn.Module], batches: list[dict[str, Tensor]]) -> None:
@@ -149,7 +149,7 @@ def overhead(rows: int = 4, tokens: int = 256) -> None:
     blocks.Block.leave = timer.wrap(blocks.Block.leave)  # type: ignore[method-assign]
     copies.Copies.start = timer.wrap(copies.Copies.start, sign=-1)  # type: ignore[method-assign]
     handle = slimfit_ds.slim(model, {**BLOCK, **HOST})
-    ids = torch.randint(0, model.config.vocab_size, (rows, tokens))
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens))  # type: ignore[union-attr,arg-type]
     for step in range(3):
         timer.seconds, start = 0.0, time.process_time()
         model(input_ids=ids, labels=ids).loss.backward()
@@ -182,7 +182,7 @@ TINY = {
 def random_weights(sizes: Mapping[str, Any], device: str) -> nn.Module:
     """A Llama in bf16 on the host, made on the device weight by weight: seconds instead of minutes."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
     model.to_empty(device="cpu")
     random = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -198,8 +198,8 @@ def gpu(
 ) -> None:
     """Streamed against resident: peak allocated, tokens/s, bytes over the link, and gradients bit for bit."""
     on_cuda = device == "cuda"
-    block = {"freeze": {"rate": 0.95}, "activations": {"preset": "minimal", "chunk_loss_tokens": 256}}
-    block["activations"]["proof"] = False
+    activations = {"preset": "minimal", "chunk_loss_tokens": 256, "proof": False}
+    block = {"freeze": {"rate": 0.95}, "activations": activations}
     gradients: dict[tuple[bool, int], list[Tensor]] = {}
     for away in (True, False):
         model = random_weights(sizes, device)
@@ -249,7 +249,7 @@ def rehearsal() -> None:
 
 
 if __name__ == "__main__":
-    programs = {
+    programs: dict[str, Callable[[], None]] = {
         "smollm2": smollm2,
         "large": large,
         "overhead": overhead,

@@ -114,8 +114,8 @@ def try_setting(
         warnings.simplefilter("always")
         try:
             handle, rate = slim(model, name, proof)
-        except ConfigError as error:
-            return {"verdict": "refused", "reason": _line(error.problems[0])}
+        except ConfigError as refusal:
+            return {"verdict": "refused", "reason": _line(refusal.problems[0])}
         try:
             found_loss, found = loss_and_gradients(model, batch)
             expected = expected_of(model, gradients)

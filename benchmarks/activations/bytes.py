@@ -108,7 +108,7 @@ SHAPES = {
     # Encoder and decoder see the same number of tokens; a "block" is one encoder and one decoder layer.
     "T5-base": Shape(
         lambda n: hf.T5ForConditionalGeneration(
-            hf.T5Config(d_model=768, d_ff=3072, num_layers=n, num_heads=12, decoder_start_token_id=0, use_cache=False)
+            hf.T5Config(d_model=768, d_ff=3072, num_layers=n, num_heads=12, decoder_start_token_id=0, use_cache=False)  # type: ignore[call-arg]
         ),
         768, 12, 32, 128,
     ),

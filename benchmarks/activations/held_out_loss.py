@@ -97,6 +97,7 @@ def run(
     model = copy.deepcopy(pretrained).train()
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    handle: Any
     if frozen:
         block = {"freeze": {"rate": frozen, "seed": seed, "lr_scale": lr_scale}, "activations": preset}
         handle = slimfit_ds.slim(model, block).follow(optimizer)

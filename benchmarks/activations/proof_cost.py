@@ -38,17 +38,18 @@ def build(name: str, options: argparse.Namespace) -> tuple[nn.Module, dict[str, 
     labels = torch.arange(options.rows) % 2
     if name == "vit":
         side = 4 * round((options.tokens - 1) ** 0.5)
-        config = hf.ViTConfig(**sizes, intermediate_size=wide, image_size=side, patch_size=4, num_labels=2)
+        config = hf.ViTConfig(**sizes, intermediate_size=wide, image_size=side, patch_size=4)
+        config.num_labels = 2
         batch = {"pixel_values": torch.randn(options.rows, 3, side, side), "labels": labels}
         return hf.ViTForImageClassification(config).train(), batch
     ids = torch.randint(1, 1000, (options.rows, options.tokens))
     if name == "bert":
-        config = hf.BertConfig(**sizes, intermediate_size=wide, vocab_size=1000)
-        return hf.BertForSequenceClassification(config).train(), {"input_ids": ids, "labels": labels}
-    config = hf.LlamaConfig(
+        bert = hf.BertConfig(**sizes, intermediate_size=wide, vocab_size=1000)
+        return hf.BertForSequenceClassification(bert).train(), {"input_ids": ids, "labels": labels}
+    llama = hf.LlamaConfig(
         **sizes, intermediate_size=wide, num_key_value_heads=2, vocab_size=1000, use_cache=False
     )
-    return hf.LlamaForCausalLM(config).train(), {"input_ids": ids, "labels": ids}
+    return hf.LlamaForCausalLM(llama).train(), {"input_ids": ids, "labels": ids}
 
 
 def run(

@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,11 @@ def bert(hidden: int = 256, layers: int = 4) -> nn.Module:
     """Heads of 64, a feed-forward part of 4 h."""
     import transformers as hf
 
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * hidden,
+    }
     config = hf.BertConfig(**sizes, num_attention_heads=hidden // 64, vocab_size=1000)
     return hf.BertForSequenceClassification(config)
 
@@ -42,8 +47,13 @@ def llama() -> nn.Module:
     """4 layers, h 256."""
     import transformers as hf
 
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 896, "vocab_size": 1000}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "intermediate_size": 896,
+        "vocab_size": 1000,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads, use_cache=False))
 
 
@@ -68,7 +78,7 @@ def step_of(name: str, method: str, options: argparse.Namespace) -> Callable[[],
         for weight in random.Random(0).sample(weights, int(options.rate * len(weights))):
             weight.requires_grad_(False)
     if method == "torch":
-        model._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))
+        model._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))  # type: ignore[operator]
     elif method != "full":
         compress(model, ActivationsConfig(preset=method))
     ids = torch.randint(1, 1000, (options.rows, options.tokens), device=options.device)

@@ -120,7 +120,7 @@ def vit_on_digits(epochs: int = 12, batch: int = 32, seed: int = 0) -> Trained:
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     targets = torch.tensor(labels)
     model = hf.ViTForImageClassification(
-        hf.ViTConfig(
+        hf.ViTConfig(  # type: ignore[call-arg]
             hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=8,
             patch_size=2, num_channels=1, num_labels=10, hidden_dropout_prob=0.1,
         )

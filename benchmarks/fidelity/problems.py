@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,12 +146,18 @@ def crop_and_flip(images: Tensor, chance: np.random.Generator) -> Tensor:
     return torch.stack(moved)
 
 
-def _vit(classes: int) -> nn.Module:
+def _vit(classes: int) -> Any:
     """Return the ViT of `recipes/vit_small_cifar10.yaml` with patches of 8, for a sixth of the time."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256}
-    config = ViTConfig(image_size=32, patch_size=8, num_channels=3, num_labels=classes, **sizes)
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "num_labels": classes,
+    }
+    config = ViTConfig(image_size=32, patch_size=8, num_channels=3, **sizes)
     return ViTForImageClassification(config)
 
 

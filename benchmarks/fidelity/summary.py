@@ -28,7 +28,7 @@ from study import best_rate
 
 PRESETS = ("balanced", "minimal")
 # Rows of the tables; `ils+` is of a lever that is gone.
-ORDER = ("full", "lora4", "lora8", "lora16", "lora8-sixth")
+ORDER: tuple[str, ...] = ("full", "lora4", "lora8", "lora16", "lora8-sixth")
 ORDER += tuple(
     f"{name}-{rate}"
     for name in ("ils", "ils+", "ours", "ours-nowords", "random", "lisa", "badam")
@@ -94,13 +94,13 @@ def rows_of(found: Sequence[Mapping[str, Any]], problem: str, steps: int) -> dic
     for r in found:
         if r["contender"] == "full":
             full.setdefault(r["hardware"], []).append(r["cpu_seconds"])
-    table = {}
+    table: dict[str, Row] = {}
     for name in ORDER:
         mine = [r for r in found if r["contender"] == name]
         lr = best_rate(mine)
         best = [r for r in mine if r["lr"] == lr]
         ratios = [r["cpu_seconds"] / np.mean(full[r["hardware"]]) for r in best if r["hardware"] in full]
-        if best:
+        if best and lr is not None:
             table[name] = Row(
                 name,
                 lr,
@@ -192,9 +192,11 @@ def presets(tables: Mapping[str, Mapping[str, Row]]) -> str:
         cells = []
         for preset in PRESETS:
             row, exact = table[f"ours-90-{preset}"], table["ours-90"]
-            (*points, pairs), (*loss, _) = row.against(exact), row.against(exact, "losses")
+            value, error, pairs = row.against(exact)
+            loss, loss_error, _ = row.against(exact, "losses")
             cells.append(
-                f"{with_error(*points)}, {with_error(*loss, 3)}" + (f" ({pairs})" if pairs < 3 else "")
+                f"{with_error(value, error)}, {with_error(loss, loss_error, 3)}"
+                + (f" ({pairs})" if pairs < 3 else "")
             )
         lines.append([problem, *cells])
     return markdown(["", *PRESETS], lines)
@@ -216,7 +218,7 @@ def tables(csv: str = "fidelity", steps: int | None = None) -> dict[str, str]:
     made = {name: rows_of(found, name, lengths[name]) for name in lengths}
     made = {name: table for name, table in made.items() if "full" in table}
     by_problem = "\n\n".join(problem_table(table, name, lengths[name]) for name, table in made.items())
-    order = [name for name in ("cifar", "sst2", "mrpc", "cola") if name in made]
+    order: list[str] = [name for name in ("cifar", "sst2", "mrpc", "cola") if name in made]
     ordered = {name: made[name] for name in order}
     shown = {"fidelity-overview": overview(ordered), "fidelity-problems": by_problem}
     if steps is None and len(made) == len(PROBLEMS):
