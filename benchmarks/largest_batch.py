@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from common import Failed, Process, Study, machine, markdown
 from methods import METHODS, Request, micro_batch
-from peers import choose, largest_of
+from peers import choose
 from shapes import SHAPES, Shape, make_batches, shapes_for
 
 from slimfit_ds.memory.tracker import HOST, MemoryTracker
@@ -175,28 +175,34 @@ def simulate(shape: Shape, name: str, simulator: Simulator, fakes: Process) -> d
     }
 
 
+def largest_of(row: Mapping[str, Any]) -> str:
+    """Return the largest batch that 24 GB hold, as text."""
+    size, micro = row["largest_24gb"], row["micro_batch"]
+    if size not in ("any", 0):
+        return f"{size:,}"
+    return ("any" if size == "any" else "none") + (f", micro-batch {micro}" if micro else "")
+
+
 def tables(csv: str = "largest_batch") -> dict[str, str]:
-    """Return the tables of published shapes by their mark."""
-    parts, rows = [], Study(csv, ()).rows()
-    for shape in dict.fromkeys(row["model"] for row in rows):
-        if SHAPES[shape].device != "cuda":
-            continue
-        of_shape = {row["method"]: row for row in rows if row["model"] == shape}
-        full = of_shape["full"]["peak_bytes"]
-        lines = [
-            [
-                method.label,
-                f"{of_shape[name]['peak_bytes'] / 2**30:.2f}",
-                f"{of_shape[name]['peak_bytes'] / full:.3f}",
-                *largest_of(of_shape[name]),
-            ]
-            for name, method in METHODS.items()
-            if name in of_shape
-        ]
-        titles = ["method", "peak, GiB", "of full", "largest batch 24 GB", "32 GB"]
-        label = f"### {SHAPES[shape].label}: simulated for a GPU, not measured"
-        parts.append(f"{label}\n\n{markdown(titles, lines)}")
-    return {"peers-estimated": "\n\n".join(parts)}
+    """Return the table of published shapes by its mark."""
+    rows = Study(csv, ()).rows()
+    shapes = [
+        shape for shape in dict.fromkeys(row["model"] for row in rows) if SHAPES[shape].device == "cuda"
+    ]
+    found = {(row["method"], row["model"]): row for row in rows}
+    lines = []
+    for name, method in METHODS.items():
+        cells = [found.get((name, shape)) for shape in shapes]
+        if any(cells):
+            lines.append(
+                [
+                    method.label,
+                    *(f"{row['peak_bytes'] / 2**30:.2f}; {largest_of(row)}" if row else "" for row in cells),
+                ]
+            )
+    return {
+        "peers-estimated": markdown(["peak, GiB; largest batch", *(SHAPES[s].label for s in shapes)], lines)
+    }
 
 
 def main() -> None:
@@ -218,7 +224,7 @@ def main() -> None:
                     print(f"{shape} {method}: {error}", flush=True)
                     continue
                 study.add(row | machine())
-                print(f"{shape} {method}: {' / '.join(largest_of(row))}", flush=True)
+                print(f"{shape} {method}: {largest_of(row)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -255,71 +255,6 @@ def run(arguments: argparse.Namespace, shapes: Sequence[str], methods: Sequence[
         full.end()
 
 
-def mib(value: float | None) -> str:
-    return "" if not value else f"{value / 2**20:,.1f}" if value < 2**30 else f"{value / 2**20:,.0f}"
-
-
-def largest_of(found: Mapping[str, Any]) -> list[str]:
-    """Return the largest batches of a row of `largest_batch.csv` as texts, one per card."""
-    micro = f", micro-batch {found['micro_batch']}" if found["micro_batch"] else ""
-    sizes = [found["largest_24gb"], found["largest_32gb"]]
-    return [
-        f"{size:,}" if size not in ("any", 0) else ("none", "any")[size == "any"] + micro for size in sizes
-    ]
-
-
-def table(shape: str, rows: Sequence[Mapping[str, Any]], largest: Sequence[Mapping[str, Any]]) -> str:
-    """Return the Markdown table of one shape."""
-    of_shape = {row["method"]: row for row in rows if row["model"] == shape}
-    batches = {row["method"]: largest_of(row) for row in largest if row["model"] == shape}
-    full = of_shape.get("full") or {}
-    cuda = any(row["device"] == "cuda" for row in of_shape.values())
-    clock, unit = ("seconds", "s") if cuda else ("cpu_seconds", "CPU s")
-    titles = ["method", "peak, MiB", "of full", "model states on the device, MiB", "on the host, MiB"]
-    titles += [f"{unit} per step (quartiles)", f"{unit} of full (rounds)", "wall clock of full (rounds)"]
-    titles += [f"{SHAPES[shape].unit} per {unit}", "FLOPs of full", "largest batch 24 / 32 GB, simulated"]
-
-    def spread(row: Mapping[str, Any], name: str, digits: int) -> str:
-        if row.get(name) is None:
-            return ""
-        low, high = row[f"{name}_q1"], row[f"{name}_q3"]
-        return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-    lines = []
-    for name, method in METHODS.items():
-        if name not in of_shape:
-            continue
-        row = of_shape[name]
-        if row["status"] != "ok":
-            lines.append([method.label, f"{row['status']}: {row['error']}", *[""] * (len(titles) - 2)])
-            continue
-        rate = row["per_step"] / row[clock]
-        ratios = [f"{row[key] / full[key]:.3f}" if full.get(key) else "" for key in ("peak_bytes", "flops")]
-        lines.append([
-            method.label,
-            mib(row["peak_bytes"]),
-            ratios[0],
-            mib(row["state_bytes"]),
-            mib(row["host_bytes"]),
-            spread(row, clock, 4),
-            spread(row, f"{clock}_of_full", 3),
-            spread(row, "seconds_of_full", 3),
-            f"{rate:,.0f}" if rate > 100 else f"{rate:.1f}",
-            ratios[1],
-            " / ".join(dict.fromkeys(batches.get(name, []))),
-        ])  # fmt: skip
-    again = [row for row in map(of_shape.get, ("full", "full_again")) if row and row.get("seconds_of_full")]
-    noise = [
-        math.exp(max(abs(math.log(row[f"{key}_of_full"])) for row in again)) - 1 if again else 0
-        for key in CLOCKS
-    ]
-    said = f"{noise[0]:.1%} (wall clock), {noise[1]:.1%} (CPU time)"
-    return (
-        f"### {SHAPES[shape].label}\n\n{markdown(titles, lines)}\n\n"
-        f"Noise: full fine-tuning in turns with itself differs by up to {said}."
-    )
-
-
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return peak and time as shares of full fine-tuning's, a column per shape; the least is bold."""
     shapes = list(dict.fromkeys(row["model"] for row in rows))
@@ -361,13 +296,10 @@ def ground(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tables(csv: str = "peers") -> dict[str, str]:
-    """Return the tables of the documents by their marks."""
+    """Return the table of the documents by its mark."""
     # Methods that were measured on one shape only have left the catalogue.
     rows = [row for row in Study(csv, ()).rows() if row["method"] in METHODS]
-    largest = Study("largest_batch", ()).rows()
-    shapes = dict.fromkeys(row["model"] for row in rows)
-    parts = [ground(rows), *(table(shape, rows, largest) for shape in shapes)]
-    return {"peers-summary": f"{ground(rows)}\n\n{summary(rows)}", "peers-tables": "\n\n".join(parts)}
+    return {"peers-summary": f"{ground(rows)}\n\n{summary(rows)}"}
 
 
 def choose(text: str | None, default: Sequence[str], known: Mapping[str, Any], what: str) -> list[str]:
@@ -403,7 +335,7 @@ def main() -> None:
         raise SystemExit("--device cuda: torch sees no CUDA device")
     shapes = choose(arguments.models, shapes_for(arguments.device), SHAPES, "models")
     run(arguments, shapes, choose(arguments.methods, list(METHODS), METHODS, "methods"))
-    print(tables(arguments.csv)["peers-tables"])
+    print(tables(arguments.csv)["peers-summary"])
 
 
 if __name__ == "__main__":
