@@ -84,7 +84,7 @@ def final_number(text: str) -> str:
 
 
 @torch.no_grad()
-def exact_answers(model: nn.Module, held_out: list[Problem], tokenizer: Any) -> int:
+def exact_answers(model: Any, held_out: list[Problem], tokenizer: Any) -> int:
     """Return how many greedily decoded answers end in the right number."""
     model.eval()
     right = 0

@@ -4,6 +4,7 @@
     python benchmarks/fidelity/study.py --stage tune --problems cifar                 # the learning rates
     python benchmarks/fidelity/study.py --stage refine --problems cifar --names full ours-95
     python benchmarks/fidelity/study.py --stage compare --problems cifar --seeds 0 1 2
+    python benchmarks/fidelity/study.py --stage transfer --problems sst2 --rates 1e-4 # full's best rate, and beside it
     python benchmarks/fidelity/summary.py                                             # the tables
 
 `tune` looks for the best learning rate of every contender on seed 0: the two rates in the middle of the ladder, then
@@ -79,6 +80,8 @@ def _contenders() -> dict[str, dict[str, Any]]:
 
 CONTENDERS = _contenders()
 """Name -> `slimfit` block, or options of PEFT's adapters."""
+TRANSFERRED = {f"auto-{percent}": {"slimfit": {"freeze": {"rate": percent / 100}}} for percent in (80, 98)}
+"""The same, of the defaults: a factor of the rate by what is frozen."""
 
 
 def train(problem: Any, lr: float, seed: int, steps: int, slimfit=None, lora=None) -> dict[str, Any]:
@@ -279,12 +282,15 @@ def plan(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--stage", choices=("pretrain", "tune", "refine", "compare"), required=True)
+    parser.add_argument(
+        "--stage", choices=("pretrain", "tune", "refine", "compare", "transfer"), required=True
+    )
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument(
         "--names", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `compare`")
+    parser.add_argument("--rates", nargs="+", type=float, help="of `transfer`")
     parser.add_argument("--steps", type=int, help="instead of each problem's own number")
     parser.add_argument("--csv", default="fidelity", help="name of a study, or a path that ends in .csv")
     options = parser.parse_args()
@@ -295,16 +301,21 @@ def main() -> None:
     study = Study(options.csv, KEYS)
     for problem in options.problems:
         steps = options.steps or PROBLEMS[problem].steps
-        place = {"study": "main", "problem": problem, "steps": steps}
+        study_name = "transfer" if options.stage == "transfer" else "main"
+        place = {"study": study_name, "problem": problem, "steps": steps}
 
         def rows(name: str, place: Mapping[str, Any] = place) -> list[dict[str, Any]]:
             return study.rows(**place, contender=name)
 
-        for name, lr, seed in plan(options.stage, options.names, options.seeds, rows):
+        if options.stage == "transfer":
+            runs = [(name, lr, TUNING_SEED) for name in TRANSFERRED for lr in options.rates]
+        else:
+            runs = plan(options.stage, options.names, options.seeds, rows)
+        for name, lr, seed in runs:
             row = {**place, "contender": name, "lr": lr, "seed": seed}
             if study.has(row):
                 continue
-            row |= train(PROBLEMS[problem], lr, seed, steps, **CONTENDERS[name])
+            row |= train(PROBLEMS[problem], lr, seed, steps, **(CONTENDERS | TRANSFERRED)[name])
             study.add(row | machine())
             said = f"{100 * row['value']:6.2f}  loss {row['loss']:.4f}  {row['cpu_seconds']:.0f} s"
             print(f"{problem} {name} {lr:g} seed {seed}: {said}", flush=True)

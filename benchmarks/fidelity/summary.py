@@ -211,6 +211,37 @@ def adapters(tables: Mapping[str, Mapping[str, Row]]) -> str:
     return markdown(["", *tables], lines)
 
 
+def transfer(found: Sequence[Mapping[str, Any]], full: Mapping[str, float]) -> str:
+    """Return `lr_scale: auto` at full fine-tuning's best rate and at the best of the rates that were run, on one seed.
+
+    Args:
+        found: rows of the study `transfer`.
+        full: problem -> best rate of full fine-tuning.
+    """
+    lines = []
+    for problem, name in dict.fromkeys((row["problem"], row["contender"]) for row in found):
+        of = {r["lr"]: r for r in found if (r["problem"], r["contender"]) == (problem, name)}
+        lr = full[problem]
+        if lr not in of:
+            continue
+        best = max(of, key=lambda rate: of[rate]["value"])
+        points = 100 * (of[lr]["value"] - of[best]["value"])
+        loss = of[lr]["loss"] - min(row["loss"] for row in of.values())
+        tried = ", ".join(f"{rate:g}" for rate in sorted(of) if rate != lr)
+        cells = [f"{100 * of[lr]['value']:.2f}", f"{best:g}", f"{points:+.2f}", f"{loss:+.3f}"]
+        lines.append([problem, f"{name.partition('-')[2]} %", f"{lr:g}", tried, *cells])
+    titles = [
+        "",
+        "frozen",
+        "full's best rate",
+        "also run",
+        "points there",
+        "best of them",
+        "against its points",
+    ]
+    return markdown([*titles, "held-out loss against the lowest"], lines)
+
+
 def tables(csv: str = "fidelity", steps: int | None = None) -> dict[str, str]:
     """Return the tables of the documents by their marks."""
     found = Study(csv, ()).rows(study="main")
@@ -221,6 +252,10 @@ def tables(csv: str = "fidelity", steps: int | None = None) -> dict[str, str]:
     order: list[str] = [name for name in ("cifar", "sst2", "mrpc", "cola") if name in made]
     ordered = {name: made[name] for name in order}
     shown = {"fidelity-overview": overview(ordered), "fidelity-problems": by_problem}
+    if runs := Study(csv, ()).rows(study="transfer"):
+        shown |= {
+            "fidelity-transfer": transfer(runs, {name: table["full"].lr for name, table in made.items()})
+        }
     if steps is None and len(made) == len(PROBLEMS):
         shown |= {"fidelity-presets": presets(ordered), "fidelity-adapters": adapters(ordered)}
         shown |= {"fidelity-brief": in_brief(ordered)}
