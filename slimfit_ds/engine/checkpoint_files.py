@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimfit_ds.files import flush, latest_tag, write_atomically
+from slimfit_ds.optim.low_bit import dequantize_cut, is_signed
 
 __all__ = [
     "FORMAT",
@@ -46,7 +47,9 @@ __all__ = [
     "write_shards",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""2: moments that are kept in 8 bits are saved so."""
+_READ = (1, 2)
 METADATA = "slimfit.json"
 MODEL = "model.safetensors"
 
@@ -82,9 +85,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         metadata = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") not in _READ:
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
-        raise CheckpointError(f"{path} has checkpoint format {found!r}; this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {found!r}; this version reads {_READ[0]} and {_READ[1]}"
+        )
     return metadata
 
 
@@ -133,19 +138,45 @@ class Shard:
     start: int
     """Position of the stretch in the flat parameter."""
     tensors: dict[str, Tensor]
-    """State name -> flat float32 values of the stretch."""
+    """State name -> flat float32 values of the stretch; of 8-bit moments `<name>.codes` and `<name>.scale`."""
+    offset: int = 0
+    """Where in its block of 8-bit moments the stretch begins."""
 
 
 def write_shards(shards: Iterable[Shard], path: Path) -> None:
     """Write a rank's shards: tensors as `<parameter>::<state>`, positions in the file's metadata."""
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     for shard in shards:
-        starts[shard.name] = shard.start
+        starts[shard.name], offsets[shard.name] = shard.start, shard.offset
         for state, values in shard.tensors.items():
             # A view into a larger storage would be refused, and the host copy is needed anyway.
             tensors[f"{shard.name}::{state}"] = values.detach().cpu().clone()
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    save_file(tensors, path, metadata={"starts": json.dumps(starts), "offsets": json.dumps(offsets)})
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A stretch of one state in a file; `offset` is None where it is in float32."""
+
+    file: Any
+    key: str
+    start: int
+    offset: int | None
+
+    @property
+    def length(self) -> int:
+        return self.file.get_slice(self.key).get_shape()[0]
+
+    def values(self, low: int, high: int, signed: bool) -> Tensor:
+        if self.offset is None:
+            return self.file.get_slice(self.key)[low:high]
+        return dequantize_cut(*self.blocks(), self.offset, signed)[low:high]
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        scale = f"{self.key.removesuffix('.codes')}.scale"
+        return self.file.get_tensor(self.key), self.file.get_tensor(scale)
 
 
 class ShardReader:
@@ -158,32 +189,44 @@ class ShardReader:
     def __init__(self, paths: Sequence[Path]):
         self._paths = paths
         self._stack = ExitStack()
-        self._index: dict[str, list[tuple[int, Any]]] = {}
+        self._index: dict[tuple[str, str], list[_Saved]] = {}
 
     def __enter__(self) -> ShardReader:
         for path in self._paths:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             starts = json.loads(file.metadata()["starts"])
+            offsets = json.loads(file.metadata().get("offsets", "{}"))
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                self._index.setdefault(key, []).append((starts[key.rpartition("::")[0]], file))
+                name, _, state = key.rpartition("::")
+                state, _, kind = state.partition(".")
+                if kind != "scale":
+                    offset = offsets.get(name, 0) if kind else None
+                    self._index.setdefault((name, state), []).append(_Saved(file, key, starts[name], offset))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def has(self, name: str, state: str) -> bool:
-        return f"{name}::{state}" in self._index
+        return (name, state) in self._index
 
     def read_into(self, target: Tensor, name: str, state: str, start: int) -> None:
         """Fill a flat tensor with positions `start ...` of a state; what was not saved stays as it is."""
-        key = f"{name}::{state}"
         stop = start + target.numel()
-        for first, file in self._index.get(key, []):
-            saved = file.get_slice(key)
-            last = first + saved.get_shape()[0]
-            low, high = max(start, first), min(stop, last)
+        for saved in self._index.get((name, state), []):
+            low, high = max(start, saved.start), min(stop, saved.start + saved.length)
             if low < high:
-                target[low - start : high - start] = saved[low - first : high - first].to(target.device)
+                values = saved.values(low - saved.start, high - saved.start, is_signed(state))
+                target[low - start : high - start] = values.to(target.device)
+
+    def blocks(
+        self, name: str, state: str, start: int, length: int, offset: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Codes and scales of a stretch of 8-bit moments, if one was saved that is just this and stood so in its blocks."""
+        for saved in self._index.get((name, state), []):
+            if (saved.start, saved.length, saved.offset) == (start, length, offset):
+                return saved.blocks()
+        return None
 
 
 def random_states() -> dict[str, Tensor]:

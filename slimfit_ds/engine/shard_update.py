@@ -12,7 +12,7 @@ from slimfit_ds.activations.codecs.backend import runs_in_triton
 from slimfit_ds.engine.checkpoint_files import Shard, ShardReader
 from slimfit_ds.engine.sharding import Piece, Unit, pieces
 from slimfit_ds.optim.config import OptimizerStatesConfig
-from slimfit_ds.optim.low_bit import stochastic_round_bf16
+from slimfit_ds.optim.low_bit import BLOCK, stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
 from slimfit_ds.optim.states import LayerState, StateStore, UnitStates
 from slimfit_ds.schedule.statistics import of_units, sum_of_update
@@ -260,14 +260,14 @@ class ShardUpdater:
                 master.copy_(weights)
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's stretch of every parameter's states, in float32, for a checkpoint."""
+        """This rank's stretch of every parameter's states, as they are kept, for a checkpoint."""
         for index in self.states.units:
             unit = self.units[index]
             first = unit.start
-            state = self._layout.plain(self.states.peek(index), unit.length)
+            state = self.states.peek(index)
             for name, low, high, start in self._own_spans(unit):
-                cut = slice(low - first, high - first)
-                yield Shard(name, low - start, {key: t[cut] for key, t in state.tensors.items()})
+                tensors = self._layout.cut(state, low - first, high - first)
+                yield Shard(name, low - start, tensors, (low - first) % BLOCK)
 
     def _own_spans(self, unit: Unit) -> Iterator[tuple[str, int, int, int]]:
         """Each parameter with elements here: name, own first and last element, its first element."""
@@ -301,6 +301,29 @@ class ShardUpdater:
                 for key, target in tensors.items():
                     reader.read_into(target[low - first : high - first], name, key, low - start)
             step, last_step = steps[unit.names[0]]
-            self.states.put(unit.index, self._layout.packed(LayerState(tensors, step, last_step)))
+            state = self._layout.packed(LayerState(tensors, step, last_step))
+            self._take_blocks(unit, state, reader)
+            self.states.put(unit.index, state)
             if self._rests_on_host or unit.index not in active:
                 self.states.write_back([unit.index])
+
+    def _take_blocks(self, unit: Unit, state: LayerState, reader: ShardReader) -> None:
+        """Take 8-bit moments as they were saved, where their blocks are the same here: rounded twice they would differ."""
+        first = unit.start
+        spans = [
+            (name, low - first, high - low, low - start) for name, low, high, start in self._own_spans(unit)
+        ]
+        for key in [key for key in state.tensors if key.endswith(".codes")]:
+            moment = key.removesuffix(".codes")
+            codes, scale = state.tensors[key].clone(), state.tensors[f"{moment}.scale"].clone()
+            parts = []
+            for name, low, length, start in spans:
+                found = reader.blocks(name, moment, start, length, low % BLOCK)
+                if found is None:
+                    break
+                codes[low : low + length] = found[0]
+                parts.append((slice(low // BLOCK, low // BLOCK + len(found[1])), found[1].to(scale.device)))
+                scale[parts[-1][0]] = parts[-1][1]
+            # Of a block that parameters share all must have the same scale.
+            if len(parts) == len(spans) and all(torch.equal(scale[at], saved) for at, saved in parts):
+                state.tensors[key], state.tensors[f"{moment}.scale"] = codes, scale

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "dequantize", "quantize", "stochastic_round_bf16"]
+__all__ = ["BLOCK", "dequantize", "dequantize_cut", "is_signed", "quantize", "stochastic_round_bf16"]
 
 BLOCK = 256
 """Elements that share a scale."""
@@ -38,6 +38,17 @@ def dequantize(codes: Tensor, scale: Tensor, numel: int, signed: bool) -> Tensor
     from torchao.optim.quant_utils import dequant_with_qmap
 
     return dequant_with_qmap(codes, _map(signed, codes.device), scale)[:numel]
+
+
+def dequantize_cut(codes: Tensor, scale: Tensor, offset: int, signed: bool) -> Tensor:
+    """The float32 values `[n]` of codes `[n]` cut out of blocks: the first stands at `offset` of the block of `scale[0]`."""
+    padded = torch.nn.functional.pad(codes, (offset, -(offset + codes.numel()) % BLOCK))
+    return dequantize(padded, scale, offset + codes.numel(), signed)[offset:]
+
+
+def is_signed(name: str) -> bool:
+    """Whether a moment has negative values."""
+    return name != "exp_avg_sq"
 
 
 def stochastic_round_bf16(values: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -140,25 +140,34 @@ class UnitStates:
             tensors |= {name: value} if name == "master" else self._pack(name, value)
         return LayerState(tensors, state.step, state.last_step)
 
+    @staticmethod
+    def cut(state: LayerState, low: int, high: int) -> dict[str, Tensor]:
+        """Elements `low ... high` as they are stored; of 8-bit moments the scales of all blocks that these stand in."""
+        blocks = slice(low // low_bit.BLOCK, -(-high // low_bit.BLOCK))
+        return {
+            key: tensor[blocks] if key.endswith(".scale") else tensor[low:high]
+            for key, tensor in state.tensors.items()
+        }
+
     def _pack(self, name: str, values: Tensor) -> dict[str, Tensor]:
         # Below a few blocks the scales would cost what the codes save, and biases are sensitive.
         if self.config.precision == "fp32" or values.numel() < 16 * low_bit.BLOCK:
             return {name: values}
-        codes, scale = low_bit.quantize(values, signed=name != "exp_avg_sq")
+        codes, scale = low_bit.quantize(values, low_bit.is_signed(name))
         return {f"{name}.codes": codes, f"{name}.scale": scale}
 
     def _unpack(self, state: LayerState, name: str) -> Tensor:
         if name in state.tensors:
             return state.tensors[name]
         codes, scale = state.tensors[f"{name}.codes"], state.tensors[f"{name}.scale"]
-        return low_bit.dequantize(codes, scale, codes.numel(), signed=name != "exp_avg_sq")
+        return low_bit.dequantize(codes, scale, codes.numel(), low_bit.is_signed(name))
 
     def set(self, state: LayerState, name: str, values: Tensor) -> None:
         """Replace a moment, or the master, in place."""
         if name in state.tensors:
             state.tensors[name].copy_(values)
             return
-        codes, scale = low_bit.quantize(values, signed=name != "exp_avg_sq")
+        codes, scale = low_bit.quantize(values, low_bit.is_signed(name))
         state.tensors[f"{name}.codes"].copy_(codes)
         state.tensors[f"{name}.scale"].copy_(scale)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -21,8 +21,10 @@ import slimfit_ds
 from slimfit_ds.cli import main
 from slimfit_ds.engine import checkpoint
 from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag
+from slimfit_ds.engine.checkpoint_files import Shard, ShardReader, write_shards
 from slimfit_ds.engine.export import load_states_of
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.optim import low_bit
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 
@@ -91,6 +93,16 @@ def engine_of(model: nn.Module | None = None, stage: int = 1, **slimfit):
     return slimfit_ds.initialize(model=model, config=config)[0]
 
 
+def wide_engine(precision: str, stage: int = 1):
+    """One whose moments of weights are kept in 8 bits, if that is the precision, and those of biases in float32."""
+    return engine_of(
+        nn.Sequential(nn.Linear(4, 1500), nn.Linear(1500, 4)),
+        stage,
+        freeze={"policy": "none"},
+        optimizer_states={"precision": precision},
+    )
+
+
 def train(engine, steps: int) -> list[float]:
     losses = []
     for _ in range(steps):
@@ -116,6 +128,45 @@ class TestOneRank:
 
     def test_an_empty_folder_is_no_error(self, tmp_path):
         assert engine_of().load_checkpoint(tmp_path) == (None, {})
+
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_8_bit_moments_are_saved_in_8_bits_and_come_back_bit_by_bit(self, tmp_path, stage):
+        pytest.importorskip("torchao")
+        engine = wide_engine("8bit", stage)
+        train(engine, 3)
+        engine.save_checkpoint(tmp_path)
+        states = engine.optimizer.updater.states
+        kept = {(i, key): t.clone() for i in states.units for key, t in states.peek(i).tensors.items()}
+        assert sum(".codes" in key for _, key in kept) == 4
+        expected = train(engine, 3)
+        other = wide_engine("8bit", stage)
+        other.load_checkpoint(tmp_path)
+        states = other.optimizer.updater.states
+        for (unit, key), tensor in kept.items():
+            assert torch.equal(states.peek(unit).tensors[key], tensor), key
+        assert train(other, 3) == expected
+        weights = sum(p.numel() for p in engine.module.parameters() if p.numel() > 4096)
+        small = sum(p.numel() for p in engine.module.parameters() if p.numel() <= 4096)
+        assert next(tmp_path.glob("*/optimizer-*")).stat().st_size < 2.1 * weights + 8 * small + 4096
+
+    @pytest.mark.parametrize(("saved", "resumed"), [("8bit", "fp32"), ("fp32", "8bit")])
+    def test_moments_go_from_one_precision_to_the_other(self, tmp_path, saved, resumed):
+        pytest.importorskip("torchao")
+        engine = wide_engine(saved)
+        train(engine, 3)
+        engine.save_checkpoint(tmp_path)
+        if saved == "fp32":  # As the first version wrote it.
+            file = tmp_path / "global_step3" / "slimfit.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+        other = wide_engine(resumed)
+        other.load_checkpoint(tmp_path)
+        for mine, theirs in zip(engine.module.parameters(), other.module.parameters(), strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                was = safe_get_full_optimizer_state(mine, moment)
+                now = safe_get_full_optimizer_state(theirs, moment)
+                assert was.norm() > 0
+                # Codes are read as what they stand for; to codes a moment is rounded once.
+                assert (now - was).norm() <= (0 if saved == "8bit" else 0.02) * was.norm()
 
     def test_other_layers_are_refused_with_the_difference(self, tmp_path):
         engine_of().save_checkpoint(tmp_path)
@@ -341,3 +392,29 @@ class TestOneRank:
         for nothing in ("", None):
             with pytest.raises(ValueError, match="save_dir must name a folder"):
                 engine.save_checkpoint(nothing)
+
+
+def test_a_stretch_of_8_bit_moments_is_read_from_files_of_any_cut(tmp_path):
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    # Two ranks with a unit each, of which the second is cut in two parameters inside a block.
+    values = torch.randn(1000), torch.randn(700)
+    packed = [low_bit.quantize(v, signed=True) for v in values]
+    plain = [low_bit.dequantize(*p, len(v), signed=True) for p, v in zip(packed, values, strict=True)]
+
+    def shard(number: int, name: str, start: int, low: int, high: int) -> Shard:
+        codes, scale = packed[number]
+        cut = {"m.codes": codes[low:high], "m.scale": scale[low // 256 : -(-high // 256)]}
+        return Shard(name, start, cut, low % 256)
+
+    write_shards([shard(0, "a", 0, 0, 1000)], tmp_path / "0.safetensors")
+    write_shards([shard(1, "a", 1000, 0, 300), shard(1, "b", 0, 300, 700)], tmp_path / "1.safetensors")
+    expected = {"a": torch.cat([plain[0], plain[1][:300]]), "b": plain[1][300:]}
+    with ShardReader([tmp_path / "0.safetensors", tmp_path / "1.safetensors"]) as reader:
+        for name, start, length in (("a", 0, 1300), ("a", 900, 333), ("b", 0, 400), ("b", 211, 2)):
+            target = torch.full((length,), torch.nan)
+            reader.read_into(target, name, "m", start)
+            assert torch.equal(target, expected[name][start : start + length])
+        assert reader.blocks("b", "m", 0, 400, 300 % 256) is not None
+        assert reader.blocks("b", "m", 0, 400, 0) is None
+        assert reader.blocks("a", "m", 0, 1300, 0) is None
