@@ -1,6 +1,6 @@
 """SmolLM2-135M on GSM8K: what trained, merged into its base, and as an adapter of plain peft; sizes, and times to save.
 
-    python benchmarks/deltas.py [--steps 6] [--problems 10] [--rate 0.9] [--threads 1]
+    python benchmarks/deltas.py [--steps 6] [--problems 20] [--rate 0.9] [--threads 1]
     python benchmarks/deltas.py --count  # bytes of a checkpoint of Llama-3-8B, from its shapes
     python benchmarks/deltas.py --reference  # most memory of a step: SFT, DPO with a shared reference, DPO with two models
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import statistics
 import sys
@@ -32,6 +33,9 @@ from slimfit_ds.deltas.adapter import export_adapter
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.merge import merge
 from slimfit_ds.memory.tracker import MemoryTracker, optimizer_tensors
+from slimfit_ds.optim.config import OptimizerStatesConfig
+from slimfit_ds.optim.rules import RULES
+from slimfit_ds.optim.states import LayerState, UnitStates
 from slimfit_ds.trainable.plan import plan_units
 
 sys.path.insert(0, str(Path(__file__).parent / "activations"))
@@ -73,14 +77,17 @@ def train(model: Any, handle: Any, tokenizer: Any, steps: int) -> None:
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 48) -> tuple[list[Any], list[str]]:
-    """Logits of the prompts, and greedy answers."""
-    logits, said = [], []
-    for prompt in prompts:
-        batch = tokenizer(prompt, return_tensors="pt")
-        logits.append(model(**batch).logits)
-        made = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
-        said.append(tokenizer.decode(made[0, batch["input_ids"].shape[1] :]))
-    return logits, said
+    """Logits of the prompts, and greedy answers to all of them in one batch."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    made = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
+    return logits_of(model, tokenizer, prompts), tokenizer.batch_decode(
+        made[:, batch["input_ids"].shape[1] :]
+    )
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokenizer: Any, prompts: list[str]) -> list[Any]:
+    return [model(**tokenizer(prompt, return_tensors="pt")).logits for prompt in prompts]
 
 
 def main() -> None:
@@ -88,7 +95,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--problems", type=int, default=10)
+    parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", action="store_true")
@@ -129,7 +136,25 @@ def main() -> None:
             print(f"adapter, rank {rank}: leaves out {lost:.2%}, worst layer {worst:.2%}")
             base = auto.from_pretrained(folder / "base", dtype=torch.float32)
             adapted = PeftModel.from_pretrained(base, folder / f"adapter-{rank}")
-            compare(f"adapter-{rank}", answers(adapted, tokenizer, prompts), expected, folder)
+            found = answers(adapted, tokenizer, prompts)
+            compare(f"adapter-{rank}", found, expected, folder)
+            if rank is None:
+                exact = auto.from_pretrained(folder / "merged", dtype=torch.float64)
+                in_doubles = [logits_of(each, tokenizer, prompts) for each in (exact, adapted.double())]
+                explain(expected[0], found[0], *in_doubles)
+
+
+def explain(merged: list[Any], adapter: list[Any], merged64: list[Any], adapter64: list[Any]) -> None:
+    """Whose error is the difference: both against float64, and the two in float64, where only the rounding of B is left."""
+
+    def largest(some: list[Any], others: list[Any]) -> str:
+        errors = torch.cat([(a - b).abs().flatten() for a, b in zip(some, others, strict=True)])
+        return f"at most {errors.max():.2e}, rms {errors.square().mean().sqrt():.2e}"
+
+    print(f"largest logit {max(one.abs().max().item() for one in merged64):.1f}")
+    print(f"float32 against float64, trained weights: {largest(merged, merged64)}")
+    print(f"float32 against float64, adapter: {largest(adapter, merged64)}")
+    print(f"adapter against trained weights, both in float64: {largest(adapter64, merged64)}", flush=True)
 
 
 def count_8b() -> None:
@@ -145,12 +170,18 @@ def count_8b() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     whole = sum(p.numel() for p in model.parameters())
-    trained = sum(unit.numel for unit in plan_units(model, rate=0.95).roles.units)
+    units = plan_units(model, rate=0.95).roles.units
+    trained = sum(unit.numel for unit in units)
     print(
         f"weights: whole {2 * whole / 1e9:.2f} GB, delta {2 * trained / 1e9:.2f} GB ({trained:,} of {whole:,})"
     )
-    print(f"states, in both: masters and moments in float32 {12 * trained / 1e9:.2f} GB")
-    print(f"states of bf16_weights: stochastic_rounding (no masters): {8 * trained / 1e9:.2f} GB")
+    for precision, weights in itertools.product(("fp32", "8bit"), ("master", "stochastic_rounding")):
+        layout = UnitStates(RULES["AdamW"], OptimizerStatesConfig(precision=precision, bf16_weights=weights))
+        shards = (torch.empty(unit.numel, dtype=torch.bfloat16, device="meta") for unit in units)
+        states = [LayerState(layout.create(shard, {})) for shard in shards]
+        saved = (layout.cut(s, 0, unit.numel) for s, unit in zip(states, units, strict=True))
+        size = sum(t.nbytes for tensors in saved for t in tensors.values())
+        print(f"states, in both: moments {precision}, bf16 weights by {weights}: {size / 1e9:.2f} GB")
 
 
 def measure_reference(rate: float) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from slimfit_ds.activations.patch import Patches
+from slimfit_ds.activations.patch import Bound, Patches
 
 __all__ = ["at_rest", "compile_forward", "through_graph"]
 
@@ -64,7 +64,7 @@ def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def compile_forward(patches: Patches, block: nn.Module) -> None:
     """Let the forward of a block without the hook run compiled while the block is at rest."""
     patches.set(block, _PLAIN, block.__dict__.get("forward"))
-    patches.set(block, "forward", MethodType(_forward, block))
+    patches.set(block, "forward", Bound(_forward, block))
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from slimfit_ds.activations.checkpoint import compresses, left_exact
 from slimfit_ds.activations.codecs import Codec
 from slimfit_ds.activations.ops.attention import recomputed_attention, stored_probabilities
-from slimfit_ds.activations.patch import Patches
+from slimfit_ds.activations.patch import Bound, Patches
 from slimfit_ds.activations.saved_tensors import saved_as_they_are
 
 __all__ = ["AttentionSetting", "install_attention", "uses_interface"]
@@ -58,7 +58,7 @@ def install_attention(patches: Patches, module: nn.Module, setting: AttentionSet
     """Let a module that `uses_interface` keep its operands as `setting` says."""
     patches.set(module, _SETTING, setting)
     patches.set(module, _ORIGINAL, module.__dict__.get("forward"))
-    patches.set(module, "forward", MethodType(_forward, module))
+    patches.set(module, "forward", Bound(_forward, module))
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

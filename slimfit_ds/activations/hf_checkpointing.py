@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from slimfit_ds.activations.patch import Patches, run_block
+from slimfit_ds.activations.patch import Bound, Patches, run_block
 
 __all__ = ["hold_checkpointing", "install_hook"]
 
@@ -43,7 +42,7 @@ def hold_checkpointing(patches: Patches, model: nn.Module, asked: bool, recomput
         _say_unchecked()
     for module in model.modules():
         if hasattr(module, "_set_gradient_checkpointing"):
-            patches.set(module, "_set_gradient_checkpointing", MethodType(hold, module))
+            patches.set(module, "_set_gradient_checkpointing", Bound(hold, module))
 
 
 def _hold(self: nn.Module, enable: bool = True, **_: Any) -> None:

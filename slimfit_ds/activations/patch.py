@@ -1,6 +1,6 @@
 """Reversible changes to single module instances, and the forwards that take the place of a module's own.
 
-A patched `forward` is a method bound to its module, so that `copy.deepcopy` of the model binds it to the copy. It calls the
+A patched `forward` is bound to its module, so that a copy of the model, or a pickled one, has it bound to its own. It calls the
 original forward for its values, and steps aside in eval mode, under `no_grad` and inside recomputed parts. What trains
 is read from `requires_grad` at every call.
 """
@@ -30,6 +30,7 @@ __all__ = [
     "DROPOUTS",
     "ActivationSetting",
     "BlockSetting",
+    "Bound",
     "ConsumerSetting",
     "DropoutSetting",
     "LinearSetting",
@@ -52,6 +53,24 @@ DROPOUTS = {"replay": replayed_dropout, "philox": philox_dropout}
 """Values of the operation `dropout` besides `exact`."""
 
 
+class Bound:
+    """A function of a module of ours bound to a model's module, as a method is.
+
+    pickle looks a method up by name on the object that it is bound to, and there is none of ours.
+    """
+
+    __slots__ = ("__func__", "__self__")
+
+    def __init__(self, function: Callable, module: nn.Module):
+        self.__func__, self.__self__ = function, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bound, (self.__func__, self.__self__)
+
+
 class Patches:
     """Remembers what instance attributes were, and puts them back."""
 
@@ -66,7 +85,7 @@ class Patches:
     def replace_forward(self, module: nn.Module, forward: Callable) -> None:
         """Make `forward(module, ...)` the forward of this instance; it may call `original_forward(module)`."""
         self.set(module, _ORIGINAL, module.__dict__.get("forward"))
-        self.set(module, "forward", MethodType(forward, module))
+        self.set(module, "forward", Bound(forward, module))
 
     def undo(self) -> None:
         """Restore everything, latest change first."""

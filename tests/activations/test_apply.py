@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -196,17 +197,25 @@ def test_only_some_presets_run_linear_layers_again(name, preset, again):
     assert set(calls) == set(again.split())
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("preset", ["balanced", "minimal", "ultra"])
-def test_a_copy_of_a_compressed_model_is_compressed_and_independent(preset):
-    model = without_dropout(build("bert"))
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_copy_of_a_compressed_model_is_compressed_and_independent(name, preset, copied):
+    model = without_dropout(build(name))
     compress(model, ActivationsConfig(preset=preset))
-    twin = copy.deepcopy(model)
-    batch = batch_for("bert")
+    twin = copied(model)
+    batch = batch_for(name)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     _, found = gradients(twin, batch)
-    _, again = gradients(without_dropout(build("bert")), batch)
+    _, again = gradients(without_dropout(build(name)), batch)
     assert 0 < relative_error(found, again) < 0.2
     assert all(p.grad is None for p in model.parameters())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -209,12 +210,13 @@ def test_the_engine_trains_as_without(one_rank):
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_copy_of_the_model_runs_its_own_weights():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_runs_its_own_weights(copied):
     model = Stack(blocks=1).double()
     freeze_weights(model)
     compress(model, ActivationsConfig(compile=True))
     x = torch.randn(2, 8, dtype=torch.float64)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     with torch.no_grad():
         twin.blocks[0].down.bias.add_(1.0)
     assert torch.allclose(twin(x), model(x) + 1.0)
