@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from slimfit_ds.deltas.base import DeltaError, find_base
+from slimfit_ds.deltas.card import write_card
 from slimfit_ds.deltas.combine import combine
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
@@ -20,9 +21,8 @@ from slimfit_ds.files import new_folder
 
 __all__ = ["main", "merge"]
 
-_BESIDE = (".json", ".jinja", ".txt", ".model", ".md")
+_BESIDE = (".json", ".jinja", ".txt", ".model")
 """Endings of what a model's folder holds beside weights: tokenizer, chat template, generation settings."""
-_OF_THE_MODEL = ("config.json", "README.md")
 
 
 def merge(
@@ -32,11 +32,12 @@ def merge(
     dtype: torch.dtype | None = None,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Write a base with a delta in it: weights, config, and what the folders hold for tokenizer and generation.
+    """Write a base with a delta in it: weights, config, a card, and what the folders hold for tokenizer and generation.
 
     Args:
         base: folder or hub id.
-        deltas: files, or folders that hold one; a tokenizer beside the first goes before that of the base.
+        deltas: files, or folders that hold one; a tokenizer, or generation settings, beside the first go before those of the
+            base. Of several there is no card.
         output: a folder that is not there yet; it is there whole or not at all.
         dtype: of the weights; None: that of the model that trained, which is exact.
         weights: of several deltas; None: their mean.
@@ -56,23 +57,19 @@ def merge(
             model = model.to(dtype)
             model.config.dtype = dtype
         model.save_pretrained(part)
-        taken = {path.name for path in part.iterdir()} | set(_OF_THE_MODEL)
         beside = Path(deltas[0]) if Path(deltas[0]).is_dir() else Path(deltas[0]).parent
         folder, _ = find_base(base)
         for source in (folder, beside):
             for path in sorted(source.iterdir()):
-                if (
-                    path.is_file()
-                    and path.suffix in _BESIDE
-                    and _belongs(path.name)
-                    and path.name not in taken
-                ):
+                if path.is_file() and path.suffix in _BESIDE and _belongs(path.name):
                     shutil.copyfile(path, part / path.name)
+        if only:
+            write_card(part, found[0], folder, beside)
 
 
 def _belongs(name: str) -> bool:
     known = (
-        "token",
+        "tokenizer",
         "vocab",
         "merges",
         "chat_template",

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slimfit_ds.deltas.delta import Delta, Source, from_state, whole_state, write_into
 
-__all__ = ["forget_read", "has_read", "read_deltas", "write_deltas"]
+__all__ = ["forget_read", "has_read", "read_deltas", "trainer_in", "write_as_weights", "write_deltas"]
 
 _NO_CONFIG = {
     "model_type": "slimfit_delta",
@@ -48,15 +48,14 @@ def write_deltas(
     def save_pretrained(
         self: Any, directory: str | os.PathLike, *args: Any, is_main_process: bool = True, **kwargs: Any
     ) -> Any:
-        trainer = _saving_trainer()
+        trainer = trainer_in("_save_checkpoint")
         if trainer is None or not of(trainer):
             return type(self).save_pretrained(
                 self, directory, *args, is_main_process=is_main_process, **kwargs
             )
         Path(directory).mkdir(parents=True, exist_ok=True)
         if is_main_process and (delta := capture()) is not None:
-            write_into(delta, Path(directory) / "model.safetensors", as_state=True)
-            Path(directory, "config.json").write_text(json.dumps(_NO_CONFIG))
+            write_as_weights(self, delta, Path(directory))
         return None
 
     # Bound, so that a deep copy of the model saves itself, and a pickled one has the method of its class.
@@ -68,6 +67,14 @@ def write_deltas(
             model.save_pretrained = before
 
     return undo
+
+
+def write_as_weights(model: Any, delta: Delta, directory: Path) -> None:
+    """Write a delta where a model's weights would stand, and its settings for generation."""
+    write_into(delta, directory / "model.safetensors", as_state=True)
+    Path(directory, "config.json").write_text(json.dumps(_NO_CONFIG))
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(directory)
 
 
 def read_deltas(model: nn.Module, source: Source) -> RemovableHandle:
@@ -105,11 +112,11 @@ def forget_read(model: nn.Module) -> None:
     model.__dict__.pop(_READ, None)
 
 
-def _saving_trainer() -> Any:
-    """The Trainer whose checkpoint is being written; None: the caller is somebody else."""
+def trainer_in(method: str) -> Any:
+    """The Trainer of which a method runs now; None: it does not."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == "_save_checkpoint" and "self" in frame.f_locals:
+        if frame.f_code.co_name == method and "self" in frame.f_locals:
             return frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -19,6 +19,7 @@ from slimfit_ds.deltas.delta import DELTA, Delta, Source, write_delta
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.data_parallel import ActiveGradients, hide_from_ddp, show_to_ddp
 from slimfit_ds.integrations.delta_checkpoints import forget_read, has_read, read_deltas, write_deltas
+from slimfit_ds.integrations.hub_push import prepare_push
 from slimfit_ds.integrations.plain_loop import SlimHandle
 from slimfit_ds.integrations.run_log import RunLog
 from slimfit_ds.schedule.schedule import freeze_problems
@@ -235,6 +236,13 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._run_log is not None:
             self._run_log.on_save(args, state, control, **kwargs)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After a run `Trainer.push_to_hub` sends what it has trained; in a run the Trainer sends its checkpoints."""
+        if self._handle is None and self.saved_schedule is not None:
+            prepare_push(kwargs["model"], self.config)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_bases import CONFIGS, logits, start
@@ -241,6 +242,13 @@ def test_files_beside_the_weights_come_along(tmp_path):
     (base / "chat_template.jinja").write_text("base")
     (base / "secrets.json").write_text("no")
     (tmp_path / "chat_template.jinja").write_text("trained with")
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    (base / "token.txt").write_text("secret")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base's.")
+    state = {"stateful_callbacks": {"SlimFitCallback": {"args": {"config": {"freeze": {"rate": 0.7}}}}}}
+    state |= {"global_step": 4, "log_history": [{"loss": 2.0}, {"eval_loss": 1.5, "step": 4}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "recipe.yaml").write_text("data: local:sums\nslimfit: {freeze: {rate: 0.7}}")
     assert main(["merge", str(base), str(tmp_path), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
@@ -249,7 +257,14 @@ def test_files_beside_the_weights_come_along(tmp_path):
         "model.safetensors",
         "tokenizer.json",
         "chat_template.jinja",
+        "README.md",
     }
+    assert load(tmp_path / "out").generation_config.max_new_tokens == 7
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.tags) == ("apache-2.0", ["slimfit-ds"])
+    for text in (str(base), read_delta(tmp_path).base.sha256, '"rate": 0.7', "sums", "| eval_loss | 1.5 |"):
+        assert text in card.text
+    assert "The base's" not in card.text
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "trained with"
     assert load(tmp_path / "out").dtype == torch.bfloat16
     assert main(["merge", str(base), str(tmp_path), str(tmp_path / "out")]) == 2
