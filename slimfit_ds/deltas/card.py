@@ -116,7 +116,9 @@ class _Facts:
             entry = callbacks.get("SlimFitCallback") if isinstance(callbacks, Mapping) else None
             if isinstance(entry, Mapping) and isinstance(entry.get("args"), Mapping):
                 return entry["args"].get("config")
-        with suppress(OSError, ValueError):  # Pushed to the hub and fetched again, the folder has the card alone.
+        with suppress(
+            OSError, ValueError
+        ):  # Pushed to the hub and fetched again, the folder has the card alone.
             text = (self._folders[0] / CARD).read_text(encoding="utf-8").partition(_TITLE)[2]
             return json.loads(text.partition("```json\n")[2].partition("```")[0])
         return None
