@@ -102,7 +102,8 @@ def train(argv: Sequence[str]) -> int:
 
     model, parts = new_model(), task.trainer_parts(inputs.splits)
     if recipe.lora is None and not getattr(args, "precompute_ref_log_probs", True):
-        if inputs.slimfit is not None and inputs.deepspeed is None:
+        stage = (inputs.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+        if inputs.slimfit is not None and stage < 3:
             parts["ref_model"] = ReferenceModel(model)
         else:
             # TRL would load it by a hub id or folder, which a GGUF file and a model from `config` have not.

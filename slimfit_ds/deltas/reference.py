@@ -27,7 +27,7 @@ class ReferenceModel(nn.Module):
     90 % frozen), and changes places with what has been learned while the reference computes.
 
     Args:
-        model: the policy; of one process, or of each under DistributedDataParallel.
+        model: the policy; of one process, or of each under DistributedDataParallel or the engine at ZeRO 0 to 2.
 
     Example:
         model = AutoModelForCausalLM.from_pretrained(...)
@@ -64,7 +64,7 @@ class ReferenceModel(nn.Module):
             )
 
     def hold(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Keep what will train as it was when this was made; `slim` and `SlimFitCallback` call this.
+        """Keep what will train as it was when this was made; `slim`, `SlimFitCallback` and the engine call this.
 
         Args:
             parameters: by name; of split layers the columns.
@@ -140,13 +140,13 @@ def hold_reference(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
         reference.hold(parameters)
 
 
-def reference_problems(model: nn.Module) -> list[str]:
-    """Whether a model that an engine is about to take has a `ReferenceModel`, which does not know engines; a line."""
-    if _ON_MODEL not in model.__dict__:
+def reference_problems(model: nn.Module, stage: int) -> list[str]:
+    """Whether a model that an engine of a ZeRO stage is about to take has a `ReferenceModel` that cannot work there; a line."""
+    if _ON_MODEL not in model.__dict__ or stage < 3:
         return []
     return [
-        "ReferenceModel: the policy is its own reference without DeepSpeed only; leave ref_model out, or set "
-        "precompute_ref_log_probs=True, which needs no second model in training either"
+        f"ReferenceModel: at zero_optimization.stage {stage} no rank has whole weights that could take turns; use stage 0 to 2, or "
+        "leave ref_model out and set precompute_ref_log_probs=True, which needs no second model in training either"
     ]
 
 

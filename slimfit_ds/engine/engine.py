@@ -17,6 +17,7 @@ from slimfit_ds.activations.proof import Proof
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import Source, write_delta
+from slimfit_ds.deltas.reference import hold_reference
 from slimfit_ds.engine import checkpoint, weights
 from slimfit_ds.engine.optimizer import FreezeOptimizer
 from slimfit_ds.engine.sharding import Sharding, build_units
@@ -97,14 +98,16 @@ class SlimFitEngine(DeepSpeedEngine):
             with self._linear.kept():
                 return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
         stage = int(self.zero_optimization_stage())
+        units = build_units(
+            self.module,
+            self.roles,
+            optimizer.param_groups,
+            slim.freeze.train_biases,
+            self.schedule.depths,
+        )
+        hold_reference(self.module, {n: p for u in units for n, p in zip(u.names, u.parameters, strict=True)})
         sharding = Sharding(
-            build_units(
-                self.module,
-                self.roles,
-                optimizer.param_groups,
-                slim.freeze.train_biases,
-                self.schedule.depths,
-            ),
+            units,
             self.seq_data_parallel_group,
             sharded=stage > 0,
             reduce_bucket=int(self.zero_reduce_bucket_size()),

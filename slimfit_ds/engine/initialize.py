@@ -139,7 +139,7 @@ def setting_problems(
     problems = config_problems(config, slim, model)
     problems += [f"slimfit.{line}" for line in activation_problems(model, slim.activations)]
     problems += freeze_problems(model, slim.freeze)
-    problems += reference_problems(model)
+    problems += reference_problems(model, int(config.get("zero_optimization", {}).get("stage", 0)))
     if slim.checkpoints == "delta":
         problems += base_problems(model, output)
     states = 0.0

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from slimfit_ds.deltas.reference import ReferenceModel
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.integrations.delta_checkpoints import write_deltas
 
@@ -81,6 +82,9 @@ def _replace_initialize() -> Callable[[], None]:
         deepspeed.initialize = stock
         try:
             arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
+            if isinstance(arguments.get("model"), ReferenceModel):
+                # TRL wants an engine around it; the policy's own has all of it.
+                return arguments["model"], None, None, None
             made = initialize(**(_without_block(arguments) if _nothing_trains(arguments) else arguments))
             if isinstance(made[0], SlimFitEngine) and made[0].slimfit_config.checkpoints == "delta":
                 # The engine's own part of a Trainer's checkpoint has what trained.

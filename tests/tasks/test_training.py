@@ -231,7 +231,12 @@ def test_preferences_have_the_loss_of_trl_alone_where_nothing_is_frozen(run, tmp
     expected = [entry["loss"] for entry in stock.state.log_history if "loss" in entry]
     assert expected[0] == pytest.approx(0.6931, abs=1e-3)
     assert expected[-1] < expected[0] - 1e-3
-    for overrides in ({"slimfit": None}, {"slimfit": {"freeze": {"policy": "none"}}}):
+    nothing = {"slimfit": {"freeze": {"policy": "none"}}}
+    for overrides in (
+        {"slimfit": None},
+        nothing,
+        {**nothing, "deepspeed": {"zero_optimization": {"stage": 2}}},
+    ):
         done, lines = run(QUESTIONS, **recipe, **overrides)
         assert [line["loss"] for line in lines] == pytest.approx(expected, abs=1e-4)
     assert "rewards/margins" in done["metrics"]
