@@ -106,7 +106,9 @@ def _verify(model: nn.Module, head: nn.Linear) -> None:
     ):
         return
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(head.out_features, (1, 8), generator=random).to(parameters[0].device)
+    # The first parameter may be one whose data lives on the host; a model that streams says where it computes.
+    device = getattr(model, "device", parameters[0].device)
+    ids = torch.randint(head.out_features, (1, 8), generator=random).to(device)
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:

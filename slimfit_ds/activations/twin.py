@@ -172,6 +172,7 @@ def run(
         stack.enter_context(undisturbed(module))
         stack.enter_context(graph.without_tensor_hooks([*parameters.values()]))
         stack.enter_context(_requiring_grad(parameters.values()))
+        leaves = {m.weight_columns: m.leaf for m in module.modules() if isinstance(m, SplitModule)}
         stack.enter_context(masks_of_torch())
         if plain:
             stack.enter_context(recomputed_part())
@@ -183,7 +184,8 @@ def run(
         found: Sequence[Tensor | None] = [None] * (len(wanting) + len(parameters))
         if heads and found:
             weights = [_direction(t, i) for i, t in enumerate(heads)]
-            found = torch.autograd.grad(heads, [*wanting, *parameters.values()], weights, allow_unused=True)
+            ends = [leaves.get(p, p) for p in parameters.values()]
+            found = torch.autograd.grad(heads, [*wanting, *ends], weights, allow_unused=True)
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     return Outcome(
         [t.detach() for t in tensors],

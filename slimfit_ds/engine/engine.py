@@ -106,6 +106,7 @@ class SlimFitEngine(DeepSpeedEngine):
             self.schedule.depths,
         )
         hold_reference(self.module, {n: p for u in units for n, p in zip(u.names, u.parameters, strict=True)})
+        streaming = streaming_of(self.module)
         sharding = Sharding(
             units,
             self.seq_data_parallel_group,
@@ -113,6 +114,7 @@ class SlimFitEngine(DeepSpeedEngine):
             reduce_bucket=int(self.zero_reduce_bucket_size()),
             gather_bucket=int(self.zero_allgather_bucket_size()),
             average=self.gradient_average,
+            device=torch.device(self.device),
         )
         scaler = CreateLossScaler(
             self.get_data_types()[0],
@@ -131,6 +133,7 @@ class SlimFitEngine(DeepSpeedEngine):
             communication_dtype=self._config.communication_data_type or torch.float32,
             # DeepSpeed's own optimizers of other stages do not know the setting.
             must_use_all=stage in (1, 2) and not self.zero_ignore_unused_parameters(),
+            **({} if streaming is None else {"arrive": streaming.finish_gradients}),
         )
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -209,6 +212,7 @@ class SlimFitEngine(DeepSpeedEngine):
         self.optimizer.require_finite(value)
 
     def _sum_of_ranks(self, flags: torch.Tensor) -> torch.Tensor:
+        flags = flags.to(self.device)
         dist.all_reduce(flags, group=self.seq_data_parallel_group)
         return flags
 

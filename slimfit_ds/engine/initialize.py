@@ -146,6 +146,9 @@ def setting_problems(
     if slim.optimizer_states.active == "host":
         # Float32 master and moments of the share that trains, before they are cut over ranks.
         states = 12 * (1 - slim.freeze.rate) * sum(p.numel() for p in model.parameters())
+    if slim.frozen_weights.columns == "host":
+        # Columns and gradients.
+        states += 2 * (1 - slim.freeze.rate) * sum(p.nbytes for p in model.parameters())
     return problems + streaming_problems(
         model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile, states
     )

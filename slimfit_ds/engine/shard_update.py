@@ -124,7 +124,9 @@ class ShardUpdater:
     ) -> None:
         states = [self.states.get(piece.unit.index) for piece in bucket]
         updates = [
-            gradients[piece.unit.index][piece.start : piece.stop].to(self.device, torch.float32)
+            gradients[piece.unit.index][piece.start : piece.stop]
+            .to(self.device, non_blocking=True)
+            .to(torch.float32)
             for piece in bucket
         ]
         shards = [piece.unit.own_weights[piece.start : piece.stop] for piece in bucket]
@@ -151,7 +153,8 @@ class ShardUpdater:
                 continue
             if shard.dtype is torch.bfloat16 and self._config.bf16_weights == "stochastic_rounding":
                 weight = stochastic_round_bf16(weight, self._rounding)
-            shard.copy_(weight)
+            # Rounded first: half of it travels where the weights are on the host.
+            shard.copy_(weight.to(shard.dtype))
 
     def _step_in_torch(
         self,

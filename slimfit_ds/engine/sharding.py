@@ -116,7 +116,8 @@ class FlatUnit(Unit):
     @property
     def flat(self) -> Tensor:
         """The weights as one flat tensor `[numel]` that shares their memory."""
-        return self.parameters[0].data.view(-1) if self._flat is None else self._flat
+        # Not `.data`: who keeps a copy of a parameter on another device sees by its version that it was written to.
+        return self.parameters[0].detach().view(-1) if self._flat is None else self._flat
 
     @property
     def own_weights(self) -> Tensor:
@@ -246,6 +247,7 @@ class Sharding:
         reduce_bucket: elements of one reduction over all ranks.
         gather_bucket: elements of one gather over all ranks.
         average: divide summed gradients by the number of ranks.
+        device: of the messages; weights and gradients of a unit may be on the host.
     """
 
     def __init__(
@@ -256,7 +258,9 @@ class Sharding:
         reduce_bucket: int,
         gather_bucket: int,
         average: bool,
+        device: torch.device,
     ):
+        self.device = device
         self.units = list(units)
         self.group = group
         self.world = dist.get_world_size(group=group)
@@ -294,7 +298,7 @@ class Sharding:
         """
         if self.world == 1:
             shards = {unit.index: gradients.pop(unit.index) for unit in units}
-            return shards, squared_norm(list(shards.values()))
+            return shards, squared_norm(list(shards.values()), self.device)
         parts: dict[int, list[Tensor]] = {unit.index: [] for unit in units}
         squares: list[Tensor] = []
         in_flight: list[tuple[list[Piece], Tensor, object]] = []
@@ -314,7 +318,7 @@ class Sharding:
         return shards, torch.stack(squares).sum()
 
     def _start_reduce(self, bucket: list[Piece], gradients: Mapping[int, Tensor], dtype: torch.dtype):
-        device = gradients[bucket[0].unit.index].device
+        device = self.device
         row = sum(piece.length for piece in bucket)
         buffer = torch.zeros(self.rows * row, dtype=dtype, device=device)
         self._copy_in(bucket, buffer.view(self.rows, row), gradients)
@@ -356,7 +360,7 @@ class Sharding:
             length = max(min(piece.stop, piece.unit.length) - piece.start, 0)
             if length:
                 part = result[offset : offset + length]
-                parts[piece.unit.index].append(part.to(keep or piece.unit.dtype))
+                parts[piece.unit.index].append(part.to(piece.unit.device, keep or piece.unit.dtype))
             offset += piece.length
         # Padding is zero, so the whole message counts.
         return squared_norm([result])
@@ -386,7 +390,7 @@ class Sharding:
         """Bytes are sent, so that units of several dtypes and the sidecar share a message."""
         head = 0 if extra is None else extra.numel()
         sizes = [piece.length * piece.unit.dtype.itemsize for piece in bucket]
-        device = bucket[0].unit.device
+        device = self.device
         row = torch.zeros(head + sum(sizes), dtype=torch.uint8, device=device)
         if extra is not None:
             row[:head] = extra
@@ -419,6 +423,19 @@ class Sharding:
                 flat[start * width : start * width + length] = table[row, :length]
 
 
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares of all elements, in float32, without float32 copies."""
-    return torch.stack(torch._foreach_norm(tensors, 2.0, torch.float32)).square().sum()
+def squared_norm(tensors: list[Tensor], device: torch.device | None = None) -> Tensor:
+    """Sum of squares of all elements, in float32, without float32 copies.
+
+    Args:
+        tensors: on one device; some may be on the host.
+        device: that device; default: that of the first.
+    """
+    device = device or tensors[0].device
+    if all(tensor.device.type == device.type for tensor in tensors):
+        norms = list(torch._foreach_norm(tensors, 2.0, torch.float32))
+    else:
+        # Those on the host one after the other: there is no room for all of them.
+        norms = [
+            torch._foreach_norm([t.to(device, non_blocking=True)], 2.0, torch.float32)[0] for t in tensors
+        ]
+    return torch.stack(norms).square().sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         communication_dtype: what gradients are sent in; float32 sums make the norm the same on any number of ranks.
             Between reduction and update they are kept in the dtype of the weights.
         must_use_all: a step in which a parameter that trains has no gradient is an error.
+        arrive: waits for gradients on their way to the host.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         clip: float = 0.0,
         communication_dtype: torch.dtype = torch.float32,
         must_use_all: bool = False,
+        arrive: Callable[[], None] = lambda: None,
     ):
         super().__init__()
         self.optimizer = optimizer
@@ -53,7 +55,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         self.dynamic_loss_scale = loss_scaler.dynamic
         self.clip_grad = clip
         self.communication_dtype = communication_dtype
-        self._must_use_all = must_use_all
+        self._must_use_all, self._arrive = must_use_all, arrive
         self._used: set[str] = set()
         self.custom_loss_scaler = False
         self.external_loss_scale = None
@@ -65,8 +67,9 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         self._present: set[int] = set()
         self._squared: Tensor | None = torch.zeros(())
         """Of the own shards of all reduced gradients; None: not worked out yet."""
-        device = sharding.units[0].device
-        self._set_up(sharding.units, config, measures, sharding.group, device, sharding.row, sharding.rows)
+        self._set_up(
+            sharding.units, config, measures, sharding.group, sharding.device, sharding.row, sharding.rows
+        )
 
     # What DeepSpeed's engine and schedulers ask of an optimizer.
 
@@ -106,6 +109,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         Args:
             boundary: this was the last micro-batch before a step.
         """
+        self._arrive()
         if self._must_use_all:
             self._check_used(boundary)
         live = [unit for unit in self._active if unit.has_gradient()]
@@ -122,9 +126,12 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         if boundary:
             sums, self._accumulated = self._accumulated, {}
             if self.stage == 2:
-                self._reduced, self._squared = sums, squared_norm(list(sums.values()))
+                self._reduced, self._squared = sums, self._squared_norm(sums)
             else:
                 self._reduced, self._squared = self._reduce(sums, keep=torch.float32)
+
+    def _squared_norm(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        return squared_norm(list(gradients.values()), self.sharding.device)
 
     def _check_used(self, boundary: bool) -> None:
         named = [pair for unit in self._active for pair in zip(unit.names, unit.parameters, strict=True)]
@@ -162,7 +169,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
 
     def _own_norm(self) -> tuple[Tensor, set[int]]:
         if self._squared is None:
-            self._squared = squared_norm(list(self._reduced.values()))
+            self._squared = self._squared_norm(self._reduced)
         squared = self._squared.to(self.updater.device)
         # At stage 0 every rank has the whole.
         return squared / self.sharding.world if self.sharding.rows == 1 else squared, self._present

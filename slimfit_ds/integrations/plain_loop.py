@@ -102,6 +102,11 @@ class SlimHandle:
                 "slimfit.optimizer_states.active 'host': an optimizer of torch updates all layers at once; set 'device', or "
                 "train with slimfit_ds.initialize, whose optimizer updates a layer at a time"
             )
+        if config.frozen_weights.columns == "host":
+            problems.append(
+                "slimfit.frozen_weights.columns 'host': an optimizer of torch would update them on the host; set 'device', or "
+                "train with slimfit_ds.initialize"
+            )
         if config.checkpoints == "delta":
             problems += base_problems(model)
         if problems:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,10 @@ _ALIGNMENT = 256
 
 
 class _Fetches(Protocol):
+    device: torch.device
+
     def fetch(self, block: Block) -> Tensor: ...
+    def finish_gradients(self) -> None: ...
 
 
 def padded(nbytes: int) -> int:
@@ -59,13 +63,17 @@ class _Place:
         memory = self.block.streaming.fetch(self.block)
         if self.weight is not None:
             layer = self.block.layers[self.weight]
-            layer.split.fill(self.block.weight_in(memory, self.weight), layer.weight_columns)
+            layer.split.fill(self.block.weight_in(memory, self.weight), layer.columns)
         memory = memory[self.start : self.block.nbytes].view(self.dtype)
         return memory.as_strided(self.size, self.stride, memory.storage_offset())
 
 
 class Block:
-    """The streamed parameters of one block, and their copy on the host.
+    """The streamed parameters of one block, and their copy on the host: frozen weights, and behind them the trained columns
+    of split layers, if these live there too.
+
+    In the graph of a step a leaf without memory stands for columns on the host. Its gradient is made on the device, as that
+    of any parameter, and goes to theirs.
 
     Its `enter` and `leave` are hooks of the block and of every module within that holds some of its weights: in the
     backward pass a part of the block may be computed again alone.
@@ -74,24 +82,36 @@ class Block:
     streaming: _Fetches | None
     """None: of a copy of the model, which is not streamed."""
 
-    def __init__(self, streaming: _Fetches, name: str, module: nn.Module, parameters: Sequence[nn.Parameter]):
-        self.streaming, self.name, self.parameters = streaming, name, list(parameters)
+    def __init__(
+        self,
+        streaming: _Fetches,
+        name: str,
+        module: nn.Module,
+        weights: Sequence[nn.Parameter],
+        splits: Sequence[SplitModule] = (),
+    ):
+        self.streaming, self.name, self.weights = streaming, name, list(weights)
+        self.parameters = self.weights + [layer.weight_columns for layer in splits]
         split = {m.frozen_weight: m for m in module.modules() if isinstance(m, SplitModule)}
-        self.layers: dict[int, SplitModule] = {
-            i: split[p] for i, p in enumerate(self.parameters) if p in split
-        }
+        self.layers: dict[int, SplitModule] = {i: split[p] for i, p in enumerate(self.weights) if p in split}
+        self._columns = {layer: len(self.weights) + i for i, layer in enumerate(splits)}
+        self._leaves: dict[SplitModule, tuple[Any, Tensor]] = {}
+        for layer in splits:
+            layer.home = self
         self._open: list[Any] = []
         self._memory: Tensor | None = None
         self.take()
 
     def take(self) -> None:
-        """Copy the weights into one flat piece of host memory, of which they are views from then on."""
+        """Copy everything into one flat piece of host memory, of which the parameters are views from then on."""
         self.offsets, self.nbytes = [], 0
         for parameter in self.parameters:
             self.offsets.append(self.nbytes)
             self.nbytes += padded(parameter.nbytes)
         self.host = torch.empty(self.nbytes, dtype=torch.uint8)
         self._views = self._within(self.host)
+        self._start_of_columns = self.offsets[len(self.weights)] if self._columns else self.nbytes
+        self.gradients = torch.empty(self.nbytes - self._start_of_columns, dtype=torch.uint8)
         with torch.no_grad():
             for parameter, view in zip(self.parameters, self._views, strict=True):
                 view.copy_(parameter.data)
@@ -123,8 +143,8 @@ class Block:
         self._open.append(None)
         if len(self._open) == 1:
             self._memory = self.streaming.fetch(self)
-            for parameter, view in zip(self.parameters, self._within(self._memory), strict=True):
-                parameter.data = view
+            for i, parameter in enumerate(self.weights):
+                parameter.data = self.weight_in(self._memory, i)
         if torch.is_grad_enabled() and (hooks := self._keep_places()) is not None:
             hooks.__enter__()
             self._open[-1] = hooks
@@ -137,8 +157,55 @@ class Block:
             hooks.__exit__(None, None, None)
         if not self._open:
             self._memory = None
-            for parameter, view in zip(self.parameters, self._views, strict=True):
+            for parameter, view in zip(self.weights, self._views, strict=False):
                 parameter.data = view
+
+    def columns_of(self, layer: SplitModule) -> Tensor:
+        """The trained columns of a layer on the device, for what is computed right away."""
+        if self.streaming is None:
+            return layer.weight_columns
+        memory = self.streaming.fetch(self) if self._memory is None else self._memory
+        return self.weight_in(memory, self._columns[layer])
+
+    def leaf_of(self, layer: SplitModule) -> Tensor:
+        """What stands for the trained columns of a layer in the graph: their shape on the device, without memory."""
+        columns = layer.weight_columns
+        if self.streaming is None:
+            return columns
+        kind = self.streaming.device, columns.dtype, columns.shape
+        known, leaf = self._leaves.get(layer, (None, columns))
+        if known != kind:
+            # Whoever takes it for the columns shall notice.
+            nothing = torch.full((), torch.nan, dtype=columns.dtype, device=self.streaming.device)
+            leaf = nothing.expand(columns.shape).requires_grad_()
+            leaf.register_post_accumulate_grad_hook(partial(self._send_gradient, layer))
+            self._leaves[layer] = kind, leaf
+        return leaf.requires_grad_(columns.requires_grad)
+
+    @torch.no_grad()
+    def _send_gradient(self, layer: SplitModule, leaf: Tensor) -> None:
+        """Give the columns on the host the gradient that has arrived at their leaf."""
+        assert self.streaming is not None
+        gradient, leaf.grad = leaf.grad, None
+        columns = layer.weight_columns
+        if gradient is None:
+            return
+        if columns.grad is not None:
+            self.streaming.finish_gradients()
+            columns.grad.add_(gradient.to(columns.device))
+            return
+        start = self.offsets[self._columns[layer]] - self._start_of_columns
+        memory = self.gradients[start : start + columns.nbytes].view(columns.dtype).view(columns.shape)
+        columns.grad = memory.copy_(gradient, non_blocking=True)
+
+    def take_home(self, device: torch.device) -> None:
+        """Put everything onto the device for good."""
+        for layer in self._columns:
+            layer.home = None
+        for parameter in self.parameters:
+            gradient, parameter.grad = parameter.grad, None
+            parameter.data = parameter.data.to(device, copy=True)
+            parameter.grad = None if gradient is None else gradient.to(device, copy=True)
 
     @property
     def on_device(self) -> bool:
@@ -198,7 +265,7 @@ class Block:
 def _detached() -> Block:
     """What a copy of the model has in place of a block: it is a plain model, with its frozen weights on the host."""
     block = Block.__new__(Block)
-    block.streaming, block.parameters = None, []
+    block.streaming, block.parameters, block.weights = None, [], []
     return block
 
 

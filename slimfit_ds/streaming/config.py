@@ -27,11 +27,17 @@ class FrozenWeightsConfig(StrictModel):
         2, ge=2, description="with live: host, how many blocks have room on the device at a time"
     )
 
+    columns: Literal["device", "host"] = Field(
+        "device",
+        description="with live: host, where the trained columns of the streamed blocks and their gradients live. host: they come "
+        "with their block and go as soon as they are made (slimfit_ds.initialize)",
+    )
+
     @model_validator(mode="after")
     def _needs_host(self) -> FrozenWeightsConfig:
-        if self.live == "device" and (self.resident, self.buffers) != (0, 2):
+        if self.live == "device" and (self.resident, self.buffers, self.columns) != (0, 2, "device"):
             raise ValueError(
-                f"resident {self.resident} and buffers {self.buffers} do nothing while all blocks live on the device: set live to "
-                "host, or leave them out"
+                f"resident {self.resident}, buffers {self.buffers} and columns {self.columns} do nothing while all blocks live on "
+                "the device: set live to host, or leave them out"
             )
         return self

@@ -28,11 +28,13 @@ class Streamed:
         blocks: name -> block, in model order; the output layer comes last, as one more.
         head: whether it does.
         tables: weights of word embeddings, with the embeddings that read them; one may be that of the output layer too.
+        columns: of a block by its name, layers whose trained columns live on the host too.
     """
 
     blocks: dict[str, tuple[nn.Module, list[nn.Parameter]]]
     head: bool
     tables: list[tuple[nn.Parameter, list[nn.Embedding]]]
+    columns: dict[str, list[SplitModule]]
 
     @property
     def weights(self) -> list[list[nn.Parameter]]:
@@ -90,7 +92,13 @@ def find_streamed(
         if end is head:
             name = next(name for name, module in model.named_modules() if module is head)
             found[name], has_head = (head, [weight]), True
-    return Streamed(found, has_head, list(tables.values()))
+    columns: dict[str, list[SplitModule]] = {}
+    if config.columns == "host":
+        for name, (block, weights) in found.items():
+            own = {id(p) for p in weights}
+            splits = [m for m in block.modules() if isinstance(m, SplitModule) and id(m.frozen_weight) in own]
+            columns[name] = [m for m in splits if not isinstance(m, nn.Embedding)]
+    return Streamed(found, has_head, list(tables.values()), columns)
 
 
 def _ends(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[nn.Embedding | None, nn.Linear | None]:
@@ -164,6 +172,11 @@ def streaming_problems(
         problems.append(
             "slimfit.frozen_weights.live 'host' is for weights that never train, and with this freeze policy every layer of "
             "the blocks trains at some step; use policy static (the default), a width below 1, or live 'device'"
+        )
+    if config.columns == "host" and not splits:
+        problems.append(
+            "slimfit.frozen_weights.columns 'host' is for layers of which columns train, and this freeze policy trains whole "
+            "layers; use policy static (the default), or columns 'device'"
         )
     if compiles:
         problems.append(

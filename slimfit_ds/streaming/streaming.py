@@ -57,7 +57,8 @@ class Streaming:
         self.blocks: list[Block] = []
         found = find_streamed(model, config)
         for name, (module, parameters) in found.blocks.items():
-            block = Block(self, name, module, parameters)
+            columns = found.columns.get(name, [])
+            block = Block(self, name, module, parameters, columns)
             self.blocks.append(block)
             self._hook(module, block)
         self._head = self.blocks[-1] if found.head else None
@@ -94,7 +95,8 @@ class Streaming:
     @property
     def host_tensors(self) -> list[Tensor]:
         """What is on the host, each piece once."""
-        return [block.host for block in self.blocks] + [table.weight.data for table in self._own_tables()]
+        pieces = [piece for block in self.blocks for piece in (block.host, block.gradients)]
+        return pieces + [table.weight.data for table in self._own_tables()]
 
     def _own_tables(self) -> list[Rows]:
         """Those whose weight is not the output layer's too."""
@@ -181,7 +183,8 @@ class Streaming:
         self._whole = Buffer(self._memory) if self._head is not None else None
         if self.device.type != "cuda":
             return
-        failed = sum(block.nbytes for block in self.blocks if not pin(block, block.host))
+        pieces = [(b, piece) for b in self.blocks for piece in (b.host, b.gradients) if piece.nbytes]
+        failed = sum(piece.nbytes for block, piece in pieces if not pin(block, piece))
         if failed:
             warnings.warn(
                 f"slimfit.frozen_weights: {failed / 2**30:.2f} GiB of host memory could not be page-locked (ulimit -l); "
@@ -195,6 +198,11 @@ class Streaming:
             self._copies.finish()
             del self._memory
         self.buffers, self._whole = [], None
+
+    def finish_gradients(self) -> None:
+        """Wait for the gradients of columns on the host, before the host reads them."""
+        if self.device.type == "cuda" and any(block.gradients.nbytes for block in self.blocks):
+            torch.cuda.current_stream(self.device).synchronize()
 
     def send(self, broadcast: Callable[[Tensor], Any]) -> None:
         """Give all ranks one rank's frozen weights, block by block through the device, on which messages travel.
@@ -237,9 +245,11 @@ class Streaming:
             del module.__dict__[_ON_OWNER], module.__dict__["_apply"]
         self._handles, self._owners = [], []
         self.drop_buffers()
-        owners: list[Block | Rows] = [*self.blocks, *self._own_tables()]
-        for parameter in [p for owner in owners for p in owner.parameters]:
-            parameter.data = parameter.data.to(self.device, copy=True)
+        self.finish_gradients()
+        for table in self._own_tables():
+            table.weight.data = table.weight.data.to(self.device, copy=True)
+        for block in self.blocks:
+            block.take_home(self.device)
         self.blocks, self.tables, self._position, self._head = [], [], {}, None
         for each in self._tells_device:
             each.__class__ = each.whole_class  # type: ignore[assignment]

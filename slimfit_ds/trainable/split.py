@@ -81,6 +81,19 @@ class SplitModule(nn.Module):
     whole_class: type[nn.Module]
     """What the layer was, and becomes again."""
     weight_columns: nn.Parameter
+    home: Any = None
+    """None: the columns are where the layer computes. Otherwise they live on the host, and this is what brings them
+    (`streaming.blocks.Block`)."""
+
+    @property
+    def columns(self) -> Tensor:
+        """The trained columns where the layer computes."""
+        return self.weight_columns if self.home is None else self.home.columns_of(self)
+
+    @property
+    def leaf(self) -> Tensor:
+        """What the graph knows the trained columns as, whose gradient becomes theirs."""
+        return self.weight_columns if self.home is None else self.home.leaf_of(self)
 
     @property
     def frozen_weight(self) -> nn.Parameter:
@@ -141,7 +154,7 @@ class _SplitLinear(SplitModule):
         kept = None
         if self.weight_columns.requires_grad and torch.is_grad_enabled():
             kept = _kept_columns(x, self.split, dtype)
-        return _Product.apply(x, kept, self.weight_columns, self.bias, self, dtype)
+        return _Product.apply(x, kept, self.leaf, self.bias, self, dtype)
 
 
 class _SplitEmbedding(SplitModule):
@@ -178,18 +191,18 @@ def _inside_forward() -> bool:
 
 def whole_weight(layer: SplitModule) -> Tensor:
     """The weight of a split layer, up to date, as a tensor of the graph, whose gradient reaches the columns that train."""
-    layer.split.fill(layer.frozen_weight, layer.weight_columns)
-    return _Whole.apply(layer.weight_columns, layer)
+    layer.split.fill(layer.frozen_weight, layer.columns)
+    return _Whole.apply(layer.leaf, layer)
 
 
 class _Whole(torch.autograd.Function):
     """The weight of a split layer as a tensor of the graph, whose gradient is cut to the columns."""
 
     @staticmethod
-    def forward(ctx: Any, columns: Tensor, layer: SplitModule) -> Tensor:
-        ctx.split, ctx.dtype = layer.split, columns.dtype
+    def forward(ctx: Any, leaf: Tensor, layer: SplitModule) -> Tensor:
+        ctx.split, ctx.dtype = layer.split, leaf.dtype
         # For autograd's check that nobody changed them in between.
-        ctx.save_for_backward(columns)
+        ctx.save_for_backward(layer.weight_columns)
         return _no_view(layer.frozen_weight.data)
 
     @staticmethod
@@ -216,22 +229,24 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         kept: Tensor | None,
-        columns: Tensor,
+        leaf: Tensor,
         bias: Tensor | None,
         layer: _SplitLinear,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.split, ctx.x_dtype = layer.split, x.dtype
+        ctx.layer, ctx.x_dtype = layer, x.dtype
         # The parameter itself, never what it holds now: its data may come and go until backward.
-        ctx.save_for_backward(kept, columns, layer.frozen_weight)
-        weight = layer.split.fill(layer.frozen_weight, columns).to(dtype)
+        ctx.save_for_backward(kept, layer.weight_columns, layer.frozen_weight)
+        weight = layer.split.fill(layer.frozen_weight, layer.columns).to(dtype)
         return _no_view(F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
         kept, columns, weight = ctx.saved_tensors
-        split = ctx.split
+        split = ctx.layer.split
+        if ctx.layer.home is not None:
+            columns = ctx.layer.columns
         dx = d_columns = d_bias = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ split.fill(weight, columns).to(dy.dtype)).to(ctx.x_dtype)

@@ -102,6 +102,45 @@ def test_the_engine_trains_the_same_and_goes_on_from_checkpoints(one_rank, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("stage", "dtype", "preset", "states"),
+    [
+        (0, "fp32", "exact", {}),
+        (1, "bf16", "minimal", {}),
+        (2, "bf16", "balanced", {"precision": "8bit", "bf16_weights": "stochastic_rounding"}),
+        (1, "bf16", "ultra", {"active": "device"}),
+    ],
+)
+def test_trained_columns_and_their_gradients_on_the_host_are_exact(
+    one_rank, tmp_path, stage, dtype, preset, states
+):
+    """Also from a checkpoint, and between micro-batches; gradients are on the host as soon as they are made."""
+    weights = {**HOST, "columns": "host"}
+    resident = engine_of(stage, {}, dtype, preset, states)
+    away = engine_of(stage, weights, dtype, preset, {"active": "host", **states})
+    expected, found = steps(resident, 0, 3), steps(away, 0, 3)
+    assert_same(found, expected)
+    layer = away.module.model.layers[1].mlp.up_proj
+    block = streaming_of(away.module).blocks[1]
+    own = {t.untyped_storage().data_ptr() for t in (block.host, block.gradients)}
+    held, collect = [layer.weight_columns], away.optimizer.collect_gradients
+    away.optimizer.collect_gradients = lambda last: held.append(layer.weight_columns.grad) or collect(last)
+    away.backward(away(input_ids=ids(90), labels=ids(90)).loss)
+    assert len(held) == 2
+    assert {t.untyped_storage().data_ptr() for t in held} == own
+    away.optimizer.zero_grad()
+    away.save_checkpoint(tmp_path / "checkpoint")
+    away.save_pretrained(tmp_path / "model")
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=layer.weight_columns.dtype)
+    assert_same(list(saved.state_dict().values()), list(resident.module.state_dict().values()))
+    again = engine_of(stage, weights, dtype, preset, {"active": "host", **states})
+    steps(again, 7, 8)  # its buffers hold columns that the checkpoint replaces
+    again.load_checkpoint(tmp_path / "checkpoint")
+    assert_same(steps(again, 3, 5), steps(resident, 3, 5))
+    streaming_of(again.module).remove()
+    assert again.module.model.layers[1].mlp.up_proj.home is None
+
+
+@pytest.mark.parametrize(
     ("stage", "states"),
     [
         (1, {}),

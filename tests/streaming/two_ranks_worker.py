@@ -18,7 +18,7 @@ import slimfit_ds
 from slimfit_ds.streaming.streaming import streaming_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-AWAY = {"frozen_weights": {"live": "host"}, "optimizer_states": {"active": "host"}}
+AWAY = {"frozen_weights": {"live": "host", "columns": "host"}, "optimizer_states": {"active": "host"}}
 
 
 def train(stage: int, dtype: str, clip: float, away: bool) -> list[Tensor]:
