@@ -63,7 +63,7 @@ class _Place:
         memory = self.block.streaming.fetch(self.block)
         if self.weight is not None:
             layer = self.block.layers[self.weight]
-            layer.split.fill(self.block.weight_in(memory, self.weight), layer.columns)
+            layer.split.fill(self.block.weight_in(memory, self.weight), self.block.columns_of(layer))
         memory = memory[self.start : self.block.nbytes].view(self.dtype)
         return memory.as_strided(self.size, self.stride, memory.storage_offset())
 
@@ -162,7 +162,7 @@ class Block:
 
     def columns_of(self, layer: SplitModule) -> Tensor:
         """The trained columns of a layer on the device, for what is computed right away."""
-        if self.streaming is None:
+        if self.streaming is None or layer not in self._columns:
             return layer.weight_columns
         memory = self.streaming.fetch(self) if self._memory is None else self._memory
         return self.weight_in(memory, self._columns[layer])

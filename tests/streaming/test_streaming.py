@@ -418,6 +418,9 @@ def test_what_is_refused(monkeypatch):
     )
     assert "buffers" in problems({"frozen_weights": {"live": "host", "buffers": 1}})
     assert "updates all layers at once" in problems({"optimizer_states": {"active": "host"}})
+    columns = {"frozen_weights": {"live": "host", "columns": "host"}}
+    assert "an optimizer of torch would update them on the host" in problems(columns)
+    assert "this freeze policy trains whole layers" in problems({"freeze": {"policy": "ils"}, **columns})
     assert "set activations.compile to false" in problems(
         {"activations": {"preset": "minimal", "compile": True}}
     )
