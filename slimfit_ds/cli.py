@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
-__all__ = ["COMMANDS", "main", "train"]
+__all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "train": ("slimfit_ds.cli:train", "fine-tune as a recipe says"),
+    "train": ("slimfit_ds.train:main", "fine-tune as a recipe says"),
     "compare": (
         "slimfit_ds.comparison.cli:main",
         "run one recipe by several strategies: memory, speed, traffic",
@@ -44,21 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     module, _, function = COMMANDS[parser.parse_args(arguments[:1]).command][0].partition(":")
     return getattr(import_module(module), function)(arguments[1:])
-
-
-def train(argv: Sequence[str]) -> int:
-    """Run `launch/train.py` of the repository."""
-    script = Path(__file__).resolve().parents[1] / "launch" / "train.py"
-    spec = importlib.util.spec_from_file_location("slimfit_train", script)
-    if spec is None or spec.loader is None or not script.is_file():
-        print(
-            f"slimfit-ds train: there is no {script}; training runs from a clone of the repository",
-            file=sys.stderr,
-        )
-        return 2
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main(argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ FLOORS = (
     {"integrations", "tasks"},
     {"planner", "doctor"},
     {"comparison", "facade"},
-    {"slimfit_ds", "cli"},
+    {"slimfit_ds", "cli", "train"},
 )
 
 

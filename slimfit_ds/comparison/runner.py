@@ -1,4 +1,4 @@
-"""Runs one recipe by one strategy after the other: `launch/train.py` under DeepSpeed's launcher, its steps measured."""
+"""Runs one recipe by one strategy after the other: `slimfit-ds train` under DeepSpeed's launcher, its steps measured."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compare(what: Comparison, progress: Callable[[str], None] = lambda text: Non
 
 
 def overrides_of(strategy: Strategy, config: str, own: Sequence[str] = ()) -> tuple[list[str], int]:
-    """Return what turns a recipe into a strategy, as `key=value` for `launch/train.py`, and the ZeRO stage of that.
+    """Return what turns a recipe into a strategy, as `key=value` for `slimfit-ds train`, and the ZeRO stage of that.
 
     Buckets are small unless the strategy says otherwise: DeepSpeed's default is a gigabyte for any model, and a
     comparison against that says little.
@@ -133,7 +133,7 @@ def _run(what: Comparison, strategy: Strategy, overrides: list[str], stage: int)
     run, log = folder / "run", folder / "log.txt"
     command = [
         *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(what.ranks)),
-        *("--master_port", str(free_port()), "--no_local_rank", "--module", "slimfit_ds.cli", "train"),
+        *("--master_port", str(free_port()), "--no_local_rank", "--module", "slimfit_ds.train"),
         *("--config", str(what.config), *overrides, f"output_dir={json.dumps(str(run))}", "export=false"),
         f"measure={{warmup: {what.warmup}, tracked: {what.tracked}}}",
     ]

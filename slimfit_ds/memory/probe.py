@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimfit_ds.memory.tracker import HOST, HOST_WEIGHTS, MemoryReport, MemoryTracker, Roots, training_device
+from slimfit_ds.memory.tracker import (
+    HOST,
+    HOST_WEIGHTS,
+    MemoryReport,
+    MemoryTracker,
+    Peak,
+    Roots,
+    training_device,
+)
 from slimfit_ds.memory.traffic import TrafficCounter
 
 __all__ = ["StepCost", "StepProbe"]
@@ -38,12 +46,14 @@ class StepCost:
         bytes_sent: payload of all collectives; None: not counted.
         memory: bytes by kind; None: the step was not tracked.
         timeline: `(phase, module, bytes by kind)` at every change, if asked for.
+        peaks: the largest totals by phase and module, of a tracked step.
     """
 
     seconds: float
     bytes_sent: int | None = None
     memory: MemoryReport | None = None
     timeline: list[tuple[str, str, dict[str, int]]] | None = None
+    peaks: tuple[Peak, ...] = ()
 
 
 class StepProbe:
@@ -129,7 +139,13 @@ class StepProbe:
         self.costs.append(
             StepCost(seconds, sent)
             if tracker is None
-            else StepCost(seconds, sent, tracker.report(self._without), tracker.timeline)
+            else StepCost(
+                seconds,
+                sent,
+                tracker.report(self._without),
+                tracker.timeline,
+                tuple(tracker.peaks(self._without)),
+            )
         )
 
     def abandon(self) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "KINDS",
     "MemoryReport",
     "MemoryTracker",
+    "Peak",
     "Roots",
     "optimizer_tensors",
     "training_device",
@@ -94,8 +95,8 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
-class _Peak:
-    """The largest total of a phase, and what it was made of."""
+class Peak:
+    """The largest total on the device while a module ran in a phase, and what it was made of."""
 
     total: int
     live: dict[str, int]
@@ -163,7 +164,7 @@ class MemoryTracker(TorchDispatchMode):
         self._phase: str | None = None
         self._on_host: set[int] = set()
         self._highest: dict[str, int] = {}
-        self._peaks: dict[str, _Peak] = {}
+        self._peaks: dict[tuple[str, str], Peak] = {}
         self._was_forward = False
         self.timeline: list[tuple[str, str, dict[str, int]]] | None = [] if timeline else None
 
@@ -226,6 +227,10 @@ class MemoryTracker(TorchDispatchMode):
             for tensor in tensors():
                 self._put(tensor, kind)
 
+    def peaks(self, without_phases: Sequence[str] = ()) -> list[Peak]:
+        """The largest totals seen so far, one for each phase and module, without these phases."""
+        return [peak for (phase, _), peak in self._peaks.items() if phase not in without_phases]
+
     def report(self, without_phases: Sequence[str] = ()) -> MemoryReport:
         """The bytes seen so far.
 
@@ -233,8 +238,7 @@ class MemoryTracker(TorchDispatchMode):
             without_phases: phases whose peak does not count (those that work in host memory).
         """
         cuda = self._device == "cuda"
-        counted = [peak for phase, peak in self._peaks.items() if phase not in without_phases]
-        peak = max(counted, key=lambda p: p.total, default=_Peak(0, {}, "", ""))
+        peak = max(self.peaks(without_phases), key=lambda p: p.total, default=Peak(0, {}, "", ""))
         return MemoryReport(
             **{kind: self._highest.get(kind, 0) for kind in (*KINDS, *_HOST_KINDS)},
             peak=peak.total,
@@ -299,10 +303,10 @@ class MemoryTracker(TorchDispatchMode):
                 self._highest[kind] = size
         device_total = self._ledger.total - sum(live.get(kind, 0) for kind in _HOST_KINDS)
         phase, module = self._where()
-        highest = self._peaks.get(phase)
+        highest = self._peaks.get((phase, module))
         if highest is None or device_total > highest.total:
             held = {kind: size for kind, size in live.items() if size and kind not in _HOST_KINDS}
-            self._peaks[phase] = _Peak(device_total, held, phase, module)
+            self._peaks[phase, module] = Peak(device_total, held, phase, module)
         if self.timeline is not None:
             self.timeline.append((phase, module, dict(live)))
 

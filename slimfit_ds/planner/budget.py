@@ -159,7 +159,7 @@ def settings_for_budget(
     )
     workload = workload_of(model, batch, samples, dtype, accumulation)
     target = "cuda" if device.type == "cuda" else "cpu"
-    with nullcontext(simulator) if simulator is not None else Simulator(world_size) as simulator:
+    with nullcontext(simulator) if simulator is not None else Simulator(world_size, deep=True) as simulator:
         try:
             facts = simulator.inspect(workload)
         except ValueError as error:

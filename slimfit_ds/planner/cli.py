@@ -1,35 +1,35 @@
-"""`slimfit-ds plan --model NAME --gpu-memory 24GB`: what a setting would need, and a recipe for one that fits."""
+"""`slimfit-ds plan --model NAME --gpu 4090`: what settings need and how fast they could be, and a recipe for one that fits."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from slimfit_ds.errors import ConfigError, parse_bytes
 from slimfit_ds.files import folder_for_writing, write_atomically
 from slimfit_ds.planner.rivals import rivals_by_arithmetic
-from slimfit_ds.planner.search import Choice, Setting, find_setting
+from slimfit_ds.planner.rows import PlanRow, page, table
+from slimfit_ds.planner.search import Choice, Setting, find_setting, label_of
 from slimfit_ds.planner.simulate import Estimate, Simulator
-from slimfit_ds.planner.speed import CARDS, Card, card_for, speed
+from slimfit_ds.planner.speed import CARDS, Card, Speed, card_for, card_here, card_named, speed
 from slimfit_ds.planner.strategies import STRATEGIES, Strategy, zero_states
 from slimfit_ds.planner.workload import DTYPES, TASKS, ModelNotFound, Workload, load_config
 from slimfit_ds.report.units import human_bytes
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["add_arguments", "main", "run"]
 
 DESCRIPTION = "What a model needs for fine-tuning, what fits a GPU, and a recipe for it. Runs without a GPU."
 EXAMPLES = """examples:
-  slimfit-ds plan --model meta-llama/Meta-Llama-3-8B --gpu-memory 24GB --gpus 1 --batch 1 --seq 2048
+  slimfit-ds plan --model meta-llama/Meta-Llama-3-8B --gpu 4090 --batch 1 --seq 2048
   slimfit-ds plan --model my_model/config.json --gpu-memory 16GiB --batch 32 --seq 128 --task sequence_classification
 """
 
@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     add = parser.add_argument
     add("--model", required=True, help="hub id, folder, or config.json")
-    add("--gpu-memory", required=True, help="of one GPU: 24GB (10^9), 24GiB (2^30)")
+    add(
+        "--gpu",
+        "--card",
+        help=f"{', '.join(CARDS).lower()}: its memory and assumed speed; default: the GPU that is here",
+    )
+    add("--gpu-memory", help="of one GPU, instead of the card's: 24GB (10^9), 24GiB (2^30)")
     add("--gpus", type=int, default=1, help="number of GPUs (1)")
     add("--batch", type=int, default=1, help="samples per GPU and optimizer step (1)")
     add("--seq", type=int, default=512, help="tokens per sample (512)")
@@ -48,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, help="ZeRO stage of the SlimFit settings (1; 0 on one GPU)")
     reserved = "kept free for what is not simulated: CUDA context, fragmentation, kernels' workspaces (600MB)"
     add("--reserve", default="600MB", help=reserved)
-    add("--card", choices=sorted(CARDS), help="whose speed is assumed (the smallest with --gpu-memory)")
     add("--tflops", type=float, help="peak of dense bf16 products instead of the card's, 10^12 per second")
     add("--link", type=float, help="peak from host to device instead of the card's, 10^9 bytes per second")
     add("--efficiency", type=float, help="share of --tflops that a step reaches (0.5, assumed)")
@@ -86,31 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class PlanRow:
-    """One setting of a plan.
-
-    Args:
-        label: the setting.
-        needs: bytes on the device; None: not known.
-        parts: bytes by kind at the peak.
-        host: bytes of weights and optimizer states on the host.
-        error: expected relative error of the gradients; why there is no estimate, if `needs` is None.
-        bound: `needs` is only a lower bound (model states by arithmetic).
-        chosen: this is the recommendation.
-        speed: what a step could reach, in words.
-    """
-
-    label: str
-    needs: int | None
-    parts: dict[str, int] = field(default_factory=dict)
-    host: int = 0
-    error: str = "none"
-    bound: bool = False
-    chosen: bool = False
-    speed: str = ""
-
-
 class _Plan:
     """One run of the command."""
 
@@ -129,7 +108,8 @@ class _Plan:
                 problems.append(f"{key} {error}")
                 return 0
 
-        self.memory = size("gpu-memory", arguments.gpu_memory)
+        card = self._card(arguments, problems)
+        self.memory = size("gpu-memory", arguments.gpu_memory) if arguments.gpu_memory else int(card.memory)
         self.reserve = size("reserve", arguments.reserve)
         self.budget = self.memory - self.reserve
         for key in ("gpus", "batch", "seq"):
@@ -153,7 +133,9 @@ class _Plan:
         model = Path(arguments.model)
         name = model.stem if model.suffix == ".json" else model.name
         self.folder = Path(arguments.output) if arguments.output else Path("outputs") / f"plan-{name}"
-        self.files = (self.folder / "ds_config.json", self.folder / "recipe.yaml")
+        self.files = tuple(
+            self.folder / name for name in ("ds_config.json", "recipe.yaml", "plan.json", "plan.html")
+        )
         if not arguments.overwrite:
             there = [path for path in self.files if path.exists()]
             problems += [f"{path} exists: choose another --output, or add --overwrite" for path in there]
@@ -168,15 +150,37 @@ class _Plan:
             dtype=arguments.dtype,
             image_size=arguments.image_size,
         )
+        self.started = time.monotonic()
+        task = self.workload.resolved_task(load_config(arguments.model))
+        self.images = task == "image_classification"
         stage = arguments.stage if arguments.stage is not None else (1 if arguments.gpus > 1 else 0)
         self.strategy = Strategy("slimfit", stage=stage)
-        card: Card = CARDS[arguments.card] if arguments.card else card_for(self.memory)
+        if not arguments.gpu and arguments.gpu_memory:
+            card = card_for(self.memory)
         self.card = card.with_(
             flops=arguments.tflops and arguments.tflops * 1e12,
             link=arguments.link and arguments.link * 1e9,
             efficiency=arguments.efficiency,
             link_efficiency=arguments.link_efficiency,
         )
+
+    @staticmethod
+    def _card(arguments: argparse.Namespace, problems: list[str]) -> Card:
+        """Return the card that is named or here; any card if the memory is given."""
+        here = None if arguments.gpu else card_here()
+        if arguments.gpu:
+            found = card_named(arguments.gpu)
+            if found is None:
+                known = ", ".join(CARDS).lower()
+                problems.append(
+                    f"gpu must be one of {known}, got {arguments.gpu!r}; or give --gpu-memory 24GB"
+                )
+        elif here is None and not arguments.gpu_memory:
+            problems.append("gpu: there is none here; name one, --gpu 4090, or its memory, --gpu-memory 24GB")
+            found = None
+        else:
+            found = here
+        return found or CARDS["4090"]
 
     def go(self) -> None:
         """Simulate, print the table, write the files.
@@ -186,17 +190,24 @@ class _Plan:
         """
         from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 180)
+        console = Console(width=None if sys.stdout.isatty() else 150)
         arguments = self.arguments
         if self.budget <= 0:
             kept = human_bytes(self.reserve)
             raise ConfigError([f"nothing fits: the GPU is smaller than the {kept} kept free (--reserve)"])
-        with Simulator(arguments.gpus) as self.simulator:
+        gpus = arguments.gpus
+        # The rivals in a process of their own, beside the search.
+        with (
+            Simulator(gpus, deep=True) as self.simulator,
+            Simulator(gpus, deep=True) as beside,
+            ThreadPoolExecutor(1) as thread,
+        ):
+            self._say("reading the model")
             try:
                 facts = self.simulator.inspect(self.workload)
             except ValueError as error:
                 raise ConfigError([str(error)]) from None
-            rows = [] if arguments.slimfit_only else self._others(facts)
+            others = None if arguments.slimfit_only else thread.submit(self._others, facts, beside)
             choice = find_setting(
                 self.budget,
                 self.workload,
@@ -205,63 +216,87 @@ class _Plan:
                 strategy=self.strategy,
                 language_model=facts["loss_in_chunks"],
             )
+            rows = others.result() if others is not None else []
             rows += [
-                self._row(f"SlimFit {s.label}", s.estimate, s.gradient_error, s is choice.setting)
+                self._row(f"SlimFit {s.label}", s.estimate, s.gradient_error, s is choice.setting, ours=True)
                 for s in choice.tried
             ]
-            if not arguments.slimfit_only:
-                rows.append(self._papers_schedule(choice.setting or choice.smallest))
-            title = (
-                f"{arguments.model}: batch {arguments.batch} x {arguments.seq} on {arguments.gpus} GPU(s) of "
-                f"{arguments.gpu_memory}"
-            )
-            caption = (
-                f"{facts['parameters']:,} parameters, {facts['layers']} layers, {arguments.dtype}; simulated on fake "
-                f"tensors; {human_bytes(self.reserve)} kept free for what is not simulated. In the order of the "
-                "ladder; the paper's schedule with its worst active set. Speed: no measurement, but the step's matrix "
-                f"products at {self.card.flops / 1e12:g} TFLOP/s x {self.card.efficiency:g} ({self.card.name}) or its bytes over "
-                f"a link of {self.card.link / 1e9:g} GB/s x {self.card.link_efficiency:g}, whichever takes longer."
-            )
-            console.print(_table(rows, title, caption, self.budget))
+            title, caption = self._title(), self._caption(facts)
+            unit = "images/s" if self.images else "tokens/s"
+            console.print(table(rows, title, caption, self.budget, unit))
             if choice.setting is None:
                 raise ConfigError(self._what_is_missing(choice))
-        for path in self._write(choice, choice.setting):
-            console.print(f"written: {path}", highlight=False)
+        texts = [*self._recipe(choice, choice.setting), self._json(facts, rows, choice.setting)]
+        texts.append(page(rows, title, caption, self.budget, unit))
+        for path, text in zip(self.files, texts, strict=True):
+            write_atomically(path, text)
         recipe = self.files[1]
         console.print(
+            f"written: {', '.join(str(path) for path in self.files)}\n"
             f"{choice.reason(self.budget)}\nexpected gradient error: {choice.setting.gradient_error}\n"
-            f"{self._speed(choice.setting.estimate)} (simulated, not measured)\n"
-            f"run: deepspeed --num_gpus {arguments.gpus} launch/train.py --config {recipe} data_dir=YOUR_DATA",
+            f"{self._speed_text(choice.setting.estimate)} (assumed, not measured)\n"
+            f"run: deepspeed --num_gpus {gpus} --module slimfit_ds.train --config {recipe} data_dir=YOUR_DATA",
             highlight=False,
         )
 
-    def _worst(self, workload: Workload, strategy: Strategy) -> Estimate:
-        return self.simulator.run(workload, strategy, "worst")
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:3.0f} s] {text}", file=sys.stderr, flush=True)
 
-    def _row(self, label: str, estimate: Estimate, error: str = "none", chosen: bool = False) -> PlanRow:
+    def _title(self) -> str:
+        arguments = self.arguments
+        memory = arguments.gpu_memory or f"{self.memory / 1e9:g}GB"
+        name = f"{self.card.name}, {memory}" if arguments.gpu or not arguments.gpu_memory else memory
+        seq = "" if self.images else f" x {arguments.seq}"
+        return f"{arguments.model}: batch {arguments.batch}{seq} on {arguments.gpus} GPU(s) ({name})"
+
+    def _caption(self, facts: dict[str, Any]) -> str:
+        return (
+            f"{facts['parameters']:,} parameters, {facts['layers']} layers, {self.arguments.dtype}. Memory: simulated on fake "
+            f"tensors; {human_bytes(self.reserve)} kept free for what is not simulated. Settings of SlimFit in the order of "
+            "the ladder, fastest first. Speed: no measurement, but the step's matrix "
+            f"products at {self.card.flops / 1e12:g} TFLOP/s x {self.card.efficiency:g} ({self.card.name}) or its bytes over "
+            f"a link of {self.card.link / 1e9:g} GB/s x {self.card.link_efficiency:g}, whichever takes longer."
+        )
+
+    def _worst(self, workload: Workload, strategy: Strategy) -> Estimate:
+        return self._simulate(self.simulator, workload, strategy, "worst")
+
+    def _simulate(
+        self, simulator: Simulator, workload: Workload, strategy: Strategy, active: str = "expected"
+    ) -> Estimate:
+        found = simulator.run(workload, strategy, active)
+        needs = found.error if found.report is None else human_bytes(found.peak)
+        name = f"SlimFit {label_of(strategy.slimfit)}" if strategy.slimfit is not None else strategy.note
+        self._say(f"{name}: {needs}")
+        return found
+
+    def _row(
+        self, label: str, estimate: Estimate, error: str = "none", chosen: bool = False, ours: bool = False
+    ) -> PlanRow:
         report = estimate.report
         if report is None:
-            return PlanRow(label, None, error=estimate.error)
+            return PlanRow(label, None, error=estimate.error, ours=ours)
         return PlanRow(
             label,
             report.peak,
             report.at_peak,
             report.optimizer_host + report.parameters_host,
             error,
+            ours=ours,
             chosen=chosen,
-            speed=self._speed(estimate),
+            speed=self._speed(estimate.flops, estimate.copied),
         )
 
-    def _speed(self, estimate: Estimate) -> str:
-        """What a step of this rank could reach, in words; of images a sample is one."""
-        if not estimate.flops:
-            return ""
-        images = self.workload.resolved_task(load_config(self.arguments.model)) == "image_classification"
-        count = self.arguments.batch * (1 if images else self.arguments.seq)
-        text = str(speed(estimate.flops, estimate.copied, count, self.card))
-        return text.replace("tokens/s", "images/s") if images else text
+    def _speed(self, flops: float, copied: float) -> Speed | None:
+        """What a step of this rank could reach; of images a sample is one."""
+        count = self.arguments.batch * (1 if self.images else self.arguments.seq)
+        return speed(flops, copied, count, self.card) if flops else None
 
-    def _others(self, facts: dict[str, Any]) -> list[PlanRow]:
+    def _speed_text(self, estimate: Estimate) -> str:
+        text = str(self._speed(estimate.flops, estimate.copied))
+        return text.replace("tokens/s", "images/s") if self.images else text
+
+    def _others(self, facts: dict[str, Any], simulator: Simulator) -> list[PlanRow]:
         """Return rows of full fine-tuning, gradient checkpointing and LoRA, and of what streams or packs its base."""
         parameters = facts["parameters"]
         gpus = self.arguments.gpus
@@ -288,26 +323,20 @@ class _Plan:
                 }
                 rows.append(PlanRow(strategy.note, int(states.device), parts, bound=True))
             else:
-                estimate = self.simulator.run(self.workload, strategy)
+                estimate = self._simulate(simulator, self.workload, strategy)
                 rows.append(self._row(strategy.note, estimate))
                 if strategy.lora and strategy.gradient_checkpointing and estimate.report is not None:
                     rows += [
-                        PlanRow(label, needs, {}, host, bound=bound)
-                        for label, needs, host, bound in rivals_by_arithmetic(
-                            facts, estimate.report, self.workload.dtype
+                        PlanRow(
+                            rival.label,
+                            rival.needs,
+                            host=rival.host,
+                            bound=rival.bound,
+                            speed=self._speed(estimate.flops, rival.copied) if rival.as_lora else None,
                         )
+                        for rival in rivals_by_arithmetic(facts, estimate.report, self.workload.dtype)
                     ]
         return rows
-
-    def _papers_schedule(self, setting: Setting) -> PlanRow:
-        """Return the row of `setting` with the paper's schedule instead, which streams no weights; states of frozen layers on
-        the host."""
-        block = {key: value for key, value in setting.block.items() if key != "frozen_weights"}
-        block["freeze"] = {**block["freeze"], "policy": "ils"}
-        block["optimizer_states"] = {**block.get("optimizer_states", {}), "inactive": "host"}
-        estimate = self._worst(self.workload, self.strategy.with_(slimfit=block))
-        label = f"the paper's schedule (policy ils), {setting.label.partition(', frozen weights and states on host')[0]}"
-        return self._row(label, estimate, setting.gradient_error)
 
     def _what_is_missing(self, choice: Choice) -> list[str]:
         least, workload = choice.smallest, self.workload
@@ -326,8 +355,20 @@ class _Plan:
                 lines.append(f"with batch 1 and {smaller.seq} tokens it needs {needs_then}, which {verdict}")
         return lines
 
-    def _write(self, choice: Choice, setting: Setting) -> tuple[Path, ...]:
-        """Write the recipe and the DeepSpeed JSON that it names."""
+    def _json(self, facts: dict[str, Any], rows: Sequence[PlanRow], setting: Setting) -> str:
+        content = {
+            "title": self._title(),
+            "budget": self.budget,
+            "reserve": self.reserve,
+            "card": asdict(self.card),
+            "model": facts,
+            "rows": [row.to_dict(self.budget) for row in rows],
+            "slimfit": setting.block,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def _recipe(self, choice: Choice, setting: Setting) -> tuple[str, str]:
+        """Return the DeepSpeed JSON, and the recipe that names it."""
         arguments = self.arguments
         task = self.workload.resolved_task(load_config(arguments.model))
         file = Path(arguments.model).expanduser()
@@ -349,43 +390,11 @@ class _Plan:
             "deepspeed": "ds_config.json",
         }
         header = (
-            f"# Written by slimfit-ds plan for {arguments.gpus} GPU(s) of {arguments.gpu_memory}.\n"
+            f"# Written by slimfit-ds plan for {arguments.gpus} GPU(s) of {self.memory / 1e9:g}GB.\n"
             f"# {choice.reason(self.budget)}\n"
             "# Set data_dir (or data) and what else your task needs.\n"
         )
-        write_atomically(self.files[0], json.dumps(deepspeed, indent=2) + "\n")
-        write_atomically(self.files[1], header + yaml.safe_dump(values, sort_keys=False))
-        return self.files
-
-
-def _table(rows: Sequence[PlanRow], title: str, caption: str, budget: int) -> Table:
-    """Return a rich table of settings; the chosen one is marked."""
-    from rich.table import Table
-
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    left = ("setting", "gradient error")
-    numbers = ("needs", "weights", "gradients", "optimizer", "saved", "rest", "on host")
-    for name in ("setting", *numbers, "gradient error", "fits", "speed"):
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
-    for row in rows:
-        if row.needs is None:
-            table.add_row(row.label, "?", *[""] * 6, row.error, "", "", style="red")
-            continue
-        fits = row.needs <= budget
-        saved = sum(size for kind, size in row.parts.items() if kind.startswith("saved_activations"))
-        parts = [*(row.parts.get(kind, 0) for kind in ("parameters", "gradients", "optimizer")), saved]
-        table.add_row(
-            ("-> " if row.chosen else "") + row.label,
-            (">= " if row.bound else "") + human_bytes(row.needs),
-            *("" if (row.bound or not row.parts) and not part else human_bytes(part) for part in parts),
-            "" if row.bound or not row.parts else human_bytes(row.needs - sum(parts)),
-            human_bytes(row.host) if row.host else "",
-            row.error,
-            "yes" if fits else "no",
-            row.speed.removeprefix("about "),
-            style="bold green" if row.chosen else ("" if fits else "dim"),
-        )
-    return table
+        return json.dumps(deepspeed, indent=2) + "\n", header + yaml.safe_dump(values, sort_keys=False)
 
 
 if __name__ == "__main__":

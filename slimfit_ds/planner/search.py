@@ -14,7 +14,7 @@ from slimfit_ds.planner.workload import Workload
 from slimfit_ds.report.units import human_bytes
 from slimfit_ds.schedule.policies import POLICIES
 
-__all__ = ["Choice", "Rung", "Setting", "find_setting", "ladder", "merged"]
+__all__ = ["Choice", "Rung", "Setting", "find_setting", "label_of", "ladder", "merged"]
 
 Run = Callable[[Workload, Strategy], Estimate]
 
@@ -81,15 +81,20 @@ def _rungs(loss: int | None) -> list[dict[str, dict[str, Any]]]:
     ]
 
 
-def _label(changes: Mapping[str, Mapping[str, Any]]) -> str:
-    freeze, activations, states = (changes[key] for key in ("freeze", "activations", "optimizer_states"))
+def label_of(changes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what a rung or a whole `"slimfit"` block changes, in words."""
+    freeze, activations, states = (
+        changes.get(key, {}) for key in ("freeze", "activations", "optimizer_states")
+    )
     words = [activations.get("preset"), f"{freeze['rate']:.0%} frozen" if "rate" in freeze else None]
     words += [f"states on {states['inactive']}" if "inactive" in states else None]
     words += [f"chunks of {activations['chunk_tokens']} tokens" if "chunk_tokens" in activations else None]
     words += ["loss in chunks" if "chunk_loss_tokens" in activations else None]
     words += ["embeddings frozen" if "never_active" in freeze else None]
     words += ["8-bit states" if "precision" in states else None]
-    words += ["frozen weights and states on host" if changes.get("frozen_weights", {}).get("live") else None]
+    weights = changes.get("frozen_weights", {})
+    words += ["frozen weights and states on host" if weights.get("live") else None]
+    words += [f"{weights['resident']} blocks on the device" if weights.get("resident") else None]
     return ", ".join(word for word in words if word)
 
 
@@ -136,7 +141,7 @@ def ladder(
         if preset is not None:
             changes["activations"]["preset"] = preset
         if all(changes != known.changes for known in rungs):
-            label = _label(changes)
+            label = label_of(changes)
             rungs.append(Rung(f"{label}, within what is fixed" if partly else label, changes))
     return rungs
 

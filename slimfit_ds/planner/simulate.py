@@ -20,14 +20,19 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from slimfit_ds.integrations.ranks import free_port
 from slimfit_ds.memory.tracker import MemoryReport
+from slimfit_ds.planner import answers
 from slimfit_ds.planner.strategies import Strategy, get_strategy
 from slimfit_ds.planner.workload import Workload
+
+if TYPE_CHECKING:
+    from slimfit_ds.planner.depth import DeepSteps
 
 __all__ = ["Estimate", "Simulator", "estimate", "measure"]
 
@@ -70,13 +75,16 @@ class Simulator:
     Args:
         world_size: pretended ranks.
         real: run on real CPU tensors instead (one rank), to measure.
+        deep: work a model of many blocks out from shallow ones where that is exact (`planner.depth`), and keep answers in
+            the user's cache folder.
     """
 
-    def __init__(self, world_size: int = 1, real: bool = False):
+    def __init__(self, world_size: int = 1, real: bool = False, deep: bool = False):
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
         if real and world_size > 1:
             raise ValueError(f"a measurement runs on one rank, got world_size {world_size}")
+        self._world_size, self._deep = world_size, deep
         self._command = [sys.executable, "-m", "slimfit_ds.planner.simulate", "--world-size", str(world_size)]
         self._command += ["--real"] if real else []
         self._process: subprocess.Popen[str] | None = None
@@ -106,8 +114,9 @@ class Simulator:
             "strategy": strategy.to_dict(),
             "active": active,
             "target": target,
+            "deep": self._deep,
         }
-        return _read(strategy, self._ask(job))
+        return _read(strategy, self._answer(job, workload))
 
     def inspect(self, workload: Workload) -> dict[str, Any]:
         """Facts of the model: `parameters`, `layers`, `embeddings` (names).
@@ -115,9 +124,21 @@ class Simulator:
         Raises:
             ValueError: the model cannot be built.
         """
-        answer = self._ask({"workload": workload.to_dict()})
+        answer = self._answer({"workload": workload.to_dict()}, workload)
         if "error" in answer:
             raise ValueError(f"model: {answer['error']}")
+        return answer
+
+    def _answer(self, job: dict[str, Any], workload: Workload) -> dict[str, Any]:
+        """Return what is known of a job, or ask the child."""
+        if not self._deep:
+            return self._ask(job)
+        file = answers.place(job, workload, self._world_size)
+        answer = answers.read(file)
+        if answer is None:
+            answer = self._ask(job)
+            if "error" not in answer:
+                answers.write(file, answer)
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -226,8 +247,13 @@ def main(argv: list[str] | None = None) -> int:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         os.environ["MASTER_PORT"] = str(free_port())
     _prepare()
+    from slimfit_ds.planner.depth import DeepSteps
+    from slimfit_ds.planner.fake_world import FakeWorld
+
+    deep = DeepSteps(arguments.world_size, partial(FakeWorld, arguments.world_size))
     for number, line in enumerate(sys.stdin):
-        results.write(json.dumps(_run(json.loads(line), arguments.world_size, arguments.real)) + "\n")
+        answer = _run(json.loads(line), arguments.world_size, arguments.real, deep)
+        results.write(json.dumps(answer) + "\n")
         results.flush()
         if number == 0:
             # Each step collects garbage first, which need not go through all that the first one imported.
@@ -251,7 +277,7 @@ def _prepare() -> None:
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *_: None
 
 
-def _run(job: dict[str, Any], world_size: int, real: bool) -> dict[str, Any]:
+def _run(job: dict[str, Any], world_size: int, real: bool, deep: DeepSteps) -> dict[str, Any]:
     from slimfit_ds.planner.fake_world import FakeWorld
     from slimfit_ds.planner.step import inspect_model, track_step
 
@@ -262,9 +288,17 @@ def _run(job: dict[str, Any], world_size: int, real: bool) -> dict[str, Any]:
             with FakeWorld(world_size):
                 return inspect_model(workload)
         strategy = Strategy(**job["strategy"])
-        with nullcontext() if real else FakeWorld(world_size):
-            target = "cpu" if real else job["target"]
-            report, facts = track_step(workload, strategy, world_size, job.get("active"), target)
+        found = None
+        if job.get("deep") and not real:
+            with suppress(
+                Exception
+            ):  # a model that cannot be made with few blocks; what is wrong otherwise shows below
+                found = deep.track(workload, strategy, job.get("active"), job["target"])
+        if found is None:
+            with nullcontext() if real else FakeWorld(world_size):
+                target = "cpu" if real else job["target"]
+                found = track_step(workload, strategy, world_size, job.get("active"), target)
+        report, facts = found
     except Exception as error:
         if os.environ.get("SLIMFIT_DEBUG"):
             raise

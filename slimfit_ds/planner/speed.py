@@ -6,14 +6,16 @@ take time of their own, which the efficiencies stand for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["CARDS", "Card", "ProductCounter", "Speed", "card_for", "speed"]
+__all__ = ["CARDS", "Card", "ProductCounter", "Speed", "card_for", "card_here", "card_named", "speed"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,14 @@ class Card:
         return replace(self, **stated)
 
 
-# From the vendor's data sheets: the Ada architecture's white paper, and those of A100 80GB, H100 SXM and H200 SXM, which
-# state PCIe in both directions together (64 and 128 GB/s) and matrix products with and without sparsity.
+# From the vendor's data sheets (dense, one direction; they state PCIe in both together, and some products with sparsity).
 CARDS: Mapping[str, Card] = {
     "4090": Card("RTX 4090", 24e9, 165.2e12, 32e9),
+    "3090": Card("RTX 3090", 24e9, 71e12, 32e9),
+    "5090": Card("RTX 5090", 32e9, 209.5e12, 64e9),
+    "L4": Card("L4", 24e9, 121e12, 32e9),
+    "L40S": Card("L40S", 48e9, 362e12, 32e9),
+    "A100-40": Card("A100 40GB", 40e9, 312e12, 32e9),
     "A100": Card("A100 80GB", 80e9, 312e12, 32e9),
     "H100": Card("H100 SXM", 80e9, 989e12, 64e9),
     "H200": Card("H200 SXM", 141e9, 989e12, 64e9),
@@ -56,6 +62,24 @@ def card_for(memory: float) -> Card:
     """Return the smallest card of so many bytes or more; the largest if there is none."""
     enough = [card for card in CARDS.values() if card.memory >= memory]
     return min(enough, key=lambda card: card.memory) if enough else CARDS["H200"]
+
+
+def card_named(name: str) -> Card | None:
+    """Return the card whose name is a word or two words of this one, such as `h100` or `NVIDIA H100 80GB HBM3`; or None."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    found = [key for key in CARDS if set(key.split("-")) <= words]
+    found += ["A100-40"] if {"A100", "40GB"} <= words else []
+    return CARDS[max(found, key=len)] if found else None
+
+
+def card_here() -> Card | None:
+    """Return the GPU of this machine with its own memory, and an H200's speed if its name is not known; None: no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    known = card_named(properties.name)
+    named = known.name if known is not None else f"{properties.name}, speed of an H200"
+    return replace(known or CARDS["H200"], name=named, memory=float(properties.total_memory))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from slimfit_ds.activations.codecs.backend import fakes_stand_for_a_cpu
 from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded, shard_updater
-from slimfit_ds.memory.probe import StepProbe
+from slimfit_ds.memory.probe import StepCost, StepProbe
 from slimfit_ds.memory.tracker import MemoryReport, optimizer_tensors
 from slimfit_ds.planner.fake_world import CudaSemantics
 from slimfit_ds.planner.speed import ProductCounter
@@ -27,9 +27,18 @@ from slimfit_ds.planner.workload import DTYPES, Workload
 from slimfit_ds.schedule.policies import POLICIES, Budget
 from slimfit_ds.schedule.schedule import FreezeSchedule, room_at
 from slimfit_ds.streaming.streaming import streaming_of
+from slimfit_ds.trainable.plan import Plan, plan_units
+from slimfit_ds.trainable.split import split_columns
 from slimfit_ds.trainable.units import Unit, discover, match_globs
 
-__all__ = ["ACTIVE_SETS", "choose_active", "inspect_model", "takes_loss_in_chunks", "track_step"]
+__all__ = [
+    "ACTIVE_SETS",
+    "choose_active",
+    "inspect_model",
+    "takes_loss_in_chunks",
+    "track_cost",
+    "track_step",
+]
 
 
 def track_step(
@@ -55,6 +64,26 @@ def track_step(
     Raises:
         ValueError: the batch does not divide into the strategy's micro-batches.
     """
+    cost, facts = track_cost(workload, strategy, world_size, active, target)
+    assert cost.memory is not None
+    return cost.memory, facts
+
+
+def track_cost(
+    workload: Workload,
+    strategy: Strategy,
+    world_size: int = 1,
+    active: str | Sequence[str] | None = None,
+    target: str = "cpu",
+    like: Plan | None = None,
+    warm: bool = True,
+) -> tuple[StepCost, dict[str, Any]]:
+    """As `track_step`, with the largest totals by phase and module.
+
+    Args:
+        like: split layers as in this plan.
+        warm: do a whole step before the tracked one, also where making the optimizer states is enough.
+    """
     if workload.batch % strategy.accumulation:
         raise ValueError(f"batch {workload.batch} does not divide into {strategy.accumulation} micro-batches")
     dtype = strategy.dtype or workload.dtype
@@ -69,13 +98,17 @@ def track_step(
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=strategy.fused)
         if strategy.stage is None:
-            report = _plain(model, optimizer, batch, strategy.accumulation, autocast, facts)
+            cost = _plain(model, optimizer, batch, strategy.accumulation, autocast, facts, warm)
         else:
             config = strategy.deepspeed_config(micro, dtype, world_size)
             if active is not None and "slimfit" in config:
                 config["slimfit"] = _with_active(config["slimfit"], active, model)
-            report = _engine(model, optimizer, batch, config, facts)
-    return report, facts
+            if like is not None:
+                freeze = SlimFitConfig.parse(config["slimfit"]).freeze
+                same = plan_units(model, always=freeze.always_active, never=freeze.never_active, like=like)
+                split_columns(model, same, freeze.seed)
+            cost = _engine(model, optimizer, batch, config, facts, warm)
+    return cost, facts
 
 
 def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
@@ -104,26 +137,25 @@ def _adapt(model: nn.Module, strategy: Strategy, dtype: str) -> nn.Module:
         torch.set_default_dtype(default)
 
 
-def _second_step(
+def _track(
     probe: StepProbe,
     work: Callable[[], None],
     facts: dict[str, Any],
-    between: Callable[[], None] = lambda: None,
+    steps: int,
+    prepare: Callable[[], None] = lambda: None,
     copied: Callable[[], int] = lambda: 0,
-) -> MemoryReport:
-    """Do two steps and return the report of the second, of which facts are added; `between` runs after the first."""
+) -> StepCost:
+    """Do so many steps and return the cost of the last, of which facts are added; `prepare` runs before it."""
     counter = ProductCounter()
-    for number in range(2):
+    for left in reversed(range(steps)):
+        if left == 0:
+            prepare()
         gc.collect()
         before = copied()
-        with probe.step(track=number == 1), counter if number == 1 else nullcontext():
+        with probe.step(track=left == 0), counter if left == 0 else nullcontext():
             work()
-        if number == 0:
-            between()
     facts |= {"flops": counter.flops, "copied": copied() - before}
-    report = probe.costs[-1].memory
-    assert report is not None
-    return report
+    return probe.costs[-1]
 
 
 def _plain(
@@ -133,7 +165,8 @@ def _plain(
     accumulation: int,
     autocast: bool,
     facts: dict[str, Any],
-) -> MemoryReport:
+    warm: bool,
+) -> StepCost:
     """Track plain PyTorch without DeepSpeed."""
 
     def work() -> None:
@@ -145,8 +178,13 @@ def _plain(
         optimizer.step()
         optimizer.zero_grad()
 
+    if not warm:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
     probe = StepProbe(model, optimizer, {"optimizer": lambda: optimizer_tensors(optimizer)})
-    return _second_step(probe, work, facts)
+    return _track(probe, work, facts, 2 if warm else 1)
 
 
 def _engine(
@@ -155,7 +193,8 @@ def _engine(
     batch: Mapping[str, Tensor],
     config: dict[str, Any],
     facts: dict[str, Any],
-) -> MemoryReport:
+    warm: bool,
+) -> StepCost:
     """Track DeepSpeed's engine, or ours if the configuration has a slimfit block."""
     from slimfit_ds.engine.initialize import (
         initialize,  # imports DeepSpeed, which only programs that do a step need
@@ -184,17 +223,20 @@ def _engine(
     if streaming is not None:
         sizes = [block.nbytes for block in streaming.blocks if block.name in find_blocks(engine.module)]
         facts |= {"blocks": len(sizes), "block": max(sizes)}
-    make_all = partial(_make_all_states, engine.optimizer)
-    report = _second_step(probe, work, facts, make_all, copied)
+    stays = updater is not None and engine.slimfit_config.optimizer_states.active != "host"
+    steps = 1 if stays and streaming is None and not warm else 2
+    prepare = partial(_make_states, engine, updater) if stays else (lambda: None)
+    cost = _track(probe, work, facts, steps, prepare, copied)
     engine.destroy()
-    return report
+    return cost
 
 
-def _make_all_states(optimizer: Any) -> None:
-    """Where states stay on the device, every layer has trained once before long: make them all."""
-    updater = shard_updater(optimizer)
-    if updater is not None and not updater.states.to_host:
-        for unit in updater.units:
+def _make_states(engine: Any, updater: Any) -> None:
+    """Make the states that a later step finds: of what trains, and where they stay on the device of all units, each of
+    which has trained once by then."""
+    for unit in updater.units:
+        asleep = unit.layer is not None and engine.layer_names[unit.layer] not in engine.active_layers
+        if not (updater.states.to_host and asleep):
             updater.states.get(unit.index)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def plan_units(
     width: float | None = None,
     always: Sequence[str] = (),
     never: Sequence[str] = (),
+    like: Plan | None = None,
 ) -> Plan:
     """Work out which layers to split, and how narrow; the model is not changed.
 
@@ -99,6 +101,8 @@ def plan_units(
         width: share of each layer's columns that trains; instead of `rate`.
         always: globs of layers that train whole.
         never: globs of layers that do not train.
+        like: plan of the same model with more blocks, whose layers of the same names are split as there, whatever the
+            rate.
 
     Raises:
         ConfigError: globs without a match or that contradict each other, or no number of columns that keeps to the rate.
@@ -123,7 +127,13 @@ def plan_units(
     split = {i: _source(layers[i]) for i in sorted(alone & small) if _splittable(modules[i])}
     words = _words(model, {modules[i]: i for i in sorted(alone)})
     rows: dict[int, int] = {}
-    if width is not None:
+    if like is not None:
+        there = {each.layer.name: each for each in like.split}
+        known = {i: there[layers[i].name] for i in sorted(split | words) if layers[i].name in there}
+        counts = {i: each.count for i, each in known.items()}
+        rows = {i: each.rows for i, each in known.items() if each.rows is not None}
+        wish = "a plan"
+    elif width is not None:
         inputs = {i: layers[i].inputs for i in split} | words
         counts = {i: max(_aligned(round(width * n)), 1) for i, n in inputs.items() if n > 1}
         wish = f"width {width}"
@@ -236,7 +246,8 @@ def _counts(
     room = (1 - rate) * sum(layer.numel for layer in layers) - sum(layers[i].numel for i in whole)
     read = {split.get(i, layer.name): layer.inputs for i, layer in enumerate(layers)}
     inputs = (1 - rate) * sum(read.values())
-    for number in range(max((layers[i].inputs for i in split), default=0) // 2, 0, -1):
+
+    def at(number: int) -> tuple[dict[int, int], dict[int, int]] | None:
         aligned = _aligned(number)
         # At most every other column: the rest is frozen.
         counts = {i: min(aligned, layers[i].inputs // 2) for i in split}
@@ -247,4 +258,11 @@ def _counts(
         rows = {i: int(left // counts[i]) for i in words}
         if left >= 0 and kept <= inputs + 1e-6 and all(8 * rows[i] >= vocabulary[i] for i in words):
             return counts, {i: n for i, n in rows.items() if n < vocabulary[i]}
+        return None
+
+    # What trains and what is kept grow with the number.
+    numbers = range(1, max((layers[i].inputs for i in split), default=0) // 2 + 1)
+    fitting = bisect_left(numbers, True, key=lambda number: at(number) is None)
+    if fitting:
+        return at(numbers[fitting - 1]) or ({}, {})
     return dict.fromkeys(split, 0), {}

@@ -23,6 +23,11 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"
@@ -86,6 +91,19 @@ def test_an_output_that_cannot_be_written_is_said_before_the_simulation(
     assert f"nothing can be written to {output}" in capsys.readouterr().err
 
 
+def test_a_gpu_has_to_be_known(config, capsys, no_simulation, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--model", config]) == 2
+    assert (
+        "gpu: there is none here; name one, --gpu 4090, or its memory, --gpu-memory 24GB"
+        in capsys.readouterr().err
+    )
+    assert main(["--model", config, "--gpu", "voodoo2"]) == 2
+    assert "gpu must be one of 4090, 3090" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "ds_config.json"])
 def test_a_plan_that_is_there_is_not_replaced(config, tmp_path, capsys, no_simulation, name):
     (tmp_path / name).write_text("edited")
@@ -120,7 +138,8 @@ def test_plan_writes_a_recipe_that_reads(config, tmp_path, capsys):
         str(out),
     ]
     assert main(arguments) == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
+    assert "s] LoRA rank 8, all linear layers: " in said
     assert "LoRA" in text
     assert "->" in text
     assert "expected gradient error" in text
@@ -129,6 +148,15 @@ def test_plan_writes_a_recipe_that_reads(config, tmp_path, capsys):
     block = json.loads((out / "ds_config.json").read_text())["slimfit"]
     SlimFitConfig.parse(block)
     assert recipe.deepspeed == str(out / "ds_config.json")
+    plan = json.loads((out / "plan.json").read_text())
+    (chosen,) = (row for row in plan["rows"] if row["chosen"])
+    assert chosen["fits"]
+    assert chosen["ours"]
+    assert chosen["speed"]["tokens_per_second"] > 0
+    assert 0 < chosen["needs"] <= plan["budget"] == 24_000_000_000 - 600_000_000
+    html = (out / "plan.html").read_text()
+    assert html.count("<tr ") == len(plan["rows"])
+    assert "http" not in html.replace("http-equiv", "")
     (out / "recipe.yaml").write_text("edited")
     assert main([*arguments, "--slimfit-only", "--overwrite"]) == 0
     assert (out / "recipe.yaml").read_text() != "edited"

@@ -11,7 +11,7 @@ from slimfit_ds.memory.tracker import MemoryReport
 from slimfit_ds.planner.fake_world import CudaSemantics
 from slimfit_ds.planner.rivals import nf4_bytes, rivals_by_arithmetic
 from slimfit_ds.planner.simulate import estimate
-from slimfit_ds.planner.speed import CARDS, ProductCounter, card_for, speed
+from slimfit_ds.planner.speed import CARDS, ProductCounter, card_for, card_here, card_named, speed
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import Workload
 
@@ -56,8 +56,46 @@ def test_the_slower_of_the_two_decides():
 
 def test_cards():
     assert [card_for(size * 1e9).name for size in (8, 24, 40, 80, 100, 500)] == [
-        *["RTX 4090"] * 2, *["A100 80GB"] * 2, *["H200 SXM"] * 2
+        *["RTX 4090"] * 2, "A100 40GB", "A100 80GB", *["H200 SXM"] * 2
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        *[
+            ("4090", "RTX 4090"),
+            ("h100", "H100 SXM"),
+            ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+            ("a100-40", "A100 40GB"),
+        ],
+        *[
+            ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+            ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+            ("NVIDIA L4", "L4"),
+        ],
+        *[
+            ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+            ("NVIDIA L40S", "L40S"),
+            ("Tesla T4", None),
+            ("h10", None),
+        ],
+    ],
+)
+def test_a_card_is_known_by_its_name(name, card):
+    found = card_named(name)
+    assert (None if found is None else found.name) == card
+
+
+def test_the_gpu_that_is_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert card_here() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, flops in (("NVIDIA L4", 121e12), ("Tesla T4", CARDS["H200"].flops)):
+        properties = type("Properties", (), {"name": name, "total_memory": 22 * 2**30})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        here = card_here()
+        assert (here.memory, here.flops) == (22 * 2**30, flops)
 
 
 def test_a_streamed_step_copies_blocks_twice_and_states_once():
@@ -101,10 +139,10 @@ def test_rivals_stand_on_a_simulated_step():
     report = MemoryReport(peak=3000, at_peak={"parameters": 2000, "working": 900, "optimizer": 100})
     assert nf4_bytes(64 * 256) == 8192 + 256 + 4
     rows = rivals_by_arithmetic(facts, report, "bf16")
-    assert [row[1:] for row in rows] == [
-        (int(3000 - 1280 + nf4_bytes(640) + 128), 0, False),
-        (3000 - 1600 + 400, 1600, False),
-        (900 + 600, 18_000, True),
-        (900 + 600, 16_000, True),
+    assert [(row.needs, row.host, row.bound, row.copied) for row in rows] == [
+        (int(3000 - 1280 + nf4_bytes(640) + 128), 0, False, 0),
+        (3000 - 1600 + 400, 1600, False, 3200),
+        (900 + 600, 18_000, True, 0),
+        (900 + 600, 16_000, True, 0),
     ]
     assert rivals_by_arithmetic(facts, report, "fp32") == []
