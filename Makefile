@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint format package clean
+.PHONY: setup demo demo-quick test lint format package clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
+	$(BIN)/python -m slimfit_ds.cli compare --config recipes/minilm_banking.yaml --ranks 2 --strategies full,lora,minimal
+
+# A small ViT from scratch on scikit-learn's digits, in two minutes.
+demo-quick: setup
 	$(BIN)/python -m slimfit_ds.cli compare --config recipes/digits_vit.yaml --ranks 2 --strategies full,slimfit,minimal_host
 
 # Two workers of one thread each; the tests of a file stay together and share what they have set up.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
-__all__ = ["hardware", "peak_memory", "versions"]
+__all__ = ["hardware", "hub_is_reachable", "peak_memory", "versions"]
 
 PACKAGES = ("slimfit_ds", "torch", "deepspeed", "transformers", "datasets", "numpy")
 
@@ -62,3 +64,17 @@ def _cpu_name() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.machine(),
     )
+
+
+def hub_is_reachable() -> bool:
+    """Return whether the model hub answers; without a network its client retries for half a minute before it says so."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True  # the proxy knows; asking directly would tell nothing
+    address = urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SUPPORTED", "TABLE", "Name", "changed_names", "check"]
+from slimfit_ds.errors import ConfigError
+
+__all__ = ["SUPPORTED", "TABLE", "ChangedNames", "Name", "changed_names", "check"]
 
 SUPPORTED = {
     "torch": ">=2.11,<2.14",
@@ -26,6 +28,10 @@ SUPPORTED = {
     "datasets": ">=4.0,<6",
 }
 """The versions that pyproject.toml allows."""
+
+
+class ChangedNames(ConfigError, RuntimeError):
+    """An installed library is another one than this package was written for."""
 
 
 @dataclass(frozen=True)
@@ -494,7 +500,7 @@ def check() -> None:
     """Compare the private names of all libraries that are imported by now; at most once for each set of them.
 
     Raises:
-        RuntimeError: names all that has changed, and the versions that work.
+        ChangedNames: names all that has changed, and the versions that work.
     """
     _check(frozenset(name.owner for name in TABLE if name.owner.partition(":")[0] in sys.modules))
 
@@ -509,8 +515,8 @@ def _check(_owners: frozenset[str]) -> None:
         f"{library}{SUPPORTED[library]} (found {importlib.import_module(library).__version__})"
         for library in libraries
     )
-    raise RuntimeError(
-        f"private names that slimfit_ds relies on have changed; install {versions}:\n" + "\n".join(problems)
+    raise ChangedNames(
+        [f"private names that slimfit_ds relies on have changed; install {versions}:", *problems]
     )
 
 

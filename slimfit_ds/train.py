@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             count = f"{len(error.problems)} problem" + "s" * (len(error.problems) != 1)
             print(
-                "\n".join([f"{count} in the recipe:", *(f"  - {line}" for line in error.problems)]),
+                "\n".join([f"{count}:", *(f"  - {line}" for line in error.problems)]),
                 file=sys.stderr,
             )
         return 2

@@ -110,6 +110,9 @@ def overrides_of(strategy: Strategy, config: str, own: Sequence[str] = ()) -> tu
         )
     if strategy.gradient_checkpointing:
         words.append("gradient_checkpointing=true")
+    if strategy.lr_factor != 1:
+        rate = recipe.arguments.get("learning_rate", 5e-5)
+        words.append(f"learning_rate={strategy.lr_factor * float(rate):g}")
     if strategy.lora is not None:
         words.append(f"lora={{r: {strategy.lora}}}")
     # Nobody goes on from a checkpoint of a comparison; only the best one of a run is needed, where a recipe wants that.

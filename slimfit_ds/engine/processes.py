@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from slimfit_ds.errors import ConfigError
+
 __all__ = ["end_after_gloo", "skip_shm_build", "start_processes"]
 
 _GLOO_THREADS = "(pt_gloo_runloop)"
@@ -23,6 +25,9 @@ def start_processes() -> torch.device:
 
     Returns:
         the device of this rank.
+
+    Raises:
+        ConfigError: the port is in use.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,6 +42,16 @@ def start_processes() -> torch.device:
     undo = skip_shm_build()
     try:
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ConfigError(
+            [
+                f"MASTER_PORT: another process of this machine listens on {port}; choose a free port: "
+                "deepspeed --master_port, torchrun --master-port, or the variable MASTER_PORT"
+            ]
+        ) from None
     finally:
         undo()
     end_after_gloo()

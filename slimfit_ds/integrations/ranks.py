@@ -11,6 +11,8 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 
+from slimfit_ds.errors import ConfigError
+
 __all__ = ["free_port", "launched_by", "set_rank_variables"]
 
 # Open MPI; MPICH, Intel MPI and PMI; MVAPICH.
@@ -28,7 +30,7 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ, singl
         what started this process: `torchrun` (also `deepspeed` and `accelerate launch`), `srun`, `mpirun` or `python`.
 
     Raises:
-        ValueError: MPI cannot be loaded, or is another one than the launcher's.
+        ConfigError: MPI cannot be loaded, or is another one than the launcher's.
     """
     launcher = launched_by(environment)
     if launcher == "torchrun" or (launcher == "python" and not single):
@@ -104,17 +106,22 @@ def _mpi(environment: Mapping[str, str]) -> dict[str, str]:
         from mpi4py import MPI
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"mpi4py is missing or cannot load an MPI library ({reason}); pip install 'slimfit_ds[mpi]', or load your MPI module"
+        raise ConfigError(
+            [
+                f"mpi4py is missing or cannot load an MPI library ({reason}); pip install 'slimfit_ds[mpi]', or load "
+                "your MPI module"
+            ]
         ) from None
     world = MPI.COMM_WORLD
     name = next(name for name in MPI_SIZES if name in environment)
     if environment[name] != str(world.Get_size()):
         library = MPI.Get_library_version().strip().splitlines()[0]
-        raise ValueError(
-            f"the launcher started {environment[name]} processes ({name}), mpi4py sees {world.Get_size()}: it uses "
-            f"{library!r}, not the launcher's MPI, and every process would train alone; use the mpirun of that library, "
-            "or point MPI4PY_LIBMPI to the launcher's"
+        raise ConfigError(
+            [
+                f"the launcher started {environment[name]} processes ({name}), mpi4py sees {world.Get_size()}: it uses "
+                f"{library!r}, not the launcher's MPI, and every process would train alone; use the mpirun of that "
+                "library, or point MPI4PY_LIBMPI to the launcher's"
+            ]
         )
     machine = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_machine = machine.Get_size() == world.Get_size()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import socket
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
+
+from slimfit_ds.environment import hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -266,7 +265,7 @@ def load_config(model: str | dict[str, Any]) -> PretrainedConfig:
         return _from_dict(known, model)
     try:
         # Without a network the hub's client retries for half a minute before it says so.
-        return AutoConfig.from_pretrained(model, local_files_only=not _hub_is_reachable())
+        return AutoConfig.from_pretrained(model, local_files_only=not hub_is_reachable())
     except Exception as error:
         near = _near_names(model)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -275,19 +274,6 @@ def load_config(model: str | dict[str, Any]) -> PretrainedConfig:
             f"model: {model!r} is neither a local path, nor a model known offline, nor found on the hub{hint} "
             f"({type(error).__name__}: {reason})"
         ) from None
-
-
-def _hub_is_reachable() -> bool:
-    from huggingface_hub.constants import ENDPOINT
-
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return True  # the proxy knows; asking directly would tell nothing
-    address = urlsplit(ENDPOINT)
-    try:
-        with socket.create_connection((address.hostname or "", address.port or 443), timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def _from_dict(values: dict[str, Any], where: str) -> PretrainedConfig:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimfit_ds.environment import hub_is_reachable
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.tasks.base import Task
 
@@ -72,12 +74,24 @@ def read_model_config(recipe: Recipe) -> tuple[str | None, PretrainedConfig]:
         return None, _config_from_values(recipe.model.config)
     source = resolve_source(recipe.model)
     try:
-        config = AutoConfig.from_pretrained(**place_of(source))
+        config = AutoConfig.from_pretrained(
+            **place_of(source), local_files_only=not (Path(source).exists() or hub_is_reachable())
+        )
     except Exception as error:  # network, authorisation, malformed files
-        hint = "; pip install gguf" if source.endswith(".gguf") and find_spec("gguf") is None else ""
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-        raise ConfigError([f"model: cannot load {recipe.model!r} ({reason}){hint}"]) from None
+        raise ConfigError(
+            [f"model: cannot load {recipe.model!r} ({reason}); {_remedy(source, reason)}"]
+        ) from None
     return source, config
+
+
+def _remedy(source: str, reason: str) -> str:
+    """What helps where a model's configuration cannot be read."""
+    if source.endswith(".gguf") and find_spec("gguf") is None:
+        return "pip install gguf"
+    if re.search("gated|401|403|restricted|authenticat", reason, re.IGNORECASE):
+        return "accept its licence on the hub and log in (hf auth login), or name a folder that holds it"
+    return "check the name and the network, or name a folder or package:NAME/PATH that holds it"
 
 
 def fit_config(config: PretrainedConfig, recipe: Recipe, task: Task[Any]) -> None:
