@@ -41,7 +41,7 @@ def too_little_memory(place, monkeypatch):
 
 
 def another_torch(place, monkeypatch):
-    changed = private_names.Name("torch.nn:Module", "_gone_in_this_torch", breaks="")
+    changed = private_names.Name("torch.nn:Module", "_gone_in_this_torch", rooms=(), breaks="")
     monkeypatch.setattr(private_names, "TABLE", (changed,))
     private_names._check.cache_clear()
     # Where training meets it: before the model is made.
