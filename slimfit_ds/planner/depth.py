@@ -70,8 +70,10 @@ class DeepSteps:
         """As `track_step`; None where a step of all blocks has to be done."""
         block = strategy.slimfit
         freeze = SlimFitConfig.parse(dict(block)).freeze if block is not None else None
-        if strategy.stage == 3 or (freeze is not None and not freeze.splits):
-            return None  # gathers ahead in its own order; sets of whole layers do not grow evenly
+        if freeze is not None and (not freeze.splits or freeze.front != "none"):
+            return None  # sets of whole layers, and where a backward pass ends, do not grow evenly
+        if strategy.stage == 3:
+            return None  # gathers ahead in an order of its own
         model = self._whole(workload)
         depth = blocks_alike(model)
         if not depth:
