@@ -100,7 +100,7 @@ MISTAKES = {
     a_column_that_is_not_there: ("task.columns: no known text columns", "name one or two"),
     other_ranks_than_the_launchers: ("mpi4py is missing", "pip install 'slimfit_ds[mpi]'"),
     an_old_key: ("evaluation_strategy", "eval_strategy"),
-    a_folder_that_cannot_be_written: ("output_dir: cannot write to '/proc/none'", "no writable folder"),
+    a_folder_that_cannot_be_written: ("output_dir: cannot write to '/proc/none'", "choose another place"),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -125,5 +126,14 @@ def _differing(folder: Path, asked: Mapping[str, Any]) -> set[str] | None:
 
 def _check_writable(folder: Path) -> None:
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError([f"output_dir: cannot write to {str(folder)!r} ({existing} is no writable folder)"])
+    try:
+        # By doing it: to root `os.access` allows also what the file system does not.
+        with TemporaryDirectory(dir=existing, prefix=".writable"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"output_dir: cannot write to {str(folder)!r} ({existing} is no writable folder: {error.strerror}); "
+                "choose another place"
+            ]
+        ) from None
