@@ -23,7 +23,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def _contenders() -> dict[str, dict[str, Any]]:
             f"lisa-{percent}": {"slimfit": _frozen("lisa", rate, interval=20)},
             f"badam-{percent}": {"slimfit": _frozen("badam", rate, {"stale_moments": "reset"}, interval=20)},
         }
+    for front in ("half", "statistics"):
+        made[f"ours-90-{front}"] = {"slimfit": _frozen("auto", 0.9, front=front)}
     for preset in ("balanced", "minimal"):
         made[f"ours-90-{preset}"] = {"slimfit": {**_frozen("auto", 0.9), "activations": preset}}
     return made
@@ -292,12 +295,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `compare`")
     parser.add_argument("--rates", nargs="+", type=float, help="of `transfer`")
     parser.add_argument("--steps", type=int, help="instead of each problem's own number")
+    parser.add_argument("--lr", type=float, help="run this rate on `--seeds`, whatever the search has found")
+    parser.add_argument(
+        "--fp32", action="store_true", help="no autocast: many times faster without AVX-512; a CSV of its own"
+    )
     parser.add_argument("--csv", default="fidelity", help="name of a study, or a path that ends in .csv")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     if options.stage == "pretrain":
         return pretrain_vit(options.steps or 6000)
+    if options.fp32 and options.csv == "fidelity":
+        raise SystemExit("--fp32: name a --csv of its own, rows of both kinds are not to be compared")
     study = Study(options.csv, KEYS)
     for problem in options.problems:
         steps = options.steps or PROBLEMS[problem].steps
@@ -307,15 +316,19 @@ def main() -> None:
         def rows(name: str, place: Mapping[str, Any] = place) -> list[dict[str, Any]]:
             return study.rows(**place, contender=name)
 
+        runs: Iterable[tuple[str, float, int]]
         if options.stage == "transfer":
             runs = [(name, lr, TUNING_SEED) for name in TRANSFERRED for lr in options.rates]
+        elif options.lr is not None:
+            runs = [(name, options.lr, seed) for seed in options.seeds for name in options.names]
         else:
             runs = plan(options.stage, options.names, options.seeds, rows)
+        task = replace(PROBLEMS[problem], autocast=False) if options.fp32 else PROBLEMS[problem]
         for name, lr, seed in runs:
             row = {**place, "contender": name, "lr": lr, "seed": seed}
             if study.has(row):
                 continue
-            row |= train(PROBLEMS[problem], lr, seed, steps, **(CONTENDERS | TRANSFERRED)[name])
+            row |= train(task, lr, seed, steps, **(CONTENDERS | TRANSFERRED)[name])
             study.add(row | machine())
             said = f"{100 * row['value']:6.2f}  loss {row['loss']:.4f}  {row['cpu_seconds']:.0f} s"
             print(f"{problem} {name} {lr:g} seed {seed}: {said}", flush=True)

@@ -24,7 +24,7 @@ from slimfit_ds.planner.fake_world import CudaSemantics
 from slimfit_ds.planner.speed import ProductCounter
 from slimfit_ds.planner.strategies import Strategy
 from slimfit_ds.planner.workload import DTYPES, Workload
-from slimfit_ds.schedule.policies import POLICIES, Budget
+from slimfit_ds.schedule.policies import Budget
 from slimfit_ds.schedule.schedule import FreezeSchedule, room_at
 from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.plan import Plan, plan_units
@@ -101,8 +101,8 @@ def track_cost(
             cost = _plain(model, optimizer, batch, strategy.accumulation, autocast, facts, warm)
         else:
             config = strategy.deepspeed_config(micro, dtype, world_size)
-            if active is not None and "slimfit" in config:
-                config["slimfit"] = _with_active(config["slimfit"], active, model)
+            if "slimfit" in config:
+                config["slimfit"] = _of_largest_step(config["slimfit"], active, model)
             if like is not None:
                 freeze = SlimFitConfig.parse(config["slimfit"]).freeze
                 same = plan_units(model, always=freeze.always_active, never=freeze.never_active, like=like)
@@ -288,13 +288,20 @@ def choose_active(layers: Sequence[Unit], free: Collection[int], budget: Budget,
     return [layers[i].name for i in sorted(ACTIVE_SETS[kind](layers, free, budget))]
 
 
-def _with_active(block: dict[str, Any], active: str | Sequence[str], model: nn.Module) -> dict[str, Any]:
-    """Return the block with exactly `active` as active set, through the public configuration."""
+def _of_largest_step(
+    block: dict[str, Any], active: str | Sequence[str] | None, model: nn.Module
+) -> dict[str, Any]:
+    """Return the block with exactly `active` as active set, through the public configuration, and without a front.
+
+    The peak is that of a step the whole way; the second step, which is tracked, may be another.
+    """
+    if "front" in block.get("freeze", {}):
+        block = {**block, "freeze": {**block["freeze"], "front": "none"}}
     freeze = SlimFitConfig.parse(block).freeze
-    if freeze.splits:
+    if active is None or freeze.splits:
         return block  # of narrow units the policy's own choice costs what any other does
     roles = discover(model)
-    if POLICIES[freeze.policy].trains_all or FreezeSchedule(roles, freeze).is_static:
+    if FreezeSchedule(roles, freeze).is_static:
         return block
     layers = roles.units
     if isinstance(active, str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from slimfit_ds.planner.simulate import Simulator, estimate
@@ -43,6 +45,17 @@ def test_estimates_are_those_of_a_measurement(case, fake, real):
         assert guess.report.parameters == truth.report.parameters
         assert guess.report.optimizer == truth.report.optimizer > 0
         assert guess.active == truth.active
+
+
+@pytest.mark.slow
+def test_a_front_does_not_lower_the_peak(fake):
+    """The second step, which is tracked, would end in the middle; the largest one does not."""
+    whole = get_strategy("minimal")
+    freeze = (whole.slimfit or {}).get("freeze", {})
+    half = replace(whole, slimfit={**(whole.slimfit or {}), "freeze": {**freeze, "front": "half"}})
+    peaks = [fake.run(Workload(BERT, batch=4, seq=16), strategy) for strategy in (whole, half)]
+    assert [found.error for found in peaks] == ["", ""]
+    assert peaks[0].peak == peaks[1].peak > 0
 
 
 @pytest.mark.slow
