@@ -134,7 +134,7 @@ def compare_dpo(rate: float, blocks: int, count: int) -> None:
         policy: Any = model
         policy.model.layers = policy.model.layers[:blocks]
         policy.config.num_hidden_layers = blocks
-        reference = ReferenceModel(policy) if shared else copy.deepcopy(policy)
+        reference: Any = ReferenceModel(policy) if shared else copy.deepcopy(policy)
         with tempfile.TemporaryDirectory() as folder:
             trainer = DPOTrainer(
                 policy,
