@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from slimfit_ds.activations.checkpoint import make_checkpoint
+from slimfit_ds.activations.checkpoint import SEAM, make_checkpoint
 from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
 from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
@@ -43,6 +43,8 @@ from slimfit_ds.activations.recognise import (
     norm_width,
     weighted_input_width,
 )
+from slimfit_ds.activations.tile_proof import prove_tiles
+from slimfit_ds.activations.tiles import seam_of
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.trainable.units import is_part
 
@@ -281,6 +283,8 @@ class _Installer:
             install_hook(self.patches, self._model, block, run)
         if not has_checkpoint_hook(block):
             install(self.patches, block, BlockSetting(run))
+        if not (self._config.compile or batchwise):
+            self.patches.set(block, SEAM, seam_of(block, prove_tiles))
         self._recomputed[name] = block
         self.rows.append(Row(name, "block", describe(stored), reason))
 
@@ -310,6 +314,7 @@ class _Installer:
             setting = ConsumerSetting(codec, width, self._config.chunk_tokens, self._config.chunk_forward)
             reason = f"{type(module).__name__} holds weights and no norm of the block"
             self._install(full, module, setting, "consumers", "recompute", reason)
+            self.patches.set(module, SEAM, seam_of(module, prove_tiles))
 
     @staticmethod
     def _norm_codecs(table: OperationTable, careful: bool) -> tuple[CodecSpec, CodecSpec]:

@@ -9,12 +9,10 @@ no input requires grad (frozen embeddings).
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,41 +24,26 @@ from torch.utils import _pytree as pytree
 from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs import Codec, resolve_codec
-from slimfit_ds.activations.replay import AutocastState, Chunks, Merged, plan_chunks
+from slimfit_ds.activations.replay import AutocastState, Call, Chunks, Merged, Piece, States, plan_chunks
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
 
 __all__ = [
     "CHANGED",
     "ROWS",
+    "SEAM",
+    "Replayer",
     "checkpoint",
     "compresses",
-    "is_opaque",
     "left_exact",
     "make_checkpoint",
-    "recomputed_part",
 ]
 
 CHANGED = "_slimfit_changed"
 """Attribute of a module that the proof found wanting: options of `checkpoint` that stand in for its own, or `None`: left exact."""
+SEAM = "_slimfit_seam"
+"""Attribute of a module that may run in tiles of the sequence: its `tiles.Seam`."""
 ROWS = "_slimfit_rows"
-"""Attribute of a module: whether the rows of its batch are independent, or what finds out, called with `_Call` and `Chunks`."""
-
-
-class _Depth(threading.local):
-    value = 0
-
-
-_depth = _Depth()
-
-
-@contextlib.contextmanager
-def recomputed_part() -> Iterator[None]:
-    """Mark code whose saved tensors are dropped at once (forward) or used at once (recomputation)."""
-    _depth.value += 1
-    try:
-        yield
-    finally:
-        _depth.value -= 1
+"""Attribute of a module: whether the rows of its batch are independent, or what finds out, called with `Call` and `Chunks`."""
 
 
 def left_exact(module: nn.Module) -> bool:
@@ -70,7 +53,7 @@ def left_exact(module: nn.Module) -> bool:
 
 def compresses(module: nn.Module) -> bool:
     """Return whether a patched module compresses what it keeps: training, with gradients, not inside a recomputed part."""
-    if not module.training or not torch.is_grad_enabled() or _depth.value:
+    if not module.training or not torch.is_grad_enabled() or graph.inside_recomputed_part():
         return False
     return not left_exact(module) and not graph.inside_torch_checkpoint()
 
@@ -137,14 +120,14 @@ def checkpoint(
     while isinstance(function, functools.partial):
         args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
         function = function.func
-    call = _Call(function, args, kwargs, recompute)
+    call = Call(function, args, kwargs, recompute)
     if isinstance(call.owner, nn.Module) and (keys := graph.recorded_inside(call.owner)):
         # What leaves the block on the way needs a graph that can be differentiated.
         graph.warn_of_recorded(call.owner, keys)
         return torch.utils.checkpoint.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
-    plan = plan_chunks(call.tensors, chunk_tokens)
+    plan = plan_chunks(call.tensors, chunk_tokens, tiled=_seam_of(call) is not None)
     ran = _run_unchanged(call, plan, chunk_forward, preserve_rng_state)
     if ran is None:
         return function(*args, **kwargs)
@@ -167,10 +150,20 @@ def checkpoint(
     return outcome.take()
 
 
-def _rows_are_independent(call: _Call, plan: Chunks) -> bool:
+def _rows_are_independent(call: Call, plan: Chunks) -> bool:
     """Return whether the batch may be cut: what the proof found out, or finds out now; true where nothing is to be proven."""
     verdict = call.owner.__dict__.get(ROWS, True) if isinstance(call.owner, nn.Module) else True
     return verdict if isinstance(verdict, bool) else verdict(call, plan)
+
+
+def _seam_of(call: Call) -> Any:
+    """Return where the tokens of a module meet, if it may run in tiles. Whole weights of ZeRO 3 are gathered once for each pass
+    through a module, in an order that all ranks share; they would differ by the length of their sequences."""
+    owner = call.owner
+    seam = owner.__dict__.get(SEAM) if isinstance(owner, nn.Module) else None
+    if seam is None or seam.verdict is False or any(hasattr(p, "ds_id") for p in owner.parameters()):  # type: ignore[attr-defined]
+        return None
+    return seam
 
 
 # Functions and modules that drew random numbers when they last ran: they start out in chunks the next time.
@@ -185,7 +178,7 @@ _CHANGING: weakref.WeakSet = weakref.WeakSet()
 
 
 def _run_unchanged(
-    call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool
+    call: Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool
 ) -> tuple[Chunks, _Outcome] | None:
     """Return the chunks and the forward pass, run in them where rows are independent; `None` for a module that changes
     its hidden states in place, which are then as before.
@@ -206,6 +199,8 @@ def _run_unchanged(
     try:
         if len(plan) > 1 and not _rows_are_independent(call, plan):
             plan = plan.undivided()
+        if plan.tiles is not None and not call.owner.__dict__[SEAM].may_be_cut(call, plan):
+            plan = plan.untiled()
         outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
         changes = versions != [t._version for t in call.tensors]
     except RuntimeError as error:
@@ -230,43 +225,6 @@ def _run_unchanged(
 _CHANGES = "changes its input in place, so it cannot be computed again"
 
 
-class _Call:
-    """A function with its arguments taken apart into tensors and the rest."""
-
-    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
-        leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
-        self._function, self._again = function, recompute or function
-        holders = (getattr(function, "__self__", None), *leaves)
-        self.owner = next((x for x in holders if isinstance(x, nn.Module)), function)
-        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        # What the forward pass has changed, and the repetition must not change again.
-        self.changing: replay.Buffers = {}
-
-    def run(self, tensors: Sequence[Tensor]) -> Any:
-        """Return the function's results for these tensors."""
-        return self._call(self._function, tensors)
-
-    def run_again(self, tensors: Sequence[Tensor]) -> Any:
-        """Do the same in the backward pass."""
-        with replay.put_back(self.changing):
-            return self._call(self._again, tensors)
-
-    def _call(self, function: Callable, tensors: Sequence[Tensor]) -> Any:
-        leaves = list(self._leaves)
-        for position, tensor in zip(self._positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        with recomputed_part():
-            return function(*args, **kwargs)
-
-
-def is_opaque(value: Any) -> bool:
-    """Caches and other objects are passed on as they are, even if they are registered as trees."""
-    return not isinstance(value, (tuple, list, dict))
-
-
 class _Outcome:
     """What a forward pass gave.
 
@@ -274,7 +232,8 @@ class _Outcome:
         values: the tensors among the results, detached.
         differentiable: which of them carry gradients.
         parameters: the leaves that were used and are no arguments.
-        states: for each chunk that was run, the random state before it, or `None` where nothing was drawn.
+        plan: the chunks that were run.
+        states: for each of them the random states before its pieces, or `None` where nothing was drawn.
     """
 
     def __init__(
@@ -283,14 +242,20 @@ class _Outcome:
         differentiable: list[bool],
         structure: Any,
         parameters: list[Tensor],
-        states: list,
+        plan: Chunks,
+        states: list[States],
     ):
         self._positions = [i for i, value in enumerate(merged) if isinstance(value, Tensor)]
         self.differentiable = [differentiable[i] for i in self._positions]
         self.values: Sequence[Tensor] = [merged[i].detach() for i in self._positions]
-        self.parameters, self.states = parameters, states
+        self.parameters, self.plan, self.states = parameters, plan, states
         self._rest = [None if isinstance(value, Tensor) else value for value in merged]
         self._structure = structure
+
+    @property
+    def drew(self) -> bool:
+        """Whether random numbers were drawn."""
+        return any(state is not None for states in self.states for state in states)
 
     def take(self) -> Any:
         """Return the results as the function would return them."""
@@ -301,7 +266,7 @@ class _Outcome:
         return pytree.tree_unflatten(leaves, self._structure)
 
 
-def _run_forward(call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool) -> _Outcome:
+def _run_forward(call: Call, plan: Chunks, chunk_forward: bool, preserve_rng_state: bool) -> _Outcome:
     """Run the function on exact values, keeping nothing for backward.
 
     In chunks where it must be, and where it may be and every result has a row for each sample: any other may depend
@@ -318,11 +283,11 @@ def _run_forward(call: _Call, plan: Chunks, chunk_forward: bool, preserve_rng_st
             replay.restore(before)
     if outcome is None:
         outcome = _run(call, plan if draws else plan.undivided(), preserve_rng_state)
-    if any(state is not None for state in outcome.states):
+    if outcome.drew:
         _DRAWING.add(call.owner)
     else:
         _DRAWING.discard(call.owner)
-    if len(outcome.states) < len(plan) and outcome.states[0] is not None:
+    if outcome.plan != plan and outcome.drew:
         # A chunk cannot repeat its part of a dropout mask drawn for the whole batch.
         replay.restore(before)
         outcome = _run(call, plan, preserve_rng_state)
@@ -333,21 +298,65 @@ class _Joint(Exception):
     """A chunk gave a result without a row for each sample."""
 
 
-def _run(call: _Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = False) -> _Outcome:
-    merged, states = Merged(plan), []
+class _Recorder:
+    """A `Piece` of a forward pass: keeps nothing for backward, and notes parameters and random states."""
+
+    def __init__(self, call: Call, preserve_rng_state: bool):
+        self._autocast, self._preserve = AutocastState.capture(call.tensors), preserve_rng_state
+        self.parameters: dict[int, Tensor] = {}
+        self.states: States = []
+
+    def __call__(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> Any:
+        before = replay.capture(inputs) if self._preserve else None
+        start = graph.position()
+        with self._autocast.entered(), graph.nothing_saved(), graph.recomputed_part():
+            results = run()
+        self.states.append(before if replay.consumed_since(before, inputs) else None)
+        found = [v for v in pytree.tree_leaves(results) if isinstance(v, Tensor)]
+        for leaf in graph.leaves_used(found, start):
+            if not any(leaf is tensor for tensor in inputs):
+                self.parameters.setdefault(id(leaf), leaf)
+        return results
+
+
+class Replayer:
+    """A `Piece` that draws the random numbers of the forward pass again.
+
+    Args:
+        autocast: of the forward pass.
+        states: of its pieces; empty: nothing was drawn.
+    """
+
+    def __init__(self, autocast: AutocastState, states: States):
+        self._autocast, self._states = autocast, states
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go on with the first piece."""
+        self._left = iter(self._states)
+
+    def __call__(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> Any:
+        with self._autocast.entered(), replay.replayed(next(self._left, None)), graph.recomputed_part():
+            return run()
+
+
+def _run_chunk(
+    call: Call, run: Callable, plan: Chunks, inputs: list[Tensor], piece: Piece
+) -> tuple[list, Any]:
+    """Return the leaves of the results of one chunk, and their structure."""
+    if plan.tiles is None:
+        return pytree.tree_flatten(piece(lambda: run(inputs), inputs))
+    return call.owner.__dict__[SEAM].over(plan.tiles, run, inputs).forward(piece)
+
+
+def _run(call: Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = False) -> _Outcome:
+    merged, states, piece = Merged(plan), [], _Recorder(call, preserve_rng_state)
     differentiable: list[bool] = []
-    parameters: dict[int, Tensor] = {}
-    autocast = AutocastState.capture(call.tensors)
     for index in range(len(plan)):
         inputs = _as_leaves(plan.slice(call.tensors, index), [t.requires_grad for t in call.tensors])
-        before = replay.capture(inputs) if preserve_rng_state else None
-        start = graph.position()
-        with autocast.entered(), graph.nothing_saved():
-            leaves, structure = pytree.tree_flatten(call.run(inputs))
-        states.append(before if replay.consumed_since(before, inputs) else None)
-        for leaf in graph.leaves_used([v for v in leaves if isinstance(v, Tensor)], start):
-            if not any(leaf is tensor for tensor in inputs):
-                parameters.setdefault(id(leaf), leaf)
+        leaves, structure = _run_chunk(call, call.run, plan, inputs, piece)
+        states.append(piece.states)
+        piece.states = []
         carry = [isinstance(v, Tensor) and v.requires_grad for v in leaves]
         differentiable = [a or b for a, b in zip(differentiable or carry, carry, strict=True)]
         with torch.no_grad():
@@ -355,7 +364,7 @@ def _run(call: _Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = Fal
         if by_row and not merged.by_row:
             raise _Joint
         del leaves
-    return _Outcome(merged.values, differentiable, structure, list(parameters.values()), states)
+    return _Outcome(merged.values, differentiable, structure, [*piece.parameters.values()], plan, states)
 
 
 def _as_leaves(tensors: Sequence[Tensor], needs_gradient: Sequence[bool]) -> list[Tensor]:
@@ -379,11 +388,10 @@ def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
 class _Record:
     """What the backward pass needs besides tensors."""
 
-    def __init__(self, call: _Call, plan: Chunks, outcome: _Outcome, partitioned: list[Tensor] | None):
+    def __init__(self, call: Call, plan: Chunks, outcome: _Outcome, partitioned: list[Tensor] | None):
         self.call, self.partitioned = call, partitioned
         self.outcome: _Outcome | None = outcome
-        self.plan = plan
-        self.states = outcome.states
+        self.plan, self.ran, self.states = plan, outcome.plan, outcome.states
         self.autocast = AutocastState.capture(call.tensors)
         self.needs_gradient = [t.requires_grad for t in call.tensors]
         self.parameters = partitioned if partitioned is not None else list(outcome.parameters)
@@ -393,22 +401,23 @@ class _Record:
     def repeat(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the first result of the function again, from what was saved."""
         inputs = SavedTensors.restore(self.stored, tensors)
-        plan = self.plan if len(self.states) == len(self.plan) else self.plan.undivided()
+        plan = self.ran
         merged = Merged(plan)
-        for index, state in enumerate(self.states):
-            with torch.no_grad(), self.autocast.entered(), replay.replayed(state):
-                leaves = pytree.tree_leaves(self.call.run_again(plan.slice(inputs, index)))
+        for index, states in enumerate(self.states):
+            piece = Replayer(self.autocast, states)
+            with torch.no_grad():
+                leaves, _ = _run_chunk(self.call, self.call.run_again, plan, plan.slice(inputs, index), piece)
             merged.add(index, [next(leaf for leaf in leaves if isinstance(leaf, Tensor))])
         return merged.values[0]
 
-    def chunks_for(self, gradients: Sequence[Tensor | None]) -> tuple[Chunks, list[replay.RngState | None]]:
-        """Return the chunks to recompute, with the random state of each."""
-        if len(self.states) == len(self.plan):
+    def chunks_for(self, gradients: Sequence[Tensor | None]) -> tuple[Chunks, list[States]]:
+        """Return the chunks to recompute, with the random states of each."""
+        if self.ran == self.plan:
             return self.plan, self.states
         whole = any(g is not None and not self.plan.is_batched(g) for g in gradients)
         # A result without batch dimension may depend on all rows at once.
         plan = self.plan.undivided() if whole else self.plan
-        return plan, [None] * len(plan)
+        return plan, [[] for _ in plan.bounds]
 
 
 class _CheckpointFunction(torch.autograd.Function):
@@ -435,25 +444,19 @@ class _CheckpointFunction(torch.autograd.Function):
         record: _Record = ctx.record
         inputs = SavedTensors.restore(record.stored, ctx.saved_tensors)
         plan, states = record.chunks_for(gradients)
-        total = _Totals(inputs, record, plan)
+        total = graph.Totals(
+            inputs, record.needs_gradient, record.parameters, record.partitioned is not None, plan
+        )
         for index in range(len(plan)):
             chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient)
-            with torch.enable_grad(), record.autocast.entered(), replay.replayed(states[index]):
-                results = pytree.tree_leaves(record.call.run_again(chunk))
-            results = [value for value in results if isinstance(value, Tensor)]
-            heads, weights = [], []
-            for value, gradient in zip(results, gradients, strict=True):
-                if gradient is None or not value.requires_grad:
-                    continue
-                if plan.is_batched(gradient) and value.shape != gradient.shape:
-                    start, stop = plan.bounds[index]
-                    gradient = gradient[start:stop]
-                elif index:
-                    continue
-                heads.append(value)
-                weights.append(gradient)
-            if heads:
-                total.differentiate(heads, weights, chunk, index)
+            piece = Replayer(record.autocast, states[index])
+            if plan.tiles is not None:
+                seam = record.call.owner.__dict__[SEAM]
+                seam.over(plan.tiles, record.call.run_again, chunk).backward(gradients, total, index, piece)
+                continue
+            with torch.enable_grad():
+                results = piece(functools.partial(record.call.run_again, chunk), chunk)
+            total.add(*graph.heads_of(results, gradients, plan, index), chunk, index)
         return (None, None, *total.gradients())
 
 
@@ -468,50 +471,3 @@ def _repeat(record: weakref.ref[_Record], *tensors: Tensor) -> Tensor:
             "the graph of a checkpointed part was freed before the layer that reads its result"
         )
     return found.repeat(tensors)
-
-
-class _Totals:
-    """Gradients of inputs and parameters, summed or joined over the chunks."""
-
-    def __init__(self, inputs: Sequence[Tensor], record: _Record, plan: Chunks):
-        self._wanted = [i for i, needs in enumerate(record.needs_gradient) if needs]
-        self._record, self._plan = record, plan
-        self._inputs: list[Tensor | None] = [None] * len(inputs)
-        self._shapes = [t.shape for t in inputs]
-        self._parameters: list[Tensor | None] = [None] * len(record.parameters)
-
-    def differentiate(
-        self, heads: list[Tensor], weights: list[Tensor], chunk: list[Tensor], index: int
-    ) -> None:
-        parameters = self._record.parameters
-        wanted = [chunk[i] for i in self._wanted]
-        if self._record.partitioned is not None and index == len(self._plan) - 1:
-            with graph.add_to_gradients(parameters, self._parameters):
-                torch.autograd.backward(heads, weights, inputs=[*wanted, *parameters])
-            found: list[Tensor | None] = [t.grad for t in wanted]
-        else:
-            with graph.without_tensor_hooks(parameters):
-                found = list(torch.autograd.grad(heads, [*wanted, *parameters], weights, allow_unused=True))
-            for i, gradient in enumerate(found[len(wanted) :]):
-                self._parameters[i] = _sum(self._parameters[i], gradient)
-        for i, gradient in zip(self._wanted, found, strict=False):
-            self._add_input(i, gradient, index)
-
-    def _add_input(self, i: int, gradient: Tensor | None, index: int) -> None:
-        if gradient is None or not self._plan.divided[i]:
-            self._inputs[i] = _sum(self._inputs[i], gradient)
-            return
-        start, stop = self._plan.bounds[index]
-        whole = self._inputs[i]
-        if whole is None:
-            whole = self._inputs[i] = gradient.new_zeros(self._shapes[i])
-        whole[start:stop] = gradient
-
-    def gradients(self) -> list[Tensor | None]:
-        return [*self._inputs, *([None] if self._record.partitioned is not None else self._parameters)]
-
-
-def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    if total is None or term is None:
-        return term if total is None else total
-    return total + term

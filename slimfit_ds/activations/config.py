@@ -138,7 +138,9 @@ class ActivationsConfig(BaseModel):
         {}, description="glob of module names -> {operation: codec}, over the preset and `operations`"
     )
     chunk_tokens: int | None = Field(
-        4096, ge=1, description="recompute about this many tokens at a time; null: the whole batch"
+        4096,
+        ge=1,
+        description="recompute about this many tokens at a time, of a longer sample tile by tile; null: the whole batch",
     )
     chunk_loss_tokens: int | None = Field(
         None,

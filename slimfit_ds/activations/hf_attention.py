@@ -1,6 +1,6 @@
-"""Compressed attention for transformers' models, through their attention interface.
+"""The place where transformers' models look their attention function up, and compressed attention through it.
 
-An attention module of transformers looks its function up by the name in its config:
+An attention module looks its function up by the name in its config:
 `ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)`. While a patched module runs, that
 name leads to our function, which keeps queries, keys and values compressed and calls the one that stood there. Config, name and
 mask stay the model's own (models build masks by the name), and outside of such a forward pass nothing is replaced.
@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -25,7 +25,21 @@ from slimfit_ds.activations.ops.attention import recomputed_attention, stored_pr
 from slimfit_ds.activations.patch import Bound, Patches
 from slimfit_ds.activations.saved_tensors import saved_as_they_are
 
-__all__ = ["AttentionSetting", "install_attention", "uses_interface"]
+__all__ = ["AttentionSetting", "attention_leads_to", "install_attention", "uses_interface"]
+
+Handler = Callable[..., Any]
+"""Called as `handler(base, module, query, key, value, ...)` in place of `base(module, query, key, value, ...)`."""
+
+
+class _Handlers(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Handler] = []
+
+
+_handlers = _Handlers()
+# By interface and name: how many contexts are open (in any thread), and the function that stood there.
+_running: dict[tuple[int, str], tuple[int, Callable | None]] = {}
+_lock = threading.Lock()
 
 _SETTING = "_slimfit_attention"
 _ORIGINAL = "_slimfit_attention_forward"
@@ -54,20 +68,23 @@ def uses_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def install_attention(patches: Patches, module: nn.Module, setting: AttentionSetting) -> None:
-    """Let a module that `uses_interface` keep its operands as `setting` says."""
-    patches.set(module, _SETTING, setting)
-    patches.set(module, _ORIGINAL, module.__dict__.get("forward"))
-    patches.set(module, "forward", Bound(_forward, module))
+@contextlib.contextmanager
+def attention_leads_to(handler: Handler, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let attention functions that these modules (each `uses_interface`) look up be called through `handler`, in this thread."""
+    with contextlib.ExitStack() as stack:
+        for interface, name in {
+            (id(i), n): (i, n) for i, n in map(_place, modules) if n is not None
+        }.values():
+            stack.enter_context(_replaced(interface, name))
+        _handlers.stack.append(handler)
+        try:
+            yield
+        finally:
+            _handlers.stack.pop()
 
 
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    original = self.__dict__[_ORIGINAL] or MethodType(type(self).forward, self)
-    name = getattr(self.config, "_attn_implementation", None)
-    if name is None or not (compresses(self) or left_exact(self)):
-        return original(*args, **kwargs)
-    with _leads_to_ours(_globals(self)["ALL_ATTENTION_FUNCTIONS"], name):
-        return original(*args, **kwargs)
+def _place(module: nn.Module) -> tuple[Any, str | None]:
+    return _globals(module)["ALL_ATTENTION_FUNCTIONS"], getattr(module.config, "_attn_implementation", None)
 
 
 def _globals(module: nn.Module) -> dict[str, Any]:
@@ -75,19 +92,14 @@ def _globals(module: nn.Module) -> dict[str, Any]:
     return inspect.unwrap(type(module).forward).__globals__
 
 
-# By interface and name: how many forward passes run (in any thread), and the function that stood there.
-_running: dict[tuple[int, str], tuple[int, Callable | None]] = {}
-_lock = threading.Lock()
-
-
 @contextlib.contextmanager
-def _leads_to_ours(interface: Any, name: str) -> Iterator[None]:
+def _replaced(interface: Any, name: str) -> Iterator[None]:
     where = id(interface), name
     with _lock:
         count, function = _running.get(where, (0, None))
         if not count:
             function = interface.get(name)
-            interface[name] = functools.partial(_attention, where)
+            interface[name] = functools.partial(_handle, where)
         _running[where] = count + 1, function
     try:
         yield
@@ -103,8 +115,30 @@ def _leads_to_ours(interface: Any, name: str) -> Iterator[None]:
                     interface[name] = function
 
 
+def _handle(where: tuple[int, str], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Eager attention is no entry of the interface: models hand over that of their own file.
+    base = _running[where][1] or _globals(module)["eager_attention_forward"]
+    handler = _handlers.stack[-1] if _handlers.stack else None
+    return base(module, *args, **kwargs) if handler is None else handler(base, module, *args, **kwargs)
+
+
+def install_attention(patches: Patches, module: nn.Module, setting: AttentionSetting) -> None:
+    """Let a module that `uses_interface` keep its operands as `setting` says."""
+    patches.set(module, _SETTING, setting)
+    patches.set(module, _ORIGINAL, module.__dict__.get("forward"))
+    patches.set(module, "forward", Bound(_forward, module))
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    original = self.__dict__[_ORIGINAL] or MethodType(type(self).forward, self)
+    if not (compresses(self) or left_exact(self)):
+        return original(*args, **kwargs)
+    with attention_leads_to(_attention, [self]):
+        return original(*args, **kwargs)
+
+
 def _attention(
-    where: tuple[int, str],
+    base: Callable,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -112,9 +146,7 @@ def _attention(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Take the place of the function that `where` led to: same arguments and results."""
-    # Eager attention is no entry of the interface: models hand over that of their own file.
-    base = _running[where][1] or _globals(module)["eager_attention_forward"]
+    """Take the place of the attention function `base`: same arguments and results."""
     function = functools.partial(base, module)
     operands = query, key, value, attention_mask
     setting: AttentionSetting | None = module.__dict__.get(_SETTING)
@@ -137,7 +169,11 @@ def _attention(
             **kwargs,
         )
     causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", where[1] == "sdpa") if causal is None else causal
+    causal = (
+        getattr(module, "is_causal", getattr(module.config, "_attn_implementation", None) == "sdpa")
+        if causal is None
+        else causal
+    )
     scale = kwargs.get("scaling")
     results: list[Any] = []
 

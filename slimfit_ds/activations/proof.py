@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.apply import CompressionHandle, Row
-from slimfit_ds.activations.checkpoint import CHANGED, ROWS, compresses
+from slimfit_ds.activations.checkpoint import CHANGED, ROWS, SEAM, compresses
 from slimfit_ds.activations.config import ActivationsConfig
 from slimfit_ds.activations.recognise import find_blocks, inside
 from slimfit_ds.activations.replay import Chunks, Merged
@@ -55,7 +56,7 @@ class Failure:
 
     Attributes:
         module: its name.
-        check: forward, gradient, buffers, caches, rows, or read (a weight that trains gets no gradient).
+        check: forward, gradient, buffers, caches, rows, tokens, or read (a weight that trains gets no gradient).
         measured: in words, with the limit.
         remedy: what became of it.
         bytes: what that costs, kept for the backward pass of the whole batch.
@@ -111,6 +112,8 @@ class Proof:
                 self._handles[name] = module.register_forward_pre_hook(self._before, with_kwargs=True)
         for module in self._changed.values():
             module.__dict__[ROWS] = self._rows
+            if (seam := module.__dict__.get(SEAM)) is not None:
+                seam.report = self._not_cut
 
     def remove(self) -> None:
         """Take everything of the proof, and its verdicts, out of the model."""
@@ -146,6 +149,9 @@ class Proof:
         if measured is not None:
             self.fail(Failure(self._names[module], "rows", measured, "not cut into chunks"))
         return measured is None
+
+    def _not_cut(self, module: nn.Module, measured: str) -> None:
+        self.fail(Failure(self._names[module], "tokens", measured, "not cut into tiles"))
 
     def fail(self, failure: Failure) -> None:
         """Report what was found wrong."""
@@ -322,7 +328,8 @@ def _dependence(call: Any, plan: Chunks) -> str | None:
     others = torch.tensor([rows - 1] * half + [*range(half, rows)], device=tensors[0].device)
 
     def results(some: list[Tensor]) -> list[Any]:
-        return pytree.tree_leaves(call.run(some))
+        with graph.recomputed_part():
+            return pytree.tree_leaves(call.run(some))
 
     with replay.replayed(replay.capture(tensors)), undisturbed(call.owner), NothingRandom():
         whole = results(tensors)

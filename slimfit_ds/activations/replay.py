@@ -1,27 +1,35 @@
 """What a function needs to run again and give the same: its random numbers, its autocast setting, buffers that it changes, and, in
-chunks of the batch, its arguments taken apart and its results joined.
+chunks of the batch and tiles of the sequence, its arguments taken apart and its results joined.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "AutocastState",
+    "Call",
     "Chunks",
     "Merged",
+    "Piece",
     "RngState",
+    "States",
+    "Tiles",
     "buffers_of",
     "capture",
     "changing",
     "consumed_since",
+    "first_tokens",
+    "is_opaque",
     "plan_chunks",
     "put_back",
     "replayed",
@@ -36,6 +44,10 @@ class RngState:
 
     cpu: Tensor
     devices: tuple[tuple[torch.device, Tensor], ...] = ()
+
+
+States = list[RngState | None]
+"""Of the pieces of a pass, one after the other; `None`: of one that draws nothing."""
 
 
 def capture(tensors: Iterable[Tensor]) -> RngState | None:
@@ -176,6 +188,74 @@ class AutocastState:
             yield
 
 
+Piece = Callable[[Callable[[], Any], Sequence[Tensor]], Any]
+"""Runs a part of a pass, `piece(run, inputs)`: with or without a graph, with random numbers to record or to replay."""
+
+
+class Call:
+    """A function with its arguments taken apart into tensors and the rest."""
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any], recompute: Callable | None):
+        leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
+        self._function, self._again = function, recompute or function
+        holders = (getattr(function, "__self__", None), *leaves)
+        self.owner = next((x for x in holders if isinstance(x, nn.Module)), function)
+        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [leaves[i] for i in self._positions]
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        # What the forward pass has changed, and the repetition must not change again.
+        self.changing: Buffers = {}
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the function's results for these tensors."""
+        return self._call(self._function, tensors)
+
+    def run_again(self, tensors: Sequence[Tensor]) -> Any:
+        """Do the same in the backward pass."""
+        with put_back(self.changing):
+            return self._call(self._again, tensors)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[Callable, tuple, dict[str, Any]]:
+        """Return the function, and its arguments with other tensors in place of its own."""
+        leaves = list(self._leaves)
+        for position, tensor in zip(self._positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        return self._function, args, kwargs
+
+    def _call(self, function: Callable, tensors: Sequence[Tensor]) -> Any:
+        _, args, kwargs = self.with_tensors(tensors)
+        return function(*args, **kwargs)
+
+
+def is_opaque(value: Any) -> bool:
+    """Caches and other objects are passed on as they are, even if they are registered as trees."""
+    return not isinstance(value, (tuple, list, dict))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Token ranges of every sample, and which dimension of each argument is that of tokens.
+
+    Attributes:
+        tokens: of a sample.
+        bounds: first token and end of each tile.
+        dims: for each argument its dimension of tokens; `None`: it is not cut.
+    """
+
+    tokens: int
+    bounds: tuple[tuple[int, int], ...]
+    dims: tuple[int | None, ...]
+
+    def slice(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
+        """Return the arguments of one tile."""
+        start, stop = self.bounds[index]
+        return [
+            t if d is None else t.narrow(d, start, stop - start)
+            for t, d in zip(tensors, self.dims, strict=True)
+        ]
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Row ranges of the batch, and which arguments have a row for each sample.
@@ -184,18 +264,24 @@ class Chunks:
         batch: rows of the whole batch.
         bounds: first row and end of each chunk.
         divided: for each argument, whether it is split.
+        tiles: of which each chunk consists; `None`: of one.
     """
 
     batch: int
     bounds: tuple[tuple[int, int], ...]
     divided: tuple[bool, ...]
+    tiles: Tiles | None = None
 
     def __len__(self) -> int:
         return len(self.bounds)
 
     def undivided(self) -> Chunks:
-        """Return the same arguments in one chunk."""
+        """Return the same arguments in one piece."""
         return Chunks(self.batch, ((0, self.batch),), (False,) * len(self.divided))
+
+    def untiled(self) -> Chunks:
+        """Return the same chunks of whole samples."""
+        return replace(self, tiles=None)
 
     def slice(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
         """Return the arguments of one chunk."""
@@ -205,6 +291,15 @@ class Chunks:
     def is_batched(self, whole: Tensor) -> bool:
         """Return whether a result of the whole batch has a row for each sample."""
         return whole.dim() > 0 and whole.shape[0] == self.batch
+
+    def region(self, argument: int, whole: Tensor, index: int, tile: int | None) -> Tensor:
+        """Return the view of a whole argument that a chunk, or a tile of it, has of it."""
+        start, stop = self.bounds[index]
+        view = whole[start:stop] if self.divided[argument] else whole
+        if tile is None or self.tiles is None or (dim := self.tiles.dims[argument]) is None:
+            return view
+        first, end = self.tiles.bounds[tile]
+        return view.narrow(dim, first, end - first)
 
 
 class Merged:
@@ -261,8 +356,8 @@ def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
 
 
-def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None) -> Chunks:
-    """Return chunks of about `chunk_tokens` tokens.
+def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None, tiled: bool = False) -> Chunks:
+    """Return chunks of about `chunk_tokens` tokens: of as many samples as have so many, of one sample where it has more.
 
     The first floating-point tensor is the hidden state. Only one of rank three or more, `[batch, tokens, hidden]`,
     is split: rows of a matrix may be tokens of one packed sequence that attend to each other.
@@ -270,6 +365,7 @@ def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None) -> Chunks:
     Args:
         tensors: the arguments of a function.
         chunk_tokens: target size of a chunk in tokens; `None`: one chunk.
+        tiled: a sample of more tokens is cut into tiles of at most `chunk_tokens`, all about as long.
 
     Raises:
         ValueError: `chunk_tokens` is not positive.
@@ -281,13 +377,44 @@ def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None) -> Chunks:
         return Chunks(1, ((0, 1),), (False,) * len(tensors))
     batch = hidden.shape[0]
     whole = Chunks(batch, ((0, batch),), (False,) * len(tensors))
-    if chunk_tokens is None or hidden.dim() < 3 or batch < 2 or not hidden.numel():
+    if chunk_tokens is None or hidden.dim() < 3 or not hidden.numel():
         return whole
+    length = hidden.shape[1]
+    # A [sequence, ...] table cannot be told from a [batch, ...] one when both lengths agree.
+    if batch == length and any(t.dim() == 2 and t.shape[0] == batch for t in tensors):
+        return whole
+    tiles = None
+    if tiled and hidden.dim() == 3 and length > chunk_tokens:
+        count = -(-length // chunk_tokens)
+        ends = [length * i // count for i in range(count + 1)]
+        tiles = Tiles(
+            length,
+            tuple(itertools.pairwise(ends)),
+            tuple(_dimension_of_tokens(t, batch, length) for t in tensors),
+        )
     tokens = hidden.numel() // hidden.shape[-1]
     rows = max(1, chunk_tokens * batch // tokens)
-    # A [sequence, ...] table cannot be told from a [batch, ...] one when both lengths agree.
-    ambiguous = batch == hidden.shape[1] and any(t.dim() == 2 and t.shape[0] == batch for t in tensors)
-    if rows >= batch or ambiguous:
-        return whole
+    if rows >= batch:
+        return replace(whole, tiles=tiles)
     bounds = tuple((start, min(start + rows, batch)) for start in range(0, batch, rows))
-    return Chunks(batch, bounds, tuple(t.dim() >= 2 and t.shape[0] == batch for t in tensors))
+    return Chunks(batch, bounds, tuple(t.dim() >= 2 and t.shape[0] == batch for t in tensors), tiles)
+
+
+def _dimension_of_tokens(tensor: Tensor, batch: int, tokens: int) -> int | None:
+    """Return the second dimension of [batch or 1, tokens, ...], the first of [tokens, ...]; what it is is proven, not known."""
+    shape = tensor.shape
+    if len(shape) >= 2 and shape[1] == tokens and shape[0] in (1, batch):
+        return 1
+    return 0 if shape and shape[0] == tokens else None
+
+
+def first_tokens(tensor: Tensor, tokens: int, few: int) -> Tensor:
+    """Return a copy of an argument for the first `few` of so many tokens: cut in every dimension as long as the sequence, but that of samples."""
+    short = tensor.detach()
+    if short.dim() == 1 and short.numel() > 1 and not short.is_floating_point() and short.numel() != tokens:
+        # Bounds of documents, from zero to the number of tokens.
+        return short.clamp(max=few)
+    for dim, length in enumerate(short.shape):
+        if length == tokens and (dim or short.dim() == 1 or short.shape[-1] != tokens):
+            short = short.narrow(dim, 0, few)
+    return short.clone().requires_grad_(tensor.requires_grad)

@@ -21,9 +21,8 @@ from torch.utils import _pytree as pytree
 
 from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
-from slimfit_ds.activations.checkpoint import is_opaque, recomputed_part
 from slimfit_ds.activations.ops.dropout import masks_of_torch
-from slimfit_ds.activations.replay import AutocastState, plan_chunks
+from slimfit_ds.activations.replay import AutocastState, first_tokens, is_opaque, plan_chunks
 from slimfit_ds.memory.saved import SavedActivations
 from slimfit_ds.trainable.split import SplitModule, whole_weight
 
@@ -32,6 +31,7 @@ __all__ = [
     "NothingRandom",
     "Outcome",
     "difference",
+    "direction",
     "relative_error",
     "rounding",
     "run",
@@ -67,7 +67,7 @@ class Outcome:
 class Arguments:
     """Arguments of a module's forward, of which copies are made: of some rows of the batch, spread over it.
 
-    An eighth of the rows, but two and about 256 tokens at least, and about `tokens` tokens at most: what is kept of a block
+    An eighth of the rows, but two and about 256 tokens at least, and about `tokens` tokens at most, the first ones of a longer sequence: what is kept of a block
     uncompressed must be little beside what the run keeps of all blocks.
 
     Attributes:
@@ -78,30 +78,36 @@ class Arguments:
         self._leaves, self._structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
         self.tensors: list[Tensor] = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         hidden = next((t for t in self.tensors if t.is_floating_point() and t.dim() > 2 and t.numel()), None)
+        most = tokens
         if hidden is not None:
             whole = hidden.numel() // hidden.shape[-1]
             tokens = min(tokens, max(2 * whole // hidden.shape[0], whole // 8, _FEW))
         self._plan = plan_chunks(self.tensors, tokens)
+        # Of a long sequence the first tokens, of which a block is as large as the tiles in which it runs.
+        length = hidden.shape[1] if hidden is not None and hidden.dim() == 3 else 0
+        self._cut = (length, max(most // 2, 1)) if length > most else None
 
     @property
     def share(self) -> float:
         """Of the rows that are in the copies."""
         start, stop = self._plan.bounds[0]
-        return (stop - start) / self._plan.batch
+        length, few = self._cut or (1, 1)
+        return (stop - start) / self._plan.batch * few / length
 
     @property
     def is_part(self) -> bool:
-        return len(self._plan) > 1
+        return len(self._plan) > 1 or self._cut is not None
 
     def take_whole(self) -> None:
         """Copy the whole batch from now on."""
-        self._plan = self._plan.undivided()
+        self._plan, self._cut = self._plan.undivided(), None
 
     def _part(self, tensor: Tensor, divided: bool) -> Tensor:
+        part = tensor.detach() if self._cut is None else first_tokens(tensor, *self._cut)
         if not divided:
-            return tensor.detach().clone()
+            return part.clone()
         rows = torch.linspace(0, self._plan.batch - 1, self._plan.bounds[0][1]).long()
-        return tensor.detach()[rows.to(tensor.device)]
+        return part[rows.to(tensor.device)]
 
     def copies(self) -> tuple[tuple, dict[str, Any], list[Tensor], list[Any]]:
         """Return arguments and keyword arguments, the leaves among them that want a gradient, and copies of caches."""
@@ -175,7 +181,7 @@ def run(
         leaves = {m.weight_columns: m.leaf for m in module.modules() if isinstance(m, SplitModule)}
         stack.enter_context(masks_of_torch())
         if plain:
-            stack.enter_context(recomputed_part())
+            stack.enter_context(graph.recomputed_part())
             stack.enter_context(_whole_layers(module))
         with SavedActivations(module) as saved:
             results = module.forward(*args, **kwargs)
@@ -183,7 +189,7 @@ def run(
         heads = [t for t in tensors if t.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(wanting) + len(parameters))
         if heads and found:
-            weights = [_direction(t, i) for i, t in enumerate(heads)]
+            weights = [direction(t, i) for i, t in enumerate(heads)]
             ends = [leaves.get(p, p) for p in parameters.values()]
             found = torch.autograd.grad(heads, [*wanting, *ends], weights, allow_unused=True)
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
@@ -197,7 +203,7 @@ def run(
     )
 
 
-def _direction(tensor: Tensor, seed: int) -> Tensor:
+def direction(tensor: Tensor, seed: int) -> Tensor:
     """Return a gradient of a result: random, the same at every call."""
     random = torch.Generator(tensor.device).manual_seed(seed)
     return torch.randn(tensor.shape, generator=random, device=tensor.device, dtype=torch.float32).to(
