@@ -329,6 +329,12 @@ TABLE: tuple[Name, ...] = (
         "torch._C:_FunctionBase", "activations", "compressed blocks do not find their graph", "_sequence_nr"
     ),
     *_names(
+        "torch._C._autograd",
+        "activations",
+        "inputs on the host are given back while a second backward pass needs them",
+        "_get_current_graph_task_keep_graph",
+    ),
+    *_names(
         "torch._C",
         "memory streaming",
         "phases of a step are told apart wrongly, streamed blocks come in the wrong order",

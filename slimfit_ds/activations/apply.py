@@ -15,6 +15,7 @@ from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, Operatio
 from slimfit_ds.activations.hf_attention import AttentionSetting, install_attention, uses_interface
 from slimfit_ds.activations.hf_checkpointing import hold_checkpointing, install_hook
 from slimfit_ds.activations.language_head import ChunkedLoss, chunk_language_model_loss
+from slimfit_ds.activations.offload import ON_MODEL, HostInputs
 from slimfit_ds.activations.ops.norm import NormKind
 from slimfit_ds.activations.patch import (
     DROPOUTS,
@@ -144,6 +145,11 @@ def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str
             f"activations.compile is true, but no block is compiled: of preset {config.preset!r} none is recomputed "
             "whole, and something is compressed; use minimal or exact, or set compile to false"
         )
+    if config.offload and not any(config.table(name).block != "exact" for name in find_blocks(model)):
+        problems.append(
+            f"activations.offload is true, but of preset {config.preset!r} no block is recomputed from its input, which is what "
+            "lives on the host: use minimal, or operations: {block: recompute} for exact inputs, or set offload to false"
+        )
     if config.compile and any(is_part(name) for name, _ in model.named_parameters()):
         problems.append(
             "activations.compile is true, but every layer trains some of its columns: no block is ever at rest; use a "
@@ -219,6 +225,9 @@ class _Installer:
     def __init__(self, model: nn.Module, config: ActivationsConfig):
         self._model, self._config = model, config
         self.patches = Patches()
+        self._host = HostInputs() if config.offload else None
+        if self._host is not None:
+            self.patches.set(model, ON_MODEL, self._host)
         self.rows: list[Row] = []
         self._blocks = find_blocks(model)
         self._recomputed: dict[str, nn.Module] = {}
@@ -276,7 +285,8 @@ class _Installer:
         # A block whose input is the remembered output of the one before it stores nothing of its own.
         position = list(self._blocks).index(name)
         remember = (position + 1) % every != 0
-        run = make_checkpoint(spec, self._config.chunk_tokens, self._config.chunk_forward, remember)
+        config = self._config
+        run = make_checkpoint(spec, config.chunk_tokens, config.chunk_forward, remember, self._host)
         if self._config.compile:
             self._compile(name, block, run)
         elif has_checkpoint_hook(block):

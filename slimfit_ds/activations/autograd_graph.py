@@ -234,7 +234,9 @@ class Totals:
         Returns:
             The gradients of `others`.
         """
-        wanted = [leaves[i] for i in self._wanted]
+        # A hidden state on the host is read in tiles only.
+        which = [i for i in self._wanted if isinstance(leaves[i], Tensor)]
+        wanted = [leaves[i] for i in which]
         if not heads:
             return [None] * len(others)
         if self._partitioned and index == len(self.plan) - 1:
@@ -248,7 +250,7 @@ class Totals:
                 found = list(torch.autograd.grad(heads, sought, weights, allow_unused=True))
             for i, gradient in enumerate(found[len(wanted) + len(others) :]):
                 self._parameters[i] = _sum(self._parameters[i], gradient)
-        for i, gradient in zip(self._wanted, found, strict=False):
+        for i, gradient in zip(which, found, strict=False):
             self._add_input(i, gradient, index, tile)
         return found[len(wanted) : len(wanted) + len(others)]
 

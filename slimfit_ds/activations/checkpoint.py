@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs import Codec, resolve_codec
+from slimfit_ds.activations.offload import HostInputs
 from slimfit_ds.activations.replay import AutocastState, Call, Chunks, Merged, Piece, States, plan_chunks
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
 
@@ -63,6 +64,7 @@ def make_checkpoint(
     chunk_tokens: int | None = None,
     chunk_forward: bool = False,
     remember_output: bool = False,
+    host: HostInputs | None = None,
 ) -> Callable:
     """Return a checkpoint function with its options bound, for frameworks that call `fn(function, *args)`."""
     return functools.partial(
@@ -71,6 +73,7 @@ def make_checkpoint(
         chunk_tokens=chunk_tokens,
         chunk_forward=chunk_forward,
         remember_output=remember_output,
+        host=host,
     )
 
 
@@ -83,6 +86,7 @@ def checkpoint(
     select: Callable[[Sequence[Tensor]], Sequence[bool | Codec]] | None = None,
     recompute: Callable | None = None,
     remember_output: bool = False,
+    host: HostInputs | None = None,
     preserve_rng_state: bool = True,
     use_reentrant: bool | None = None,
     **kwargs: Any,
@@ -105,6 +109,7 @@ def checkpoint(
         recompute: called in place of `function` in the backward pass, to run hooks that are around the forward
             call already (a module instead of its `forward`).
         remember_output: let functions that store the first result (an active layer, the next block) recompute it too.
+        host: where the hidden states are kept until the backward pass; `None`: where they are.
         preserve_rng_state: replay random numbers (dropout) in the recomputation.
         use_reentrant: accepted for compatibility, without effect: the semantics are always non-reentrant.
         kwargs: keyword arguments of `function`.
@@ -141,7 +146,8 @@ def checkpoint(
         inside = any(hasattr(p, "ds_id") for p in outcome.parameters)
         parameters = [torch.empty(0, requires_grad=True)] if inside else outcome.parameters
         record = _Record(call, plan, outcome, outcome.parameters if inside else None)
-        outcome.values = _CheckpointFunction.apply(record, codecs, *call.tensors, *parameters)
+        hosts = [host if which else None for which in mask]
+        outcome.values = _CheckpointFunction.apply(record, codecs, hosts, *call.tensors, *parameters)
         call.tensors = []
         if remember_output:
             again = functools.partial(_repeat, weakref.ref(record))
@@ -367,8 +373,13 @@ def _run(call: Call, plan: Chunks, preserve_rng_state: bool, by_row: bool = Fals
     return _Outcome(merged.values, differentiable, structure, [*piece.parameters.values()], plan, states)
 
 
-def _as_leaves(tensors: Sequence[Tensor], needs_gradient: Sequence[bool]) -> list[Tensor]:
-    return [t.detach().requires_grad_(needs) for t, needs in zip(tensors, needs_gradient, strict=True)]
+def _as_leaves(tensors: Sequence[Any], needs_gradient: Sequence[bool], tiled: bool = False) -> list[Any]:
+    """Return leaves of the graph to come. What is on the host comes to the device, but in tiles only with these."""
+    leaves = []
+    for tensor, needs in zip(tensors, needs_gradient, strict=True):
+        whole = tensor if tiled or isinstance(tensor, Tensor) else tensor.whole()
+        leaves.append(whole.detach().requires_grad_(needs))
+    return leaves
 
 
 def _hidden_states(tensors: Sequence[Tensor]) -> list[bool]:
@@ -405,8 +416,9 @@ class _Record:
         merged = Merged(plan)
         for index, states in enumerate(self.states):
             piece = Replayer(self.autocast, states)
+            chunk = _as_leaves(plan.slice(inputs, index), [False] * len(inputs), plan.tiles is not None)
             with torch.no_grad():
-                leaves, _ = _run_chunk(self.call, self.call.run_again, plan, plan.slice(inputs, index), piece)
+                leaves, _ = _run_chunk(self.call, self.call.run_again, plan, chunk, piece)
             merged.add(index, [next(leaf for leaf in leaves if isinstance(leaf, Tensor))])
         return merged.values[0]
 
@@ -424,10 +436,16 @@ class _CheckpointFunction(torch.autograd.Function):
     """Saves the inputs of a function that has run, and repeats it for the gradients."""
 
     @staticmethod
-    def forward(ctx, record: _Record, codecs: list[Codec | None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        saved = SavedTensors()
-        for tensor, codec in zip(record.call.tensors, codecs, strict=True):
-            saved.add(tensor, codec)
+    def forward(
+        ctx,
+        record: _Record,
+        codecs: list[Codec | None],
+        hosts: list[HostInputs | None],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        saved, first = SavedTensors(), record.plan.first_rows(record.call.tensors)
+        for tensor, codec, host in zip(record.call.tensors, codecs, hosts, strict=True):
+            saved.add(tensor, codec, host, first)
         record.stored, record.kept = saved.records, saved.tensors
         ctx.record = record
         ctx.save_for_backward(*saved.tensors)
@@ -448,7 +466,7 @@ class _CheckpointFunction(torch.autograd.Function):
             inputs, record.needs_gradient, record.parameters, record.partitioned is not None, plan
         )
         for index in range(len(plan)):
-            chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient)
+            chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient, plan.tiles is not None)
             piece = Replayer(record.autocast, states[index])
             if plan.tiles is not None:
                 seam = record.call.owner.__dict__[SEAM]
@@ -457,7 +475,11 @@ class _CheckpointFunction(torch.autograd.Function):
             with torch.enable_grad():
                 results = piece(functools.partial(record.call.run_again, chunk), chunk)
             total.add(*graph.heads_of(results, gradients, plan, index), chunk, index)
-        return (None, None, *total.gradients())
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            for stored in record.stored:
+                if stored.away is not None:
+                    stored.away.release()
+        return (None, None, None, *total.gradients())
 
 
 def _repeat(record: weakref.ref[_Record], *tensors: Tensor) -> Tensor:

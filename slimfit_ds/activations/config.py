@@ -152,6 +152,10 @@ class ActivationsConfig(BaseModel):
         description="run the forward pass of recomputed parts in the same chunks, unless a result of theirs belongs "
         "to no sample; false: the whole batch at once, where nothing random is drawn",
     )
+    offload: bool = Field(
+        False,
+        description="what recomputed blocks keep lives in host memory between forward and backward pass",
+    )
     compile: bool = Field(
         False,
         description="blocks without an active weight run through torch.compile; where blocks are recomputed, or "

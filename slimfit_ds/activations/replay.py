@@ -5,7 +5,6 @@ chunks of the batch and tiles of the sequence, its arguments taken apart and its
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -288,6 +287,16 @@ class Chunks:
         start, stop = self.bounds[index]
         return [t[start:stop] if split else t for t, split in zip(tensors, self.divided, strict=True)]
 
+    def first_rows(self, tensors: Sequence[Tensor]) -> tuple[int, int]:
+        """Return which rows of a hidden state [batch * tokens, width] belong to the first chunk or tile."""
+        hidden = next((t for t in tensors if t.is_floating_point() and t.dim() >= 2), None)
+        if hidden is None:
+            return 0, 0
+        start, stop = self.bounds[0]
+        return (
+            (0, (stop - start) * hidden.shape[1:-1].numel()) if self.tiles is None else self.tiles.bounds[0]
+        )
+
     def is_batched(self, whole: Tensor) -> bool:
         """Return whether a result of the whole batch has a row for each sample."""
         return whole.dim() > 0 and whole.shape[0] == self.batch
@@ -365,7 +374,7 @@ def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None, tiled: bool
     Args:
         tensors: the arguments of a function.
         chunk_tokens: target size of a chunk in tokens; `None`: one chunk.
-        tiled: a sample of more tokens is cut into tiles of at most `chunk_tokens`, all about as long.
+        tiled: a sample of more tokens is cut into tiles of at most `chunk_tokens`, the last one shorter.
 
     Raises:
         ValueError: `chunk_tokens` is not positive.
@@ -386,10 +395,10 @@ def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None, tiled: bool
     tiles = None
     if tiled and hidden.dim() == 3 and length > chunk_tokens:
         count = -(-length // chunk_tokens)
-        ends = [length * i // count for i in range(count + 1)]
+        size = -(-length // count)
         tiles = Tiles(
             length,
-            tuple(itertools.pairwise(ends)),
+            tuple((start, min(start + size, length)) for start in range(0, length, size)),
             tuple(_dimension_of_tokens(t, batch, length) for t in tensors),
         )
     tokens = hidden.numel() // hidden.shape[-1]

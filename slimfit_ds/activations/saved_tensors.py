@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
+from slimfit_ds.activations.offload import HostInputs, OnHost
+
 __all__ = [
     "SHARED",
     "Payload",
@@ -157,19 +159,23 @@ class Stored:
         payload: the payload without its tensors; `None`: the tensor itself was saved.
         start: index of the first saved tensor.
         stop: index behind the last one.
+        away: it is on the host; no saved tensor is its.
     """
 
     payload: Payload | None
     start: int
     stop: int
+    away: OnHost | None = None
 
     def payload_of(self, tensors: Sequence[Tensor]) -> Payload:
         """Return the payload with its data."""
         assert self.payload is not None
         return self.payload.with_tensors(tensors[self.start : self.stop])
 
-    def restore(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the tensor from the saved ones."""
+    def restore(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the tensor from the saved ones, or its `HostRows`."""
+        if self.away is not None:
+            return self.away.all_rows()
         return tensors[self.start] if self.payload is None else self.payload_of(tensors).decode()
 
 
@@ -181,10 +187,26 @@ class SavedTensors:
         self.records: list[Stored] = []
 
     @torch.no_grad()
-    def add(self, tensor: Tensor, codec: Any = None) -> None:
-        """Save `tensor` as it is, or encoded by `codec`."""
-        if codec is not None:
-            self.add_payload(encode_shared(tensor, codec))
+    def add(
+        self,
+        tensor: Tensor,
+        codec: Any = None,
+        host: HostInputs | None = None,
+        first: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Save `tensor` as it is, or encoded by `codec`.
+
+        Args:
+            tensor: anything.
+            codec: `None`: as it is.
+            host: where to keep it instead; what cannot be taken apart by rows stays.
+            first: rows that come back first.
+        """
+        payload = None if codec is None else encode_shared(tensor, codec)
+        if host is not None and (away := _away(tensor, payload, host, first)) is not None:
+            self.records.append(Stored(None, len(self.tensors), len(self.tensors), away))
+        elif payload is not None:
+            self.add_payload(payload)
         else:
             self.records.append(Stored(None, len(self.tensors), len(self.tensors) + 1))
             self.tensors.append(tensor)
@@ -196,9 +218,23 @@ class SavedTensors:
         self.records.append(Stored(payload.with_tensors(()), start, len(self.tensors)))
 
     @staticmethod
-    def restore(records: Sequence[Stored], tensors: Sequence[Tensor]) -> list[Tensor]:
+    def restore(records: Sequence[Stored], tensors: Sequence[Tensor]) -> list[Any]:
         """Return the tensors that `records` describe."""
         return [record.restore(tensors) for record in records]
+
+
+def _away(tensor: Tensor, payload: Payload | None, host: HostInputs, first: tuple[int, int]) -> OnHost | None:
+    """Return what is on the host in place of a tensor [..., width], or `None` where that would not save anything."""
+    width = tensor.shape[-1] if tensor.dim() > 1 else 0
+    if not tensor.numel() or not width:
+        return None
+    if payload is None:
+        return host.keep([tensor.contiguous().view(-1, width)], None, tensor.shape, first)
+    encoded = payload.encoded
+    if isinstance(encoded, Rebuilt) or encoded.order or len(payload.codec.row_parts(1 << 30, width)) < 2:
+        return None
+    described = dataclasses.replace(encoded, tensors=())
+    return host.keep(encoded.tensors, (payload.codec, described), tensor.shape, first)
 
 
 # Rows narrower than this are left alone: scales and bookkeeping would outweigh the gain.

@@ -25,6 +25,7 @@ from slimfit_ds.memory.saved import (
 
 __all__ = [
     "HOST",
+    "HOST_ACTIVATIONS",
     "HOST_WEIGHTS",
     "KINDS",
     "MemoryReport",
@@ -37,7 +38,8 @@ __all__ = [
 
 HOST = "optimizer_host"
 HOST_WEIGHTS = "parameters_host"
-_HOST_KINDS = (HOST, HOST_WEIGHTS)
+HOST_ACTIVATIONS = "saved_activations_host"
+_HOST_KINDS = (HOST, HOST_WEIGHTS, HOST_ACTIVATIONS)
 KINDS = (
     "parameters",
     "gradients",
@@ -47,7 +49,7 @@ KINDS = (
     "communication",
     "working",
 )
-"""Kinds of bytes on the training device; `optimizer_host` and `parameters_host` are counted beside them."""
+"""Kinds of bytes on the training device; `optimizer_host`, `parameters_host` and `saved_activations_host` are counted beside them."""
 _WORKING = frozenset({"working"})
 
 Roots = Mapping[str, Callable[[], Iterable[torch.Tensor]]]
@@ -67,6 +69,7 @@ class MemoryReport:
     optimizer: int = 0
     optimizer_host: int = 0
     parameters_host: int = 0
+    saved_activations_host: int = 0
     saved_activations_dynamic: int = 0
     saved_activations_static: int = 0
     communication: int = 0
@@ -83,6 +86,11 @@ class MemoryReport:
     def saved_activations(self) -> int:
         """Bytes kept for backward, dynamic and static."""
         return self.saved_activations_dynamic + self.saved_activations_static
+
+    @property
+    def host(self) -> int:
+        """Bytes of weights, optimizer states and inputs of blocks on the host."""
+        return self.optimizer_host + self.parameters_host + self.saved_activations_host
 
     @property
     def model_states(self) -> int:
@@ -162,7 +170,7 @@ class MemoryTracker(TorchDispatchMode):
         self._path = _ModulePath(model)
         self._saved = SavedActivations(model, on_save=self._on_save)
         self._phase: str | None = None
-        self._on_host: set[int] = set()
+        self._on_host: dict[int, str] = {}
         self._highest: dict[str, int] = {}
         self._peaks: dict[tuple[str, str], Peak] = {}
         self._was_forward = False
@@ -209,13 +217,20 @@ class MemoryTracker(TorchDispatchMode):
             self._phase = before
 
     def _find_streamed(self) -> None:
-        """Learn which memory of a CPU stands for the host's: that of frozen weights that take turns in buffers."""
+        """Learn which memory of a CPU stands for the host's: that of frozen weights that take turns in buffers, and of inputs of
+        blocks."""
+        self._on_host = {}
         for module in self._model.modules():
             streaming = module.__dict__.get("slimfit_streaming")
             if streaming is not None:
-                self._on_host = {storage_key(tensor) for tensor in streaming.host_tensors}
+                self._on_host |= {storage_key(tensor): HOST_WEIGHTS for tensor in streaming.host_tensors}
                 for tensor in streaming.device_tensors:
                     self._put(tensor, "parameters")
+            inputs = module.__dict__.get("slimfit_host_inputs")
+            if inputs is not None:
+                self._on_host |= {storage_key(tensor): HOST_ACTIVATIONS for tensor in inputs.host_tensors}
+                for tensor in inputs.host_tensors:
+                    self._put(tensor, HOST_ACTIVATIONS)
 
     def sync(self) -> None:
         """Ask the model and the roots again which tensors are theirs."""
@@ -267,8 +282,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _put(self, tensor: torch.Tensor, kind: str, only_from: frozenset[str] | None = None) -> None:
         for plain in plain_tensors(tensor):
-            if storage_key(plain) in self._on_host:
-                self._ledger.put(plain, HOST_WEIGHTS)
+            if (where := self._on_host.get(storage_key(plain))) is not None:
+                self._ledger.put(plain, where)
             elif plain.device.type not in (self._device, "meta"):
                 self._ledger.put(plain, HOST_WEIGHTS if kind == "parameters" else HOST)
             elif plain.device.type == self._device and plain.untyped_storage().nbytes():

@@ -280,7 +280,7 @@ class _Plan:
             label,
             report.peak,
             report.at_peak,
-            report.optimizer_host + report.parameters_host,
+            report.host,
             error,
             ours=ours,
             chosen=chosen,

@@ -1,4 +1,4 @@
-"""Copies from host to device that run beside the computation, and host memory from which they can."""
+"""Copies between host and device that run beside the computation, and host memory for which they can."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Copies", "pin"]
 
 
 class Copies:
-    """Copies into buffers of a device: on a stream of their own on CUDA, at once on a CPU.
+    """Copies to a device and from it: on a stream of their own on CUDA, at once on a CPU.
 
     Args:
         device: of the buffers.
@@ -26,8 +26,8 @@ class Copies:
         """Begin to copy; the target may be read by what was computed so far, and by nothing that comes later.
 
         Args:
-            target: flat bytes on the device.
-            source: as many on the host.
+            target: on the device or the host.
+            source: as much on the other.
 
         Returns:
             What `wait` takes.
@@ -40,6 +40,11 @@ class Copies:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
+
+    def hold(self, source: Tensor) -> None:
+        """Keep the memory of a device's tensor that may be freed from being used again before copies of it are made."""
+        if self._stream is not None:
+            source.record_stream(self._stream)
 
     def wait(self, started: Any) -> None:
         """Let what is computed from now on see the copy."""
