@@ -16,6 +16,7 @@ from slimfit_ds.activations.checkpoint import checkpoint
 from slimfit_ds.activations.replay import AutocastState, Call, Chunks, first_tokens, plan_chunks
 from slimfit_ds.activations.tiles import NotTokenwise, Seam, TilePass
 from slimfit_ds.activations.twin import NothingRandom, direction, relative_error, rounding, undisturbed
+from slimfit_ds.trainable.split import SplitModule
 
 __all__ = ["prove_tiles"]
 
@@ -97,7 +98,9 @@ def _difference(seam: Seam, call: Call, owner: nn.Module, plan: Chunks, tensors:
     assert plan.tiles is not None
     limit = rounding([*tensors, *owner.parameters()])
     wanting = [t for t in tensors if t.requires_grad]
-    parameters = [p for p in owner.parameters() if p.requires_grad]
+    # Of a split layer the columns may be elsewhere than their parameter.
+    leaves = {m.weight_columns: m.leaf for m in owner.modules() if isinstance(m, SplitModule)}
+    parameters = [leaves.get(p, p) for p in owner.parameters() if p.requires_grad]
     found = []
     for chunk in (None, plan.tiles.bounds[0][1]):
         seam.verdict = chunk is not None
