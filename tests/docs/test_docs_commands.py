@@ -160,6 +160,12 @@ def shell_script(words: Sequence[str]) -> None:
     run(["bash", "-n", str(path)])
 
 
+def of_transformers(words: Sequence[str]) -> None:
+    """A subcommand of transformers has these options."""
+    known = usage(" ".join(words[:2]))
+    assert [word for word in words[2:] if word.startswith("-") and word not in known] == []
+
+
 def exists(words: Sequence[str]) -> None:
     """Shell commands whose program cannot be here: the files of this repository that they name are."""
     for word in words[1:]:
@@ -187,6 +193,8 @@ TABLE: dict[str, Callable[[Sequence[str]], None]] = {
     "sbatch *": exists,
     "kubectl *": exists,
     "docker *": exists,
+    "transformers *": of_transformers,
+    "lm_eval *": exists,
     "pip install *": pip,
     "python3 -m venv .venv": python_module,
     ". .venv/bin/activate": exists,
