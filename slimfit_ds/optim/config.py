@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from slimfit_ds.errors import StrictModel
 
@@ -32,3 +33,10 @@ class OptimizerStatesConfig(StrictModel):
     bf16_weights: Literal["master", "stochastic_rounding"] = Field(
         "master", description="bf16 training with fp32 master weights, or without and rounded stochastically"
     )
+
+    @field_validator("precision")
+    @classmethod
+    def _needs_torchao(cls, value: str) -> str:
+        if value == "8bit" and find_spec("torchao") is None:
+            raise ValueError("8bit needs torchao: pip install 'slimfit_ds[low-bit]'")
+        return value

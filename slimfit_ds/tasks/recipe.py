@@ -12,11 +12,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from slimfit_ds.errors import ConfigError, describe_validation_error
 from slimfit_ds.tasks import TASKS, make_task, task_class
@@ -71,6 +80,12 @@ class LoraOptions(_Strict):
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="scale of the adapters, divided by r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | str = Field("all-linear", description="names of the adapted linear layers")
+
+    @model_validator(mode="after")
+    def _needs_peft(self) -> LoraOptions:
+        if find_spec("peft") is None:
+            raise ValueError("adapters need peft: pip install 'slimfit_ds[lora]'")
+        return self
 
 
 class MeasureOptions(_Strict):

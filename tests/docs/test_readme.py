@@ -38,7 +38,7 @@ def small_model(tmp_path):
 @pytest.mark.slow
 def test_the_lines_run_as_they_stand(small_model, tmp_path, monkeypatch):
     import datasets
-    from transformers import TrainingArguments
+    from trl import SFTConfig
 
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 6
@@ -46,7 +46,13 @@ def test_the_lines_run_as_they_stand(small_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"messages": chat}] * 8)
     )
-    monkeypatch.setattr(TrainingArguments, "use_cpu", True)
+    plain = SFTConfig.__post_init__
+
+    def on_a_cpu(arguments):
+        arguments.use_cpu = True  # TRL's bf16 is for GPUs otherwise
+        plain(arguments)
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", on_a_cpu)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("Qwen/Qwen3-0.6B", str(small_model)), {})
     (history,) = tmp_path.rglob("history.jsonl")
