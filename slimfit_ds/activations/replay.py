@@ -410,11 +410,14 @@ def plan_chunks(tensors: Sequence[Tensor], chunk_tokens: int | None, tiled: bool
 
 
 def _dimension_of_tokens(tensor: Tensor, batch: int, tokens: int) -> int | None:
-    """Return the second dimension of [batch or 1, tokens, ...], the first of [tokens, ...]; what it is is proven, not known."""
+    """Return the second dimension of [batch or 1, tokens, ...], the first of [tokens, ...]; what it is is proven, not known.
+
+    The first of [batch, ...] is that of samples, also where a batch has as many of them as a sample has tokens.
+    """
     shape = tensor.shape
     if len(shape) >= 2 and shape[1] == tokens and shape[0] in (1, batch):
         return 1
-    return 0 if shape and shape[0] == tokens else None
+    return 0 if shape and shape[0] == tokens and (len(shape) == 1 or tokens != batch) else None
 
 
 def first_tokens(tensor: Tensor, tokens: int, few: int) -> Tensor:

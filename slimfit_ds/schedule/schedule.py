@@ -116,6 +116,7 @@ class FreezeSchedule:
         self.step = 0
         self.statistics: dict[int, float] = {}
         self._last = [-1] * len(self.units)
+        self._last_of_depths = [-1] * (max(self.depths.values(), default=0) + 1)
         self.front = 0
         self.active = self._select()
 
@@ -181,6 +182,8 @@ class FreezeSchedule:
         self.statistics.update(statistics)
         for unit in self.active:
             self._last[unit] = self.step
+        for depth in range(self.front, len(self._last_of_depths)):
+            self._last_of_depths[depth] = self.step
         self.step += 1
         if self.step % self.config.interval == 0 and not self.is_static:
             self.active = self._select()
@@ -208,13 +211,8 @@ class FreezeSchedule:
         return self.step - self._last[unit] - 1
 
     def missed_small(self, name: str) -> int:
-        """The same of a small parameter: those of the units at its depth."""
-        beside = [
-            self.missed(i)
-            for i in range(len(self.units))
-            if name in self.depths and self._depth_of[i] == self.depths[name] and i not in self._pinned
-        ]
-        return min(beside, default=0)
+        """The same of a small parameter."""
+        return self.step - self._last_of_depths[self.depths.get(name, -1)] - 1
 
     @cached_property
     def lr_scale(self) -> float:
@@ -266,6 +264,7 @@ class FreezeSchedule:
             "active": sorted(self.active),
             "front": self.front,
             "last": list(self._last),
+            "last_of_depths": list(self._last_of_depths),
             "lr_scales": {name: getattr(self, name) for name in _LR_SCALES},
             "statistics": {self.names[unit]: value for unit, value in self.statistics.items()},
         }
@@ -291,6 +290,9 @@ class FreezeSchedule:
         self.step = int(state["step"])
         # Checkpoints of earlier versions hold no counts: as if every unit had trained just now.
         self._last = list(state.get("last") or [self.step - 1] * len(self.units))
+        depths = len(self._last_of_depths)
+        saved = list(state.get("last_of_depths") or [])
+        self._last_of_depths = saved if len(saved) == depths else [self.step - 1] * depths
         positions = {name: unit for unit, name in enumerate(self.names)}
         self.statistics = {positions[name]: value for name, value in state["statistics"].items()}
         if state["policy"] != self.config.policy:

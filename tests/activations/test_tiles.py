@@ -103,6 +103,22 @@ def test_any_length_trains_in_tiles_of_at_most_so_many_tokens(tokens, tiled):
     assert set(tiled[2:]) == ({-(-tokens // 5)} if tokens > 5 else set())
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_as_many_samples_as_tokens_are_told_apart(rows, tiled):
+    """A mask [8, 1, 8, 8] has samples in its first dimension, whatever the batch before it looked like."""
+    model = model_of("llama")
+    handle = compress(model, ActivationsConfig(**WITHOUT_CODEC, chunk_tokens=5))
+    gradients(model, batch_of("llama", padding="left"))
+    for tokens in (8, 16):
+        batch = batch_of("llama", tokens, rows, padding="left")
+        plain = model_of("llama")
+        loss, expected = gradients(plain, batch)
+        found_loss, found = gradients(model, batch)
+        torch.testing.assert_close(found_loss, loss)
+        assert relative_error(found, expected) < 2e-6
+    handle.remove()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_documents_packed_in_a_row_train_as_one_by_one(attention, tiled):
     lengths = [7, 1, 1, 4, 1, 6]

@@ -108,6 +108,17 @@ def test_always_active_layers_train_below_the_front_too():
     assert "blocks.1.up.weight" not in one.active_names
 
 
+@pytest.mark.parametrize("never", ["blocks.0.*", "blocks.3.*"])
+def test_small_parameters_miss_what_the_front_says_not_what_layers_beside_them_do(never):
+    one = schedule(front="half", never_active=(never,))
+    missed = []
+    for _ in range(4):
+        missed.append((one.front, one.missed_small("blocks.0.up.bias"), one.missed_small("norm.bias")))
+        one.advance({})
+    # The front goes 0, 2, 0, 2: block 0 misses a step before it trains again, the norm at the end none.
+    assert missed == [(0, 0, 0), (2, 0, 0), (0, 1, 0), (2, 0, 0)]
+
+
 def test_fronts_change_with_the_interval():
     one = schedule(front="half", interval=3)
     fronts = []
