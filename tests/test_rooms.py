@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "slimfit_ds"
 
 FLOORS = (
-    {"errors", "files", "environment", "private_names", "report", "memory"},
+    {"errors", "files", "environment", "private_names", "report", "memory", "triton_rounding"},
     {"trainable", "optim"},
     {"schedule", "activations", "streaming", "deltas"},
     {"config"},

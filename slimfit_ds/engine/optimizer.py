@@ -24,6 +24,7 @@ from slimfit_ds.engine.sharding import Unit
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import rule_of
+from slimfit_ds.optim.transfer import to_device
 
 __all__ = ["FreezeOptimizer"]
 
@@ -81,7 +82,7 @@ class FreezeOptimizer(FullValues):
         self._active: list[Any] = list(self.units)
         self._reduced: dict[int, Tensor] = {}
         """Unit -> own shard of its reduced gradient."""
-        self._must_be_finite = torch.zeros(())
+        self._must_be_finite: Tensor | None = None
         self._rows = rows
         self._link(self.units)
         ClientStates(self, self.optimizer)
@@ -132,7 +133,8 @@ class FreezeOptimizer(FullValues):
 
     def require_finite(self, value: Tensor) -> None:
         """Skip the coming step on all ranks if this scalar is not finite on one; does not wait for it."""
-        self._must_be_finite = self._must_be_finite.to(value.device) + 0.0 * value.detach().float()
+        nothing = 0.0 * value.detach().float()
+        self._must_be_finite = nothing if self._must_be_finite is None else self._must_be_finite + nothing
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -184,15 +186,19 @@ class FreezeOptimizer(FullValues):
             the units that have a gradient on any rank.
         """
         squared, present = self._own_norm()
-        message = torch.zeros(1 + len(self._active), dtype=torch.float32, device=squared.device)
-        message[1:] = torch.tensor([float(unit.index in present) for unit in self._active])
-        message[0] = squared + self._must_be_finite
-        self._must_be_finite = torch.zeros(())
-        if self._world > 1:
+        if self._must_be_finite is not None:
+            squared, self._must_be_finite = squared + self._must_be_finite.to(squared.device), None
+        found = {unit.index for unit in self._active} & present
+        if self._world == 1:
+            total = squared.item()
+        else:
+            flags = torch.tensor([float(unit.index in present) for unit in self._active])
+            message = torch.cat([squared.float().view(1), to_device(flags, squared.device)])
             dist.all_reduce(message, group=self._group)
-        total, *flags = message.tolist()
+            total, *counts = message.tolist()
+            found = {unit.index for unit, count in zip(self._active, counts, strict=True) if count > 0}
         self._global_grad_norm = math.sqrt(total) / scale if total >= 0 else math.nan
-        return {unit.index for unit, flag in zip(self._active, flags, strict=True) if flag > 0}
+        return found
 
     # What is held, and what a checkpoint holds.
 

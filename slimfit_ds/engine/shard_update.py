@@ -15,12 +15,13 @@ from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.low_bit import BLOCK, stochastic_round_bf16
 from slimfit_ds.optim.rules import UpdateRule
 from slimfit_ds.optim.states import LayerState, StateStore, UnitStates
-from slimfit_ds.schedule.statistics import of_units, sum_of_update
+from slimfit_ds.schedule.statistics import of_units, sums_of_updates
 
 __all__ = ["ShardUpdater"]
 
-# Elements that are updated together: bounds the float32 temporaries of a step, and keeps them in a CPU's cache.
-_UPDATE_ELEMENTS = 1 << 21
+# Elements that are updated together. On a CPU: what its cache holds. On a device: a bound of the float32 temporaries of
+# rules without a kernel, and of the states that travel at once.
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 21, 1 << 26
 
 
 class ShardUpdater:
@@ -89,9 +90,9 @@ class ShardUpdater:
         """
         self._rounding.manual_seed((self._seed << 20) + self.step_count * 4096 + self._rank)
         sums: dict[int, Tensor] = {}
-        for group, options in enumerate(self._optimizer.param_groups):
-            mine = [unit for unit in units if unit.group == group]
-            buckets = [[Piece(unit, 0, 0)] for unit in mine if not unit.length] + [*self._buckets(mine)]
+        for options, mine in self._alike(units, gradients):
+            buckets = [[Piece(unit, 0, 0)] for unit in mine if not unit.length]
+            buckets += self._buckets(mine, gradients)
             for number, bucket in enumerate(buckets):
                 for piece in bucket:
                     if piece.start == 0:
@@ -107,12 +108,31 @@ class ShardUpdater:
         self.step_count += 1
         return sums
 
-    def _buckets(self, units: Sequence[Unit]) -> Iterable[list[Piece]]:
+    def _alike(
+        self, units: Sequence[Unit], gradients: Mapping[int, Tensor]
+    ) -> Iterator[tuple[Mapping[str, Any], list[Unit]]]:
+        """Yield units that one call updates, of one group, dtype and device, with the options of their group."""
+        alike: dict[tuple, list[Unit]] = {}
+        for unit in units:
+            gradient = gradients[unit.index]
+            key = unit.group, unit.dtype, unit.device, gradient.dtype, gradient.device
+            alike.setdefault(key, []).append(unit)
+        for key in sorted(alike, key=lambda key: key[0]):
+            yield self._optimizer.param_groups[key[0]], alike[key]
+
+    def _buckets(self, units: Sequence[Unit], gradients: Mapping[int, Tensor]) -> Iterable[list[Piece]]:
         lengths = [(unit, unit.length) for unit in units]
-        if self._config.precision == "fp32":
-            return pieces(lengths, _UPDATE_ELEMENTS)
-        # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
-        return [[Piece(unit, 0, length)] for unit, length in lengths if length]
+        if self._config.precision != "fp32":
+            # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
+            return [[Piece(unit, 0, length)] for unit, length in lengths if length]
+        limit = _CPU_ELEMENTS if self.device.type == "cpu" else _DEVICE_ELEMENTS
+        if units and not self._rests_on_host:
+            gradient = gradients[units[0].index]
+            resident = gradient.device == units[0].device == self.device
+            if resident and self._rule.fused is not None and runs_in_triton(gradient):
+                # The kernel needs no temporaries.
+                limit = sum(length for _, length in lengths)
+        return pieces(lengths, limit)
 
     def _update_bucket(
         self,
@@ -123,10 +143,8 @@ class ShardUpdater:
         sums: dict[int, Tensor],
     ) -> None:
         states = [self.states.get(piece.unit.index) for piece in bucket]
-        updates = [
-            gradients[piece.unit.index][piece.start : piece.stop]
-            .to(self.device, non_blocking=True)
-            .to(torch.float32)
+        given = [
+            gradients[piece.unit.index][piece.start : piece.stop].to(self.device, non_blocking=True)
             for piece in bucket
         ]
         shards = [piece.unit.own_weights[piece.start : piece.stop] for piece in bucket]
@@ -138,23 +156,37 @@ class ShardUpdater:
         steps = [state.step for state in states]
         # Every rule's update is proportional to the learning rate.
         scales = [self.lr_factors.get(piece.unit.layer, 1.0) for piece in bucket]
+        dtype = shards[0].dtype
+        own = weights[0] is shards[0]
+        stochastic = dtype is torch.bfloat16 and self._config.bf16_weights == "stochastic_rounding"
         found: Iterable[Tensor]
-        if self._rule.fused is not None and runs_in_triton(updates[0]):
-            found = self._rule.fused(updates, weights, moments, steps, options, factor=factor, scales=scales)
+        if self._rule.fused is not None and runs_in_triton(given[0]):
+            # The kernel rounds to nearest, into weights where it can write them.
+            rounds = not own and not stochastic and shards[0].device == self.device
+            found = self._rule.fused(
+                given, weights, moments, steps, options,
+                factor=factor, scales=scales, rounded=shards if rounds else None,
+            )  # fmt: skip
+            own = own or rounds
         else:
+            updates = given
+            if given[0].dtype is not torch.float32:
+                updates = [torch.empty_like(weight) for weight in weights]
+                torch._foreach_copy_(updates, given)
             found = self._step_in_torch(updates, weights, moments, steps, options, factor, scales)
         if self._measures:
             for piece, part in zip(bucket, found, strict=True):
                 index = piece.unit.index
                 sums[index] = sums[index] + part if index in sums else part
         self._layout.store(states, moments)
-        for shard, weight in zip(shards, weights, strict=True):
-            if shard.data_ptr() == weight.data_ptr():
-                continue
-            if shard.dtype is torch.bfloat16 and self._config.bf16_weights == "stochastic_rounding":
-                weight = stochastic_round_bf16(weight, self._rounding)
-            # Rounded first: half of it travels where the weights are on the host.
-            shard.copy_(weight.to(shard.dtype))
+        if own:
+            return
+        if stochastic:
+            weights = [stochastic_round_bf16(weight, self._rounding) for weight in weights]
+        if shards[0].device != self.device:
+            # Rounded first: half of it travels.
+            weights = [weight.to(dtype) for weight in weights]
+        torch._foreach_copy_(shards, weights)
 
     def _step_in_torch(
         self,
@@ -170,10 +202,9 @@ class ShardUpdater:
         if factor != 1.0:
             torch._foreach_mul_(updates, factor)
         self._rule.update(updates, weights, moments, steps, options)
-        for update, scale in zip(updates, scales, strict=True):
-            if scale != 1.0:
-                update.mul_(scale)
-        sums = [sum_of_update(*pair) for pair in zip(updates, weights, strict=True)] if self._measures else []
+        if any(scale != 1.0 for scale in scales):
+            torch._foreach_mul_(updates, list(scales))
+        sums = sums_of_updates(updates, weights) if self._measures else []
         torch._foreach_add_(weights, updates)
         return sums
 

@@ -130,11 +130,8 @@ class FlatUnit(Unit):
         """The gradients as one flat tensor `[numel]`; of a single parameter without a copy."""
         if len(self.parameters) == 1 and (gradient := self.parameters[0].grad) is not None:
             return gradient.reshape(-1)
-        flat = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-        for parameter, start, stop in self.spans():
-            if parameter.grad is not None:
-                flat[start:stop] = parameter.grad.reshape(-1)
-        return flat
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 class PartitionedUnit(Unit):

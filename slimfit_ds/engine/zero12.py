@@ -65,7 +65,7 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
         self._global_grad_norm = 0.0
         self._accumulated: dict[int, Tensor] = {}
         self._present: set[int] = set()
-        self._squared: Tensor | None = torch.zeros(())
+        self._squared: Tensor | None = torch.zeros((), device=sharding.device)
         """Of the own shards of all reduced gradients; None: not worked out yet."""
         self._set_up(
             sharding.units, config, measures, sharding.group, sharding.device, sharding.row, sharding.rows
@@ -148,11 +148,14 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
             )
 
     def _accumulate(self, gradients: Mapping[int, Tensor]) -> None:
-        for index, gradient in gradients.items():
-            if index in self._accumulated:
-                self._accumulated[index].add_(gradient)
-            else:
-                self._accumulated[index] = gradient.to(torch.float32, copy=True)
+        known = [index for index in gradients if index in self._accumulated]
+        if known:
+            sums = [self._accumulated[index] for index in known]
+            torch._foreach_add_(sums, [gradients[index] for index in known])
+        new = {i: torch.empty_like(g, dtype=torch.float32) for i, g in gradients.items() if i not in known}
+        if new:
+            torch._foreach_copy_(list(new.values()), [gradients[index] for index in new])
+        self._accumulated |= new
 
     def _reduce(
         self, gradients: dict[int, Tensor], keep: torch.dtype | None
@@ -170,9 +173,9 @@ class FreezeZeroOptimizer(FreezeOptimizer, ZeROOptimizer):
     def _own_norm(self) -> tuple[Tensor, set[int]]:
         if self._squared is None:
             self._squared = self._squared_norm(self._reduced)
-        squared = self._squared.to(self.updater.device)
         # At stage 0 every rank has the whole.
-        return squared / self.sharding.world if self.sharding.rows == 1 else squared, self._present
+        share = self.sharding.world if self.sharding.rows == 1 else 1
+        return self._squared / share if share > 1 else self._squared, self._present
 
     def _publish(self, units: Sequence[Any], sums: Tensor) -> Tensor:
         """Gather the new weights; the sums travel with them."""

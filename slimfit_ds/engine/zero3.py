@@ -183,9 +183,12 @@ class FreezeZero3Optimizer(FreezeOptimizer, DeepSpeedZeroOptimizer_Stage3):
         known = [self._squares[index] for index in self._reduced if index in self._squares]
         sums = [gradient for index, gradient in self._reduced.items() if index not in self._squares]
         squares = [*known, *([squared_norm(sums)] if sums else [])]
-        return sum((square.to(device) for square in squares), torch.zeros((), device=device)), set(
-            self._reduced
+        total = (
+            torch.stack([square.to(device) for square in squares])
+            if squares
+            else torch.zeros(1, device=device)
         )
+        return total.sum(), set(self._reduced)
 
     def _publish(self, units: Sequence[Any], sums: Tensor) -> Tensor:
         """Gather the sums; DeepSpeed gathers weights when they are used."""

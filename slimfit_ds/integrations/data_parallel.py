@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from slimfit_ds.optim.transfer import to_device
+
 __all__ = ["ActiveGradients", "hide_from_ddp", "show_to_ddp"]
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -141,7 +143,7 @@ class ActiveGradients:
         """
         flags = [float(p.requires_grad) for p in self._parameters]
         flags += [float(p.grad is not None) for p in self._parameters]
-        message = torch.tensor(flags, device=self._parameters[0].device)
+        message = to_device(torch.tensor(flags), self._parameters[0].device)
         dist.all_reduce(message)
         trains, has_gradient = message.view(2, -1).tolist()
         differing = [

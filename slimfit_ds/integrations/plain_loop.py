@@ -21,7 +21,7 @@ from slimfit_ds.errors import ConfigError
 from slimfit_ds.optim.rules import rule_of
 from slimfit_ds.optim.states import HostStates
 from slimfit_ds.schedule.schedule import FreezeSchedule, prepare_units
-from slimfit_ds.schedule.statistics import of_units, sum_of_move
+from slimfit_ds.schedule.statistics import of_units, sums_of_moves
 from slimfit_ds.streaming.find import streaming_problems
 from slimfit_ds.streaming.streaming import Streaming, stream
 from slimfit_ds.trainable.split import (
@@ -244,7 +244,9 @@ class SlimHandle:
                 optimizer, {p: self.schedule.missed_small(name) for name, p in named if p.grad is not None}
             )
         if self.schedule.measures:
-            self._before = {layer: parameter.clone() for layer, parameter in present.items()}
+            self._before = {layer: torch.empty_like(parameter) for layer, parameter in present.items()}
+            if present:
+                torch._foreach_copy_(list(self._before.values()), list(present.values()))
             still = {p for g in optimizer.param_groups if float(g["lr"]) == 0.0 for p in g["params"]}
             self._sizes = {
                 layer: self._parameters[layer].numel()
@@ -281,7 +283,7 @@ class SlimHandle:
         if not self.schedule.measures:
             self.advance({})
             return
-        sums = [sum_of_move(old, self._parameters[layer]) for layer, old in before.items()]
+        sums = sums_of_moves(list(before.values()), [self._parameters[layer] for layer in before])
         # One transfer for all layers.
         totals = self._combine(torch.stack(sums)).tolist() if sums else []
         self.advance(of_units(dict(zip(before, totals, strict=True)), self._sizes))

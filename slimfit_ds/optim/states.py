@@ -17,13 +17,9 @@ from torch import Tensor, nn
 from slimfit_ds.optim import low_bit
 from slimfit_ds.optim.config import OptimizerStatesConfig
 from slimfit_ds.optim.rules import UpdateRule
+from slimfit_ds.optim.transfer import host_buffer
 
 __all__ = ["HostStates", "LayerState", "StateStore", "UnitStates"]
-
-
-def _host_buffer(like: Tensor) -> Tensor:
-    """Return host memory for a copy, page-locked where there is a GPU: only that copies without waiting."""
-    return torch.empty_like(like, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 @dataclass
@@ -264,7 +260,7 @@ class StateStore:
                 self._on_host[unit] = state
                 continue
             if host is None:
-                buffers = {k: _host_buffer(t) for k, t in state.tensors.items()}
+                buffers = {k: host_buffer(t) for k, t in state.tensors.items()}
                 host = self._on_host[unit] = LayerState(buffers)
             host.step, host.last_step = state.step, state.last_step
             if self._stream is None:
@@ -336,7 +332,7 @@ class HostStates:
             ]
             for key in keys:
                 if (parameter, key) not in self._buffers:
-                    self._buffers[parameter, key] = _host_buffer(state[key])
+                    self._buffers[parameter, key] = host_buffer(state[key])
                 state[key] = self._buffers[parameter, key].copy_(state[key], non_blocking=True)
             if keys:
                 self._away[parameter] = keys

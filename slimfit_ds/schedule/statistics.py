@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["of_units", "sum_of_move", "sum_of_update"]
+__all__ = ["of_units", "sum_of_move", "sum_of_update", "sums_of_moves", "sums_of_updates"]
 
 # Elements at a time: on a CPU what the second-level cache holds, elsewhere a bound of the temporary memory.
 _CPU_PIECE = 1 << 16
@@ -29,6 +29,18 @@ def sum_of_update(update: Tensor, weight: Tensor) -> Tensor:
     return torch.stack([_sum(dw, w) for dw, w in zip(_pieces(update), _pieces(weight), strict=True)]).sum()
 
 
+def sums_of_updates(updates: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Return `sum_of_update` of each pair; on a device by calls whose number does not grow with that of the pairs."""
+    if _runs_on_cpu(updates[0]):
+        return [sum_of_update(*pair) for pair in zip(updates, weights, strict=True)]
+    magnitudes = torch._foreach_abs(updates)
+    wholes = torch._foreach_abs(weights)
+    torch._foreach_maximum_(wholes, magnitudes)
+    torch._foreach_clamp_min_(wholes, torch.finfo(torch.float32).tiny)
+    torch._foreach_div_(magnitudes, wholes)
+    return list(torch._foreach_norm(magnitudes, 1))
+
+
 def sum_of_move(before: Tensor, after: Tensor) -> Tensor:
     """Return the same sum from a weight before and after an update, of any shape and floating dtype."""
     sums = []
@@ -38,8 +50,35 @@ def sum_of_move(before: Tensor, after: Tensor) -> Tensor:
     return torch.stack(sums).sum()
 
 
+def sums_of_moves(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+    """Return `sum_of_move` of each pair; on a device, what is small goes together."""
+    if not before or _runs_on_cpu(before[0]):
+        return [sum_of_move(*pair) for pair in zip(before, after, strict=True)]
+    sums: list[Tensor] = []
+    while len(sums) < len(before):
+        first, elements, stop = len(sums), 0, len(sums)
+        while stop < len(before) and (stop == first or elements + before[stop].numel() <= _DEVICE_PIECE):
+            elements += before[stop].numel()
+            stop += 1
+        if stop == first + 1:
+            sums.append(sum_of_move(before[first], after[first]))
+            continue
+        olds, news = (
+            [torch.empty_like(t, dtype=torch.float32) for t in before[first:stop]] for _ in range(2)
+        )
+        torch._foreach_copy_(olds, before[first:stop])
+        torch._foreach_copy_(news, after[first:stop])
+        torch._foreach_sub_(news, olds)
+        sums += sums_of_updates(news, olds)
+    return sums
+
+
+def _runs_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _pieces(flat: Tensor) -> Iterator[Tensor]:
-    return iter(flat.split(_CPU_PIECE if flat.device.type == "cpu" else _DEVICE_PIECE))
+    return iter(flat.split(_CPU_PIECE if _runs_on_cpu(flat) else _DEVICE_PIECE))
 
 
 def _sum(update: Tensor, weight: Tensor) -> Tensor:

@@ -222,6 +222,8 @@ def make_arguments(recipe: Recipe, task: Task[Any], inputs: Inputs) -> TrainingA
         "average_tokens_across_devices": task.loss_counts_tokens,
         # Without a GPU transformers wants to be asked for the CPU, or it refuses bf16.
         "use_cpu": not torch.cuda.is_available(),
+        # Batches are page-locked, so that their copies need not be waited for.
+        "accelerator_config": {"non_blocking": True},
         **task.default_arguments(),
         **recipe.arguments,
     }

@@ -24,7 +24,7 @@ def batches():
 
 def trained(elements, monkeypatch, dtype=torch.float32):
     """Weights and statistics after four steps of three of the four layers, updated so many elements at a time."""
-    monkeypatch.setattr(shard_update, "_UPDATE_ELEMENTS", elements)
+    monkeypatch.setattr(shard_update, "_CPU_ELEMENTS", elements)
     net = model()
     config = {
         "train_micro_batch_size_per_gpu": 2,

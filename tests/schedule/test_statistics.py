@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from slimfit_ds.schedule.statistics import of_units, sum_of_move, sum_of_update
+from slimfit_ds.schedule import statistics
+from slimfit_ds.schedule.statistics import of_units, sum_of_move, sum_of_update, sums_of_moves
 
 
 def test_it_is_the_papers_formula_for_small_updates():
@@ -46,3 +47,16 @@ def test_a_move_of_bf16_weights_is_measured_in_float32():
 
 def test_an_active_unit_without_a_sum_did_not_move_and_one_without_a_rate_is_left_out():
     assert of_units({1: 2.0, 2: 1.0}, {1: 4, 5: 10}) == {1: 0.5, 5: 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_together_as_each_alone(monkeypatch, dtype):
+    """What runs on a device, on the CPU."""
+    torch.manual_seed(0)
+    old = [torch.randn(n, 3).to(dtype) for n in (5, 1, 40, 2, 3)]
+    new = [t + 0.1 * torch.randn_like(t) for t in old]
+    expected = [sum_of_move(*pair) for pair in zip(old, new, strict=True)]
+    monkeypatch.setattr(statistics, "_runs_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(statistics, "_DEVICE_PIECE", 30)
+    torch.testing.assert_close(sums_of_moves(old, new), expected)
+    assert sums_of_moves([], []) == []

@@ -18,9 +18,9 @@ from slimfit_ds.activations.codecs.triton_common import (
     apply_channels,
     channel_arguments,
     load_plane,
-    round_to,
     store_plane,
 )
+from slimfit_ds.triton_rounding import round_to
 
 __all__ = ["decode_absmax", "encode_absmax", "load_groups", "store_groups", "to_nearest"]
 

@@ -1,32 +1,14 @@
-"""What several Triton kernels share: bit planes laid out as in `packing`, rounding, and scale and offset per channel."""
+"""What several Triton kernels share: bit planes laid out as in `packing`, and scale and offset per channel."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "apply_channels", "channel_arguments", "load_plane", "round_to", "store_plane"]
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """Round fp32 `value` to the nearest `dtype` number, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter's own cast truncates.
-        pattern = value.to(tl.int32, bitcast=True)
-        nearest = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
-        # The sum would carry NaN patterns into other numbers.
-        nearest = tl.where(value == value, nearest, 0x7FC0)
-        rounded = nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        rounded = value.to(dtype)
-    return rounded
+__all__ = ["apply_channels", "channel_arguments", "load_plane", "store_plane"]
 
 
 @triton.jit

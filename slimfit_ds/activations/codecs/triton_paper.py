@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.triton_absmax import to_nearest
-from slimfit_ds.activations.codecs.triton_common import load_plane, round_to, store_plane
+from slimfit_ds.activations.codecs.triton_common import load_plane, store_plane
+from slimfit_ds.triton_rounding import round_to
 
 __all__ = ["decode_fixed_point", "encode_fixed_point", "prune", "restore"]
 

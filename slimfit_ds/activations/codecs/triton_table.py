@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from slimfit_ds.activations.codecs.packing import low_and_high
-from slimfit_ds.activations.codecs.triton_common import load_plane, round_to, store_plane
+from slimfit_ds.activations.codecs.triton_common import load_plane, store_plane
+from slimfit_ds.triton_rounding import round_to
 
 __all__ = ["TILE", "decode_table", "encode_arguments", "encode_table", "load_levels", "store_cells"]
 

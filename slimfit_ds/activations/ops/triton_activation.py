@@ -23,8 +23,8 @@ from slimfit_ds.activations.codecs.base import TINY_PEAK
 from slimfit_ds.activations.codecs.packing import low_and_high
 from slimfit_ds.activations.codecs.step_derivative import StepDerivative
 from slimfit_ds.activations.codecs.triton_absmax import load_groups, store_groups
-from slimfit_ds.activations.codecs.triton_common import INTERPRETED, round_to
 from slimfit_ds.activations.codecs.triton_table import TILE, encode_arguments, load_levels, store_cells
+from slimfit_ds.triton_rounding import INTERPRETED, round_to
 
 __all__ = ["FORMS", "apply", "forward_and_pack", "gradient"]
 

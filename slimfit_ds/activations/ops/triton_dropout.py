@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimfit_ds.activations.codecs.triton_common import round_to
+from slimfit_ds.triton_rounding import round_to
 
 __all__ = ["counters_for", "drop"]
 
