@@ -249,12 +249,12 @@ def meta_step(
         ).to(dtype)
     config = SlimFitConfig.parse({"freeze": {"policy": "none"}})
     stock = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    units = build_units(model, discover(model), stock.param_groups, True)
-    sharding = Sharding(units, None, stage > 0, 10**8, 10**8, True)
+    units = build_units(model, discover(model), stock.param_groups, True, {})
+    sharding = Sharding(units, None, stage > 0, 10**8, 10**8, True, torch.device("meta"))
     scaler = CreateLossScaler(torch.bfloat16, 1.0, False, None)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device: generator())  # `meta` has none
-    optimizer = FreezeZeroOptimizer(stock, sharding, stage, config, False, scaler, clip=1.0)
+    optimizer = FreezeZeroOptimizer(stock, sharding, stage, config, True, scaler, clip=1.0)
     monkeypatch.setattr(torch, "Generator", generator)
     monkeypatch.setattr(shard_update, "runs_in_triton", lambda x: in_kernel)
     device = Device(monkeypatch)
