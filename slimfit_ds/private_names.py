@@ -381,6 +381,15 @@ TABLE: tuple[Name, ...] = (
     ),
     *_names("torch", "engine", "an AttributeError in the first step", "_foreach_norm"),
     *_names(
+        "torch",
+        "schedule",
+        "an AttributeError in the first step",
+        "_foreach_abs",
+        "_foreach_clamp_min_",
+        "_foreach_maximum_",
+        "_foreach_sub_",
+    ),
+    *_names(
         "torch.optim.lr_scheduler", "engine", "a warning of torch's schedulers at each start", "._opt_called"
     ),
     *_names("torch.nn.modules.module", "activations", "compiled blocks keep stale weights", "._parameters"),
