@@ -25,7 +25,16 @@ from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.codecs import Codec, resolve_codec
 from slimfit_ds.activations.offload import HostInputs
-from slimfit_ds.activations.replay import AutocastState, Call, Chunks, Merged, Piece, States, plan_chunks
+from slimfit_ds.activations.replay import (
+    AutocastState,
+    Call,
+    Chunks,
+    Merged,
+    NotTokenwise,
+    Piece,
+    States,
+    plan_chunks,
+)
 from slimfit_ds.activations.saved_tensors import SHARED, Rebuilt, SavedTensors, Stored
 
 __all__ = [
@@ -207,7 +216,14 @@ def _run_unchanged(
             plan = plan.undivided()
         if plan.tiles is not None and not call.owner.__dict__[SEAM].may_be_cut(call, plan):
             plan = plan.untiled()
-        outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
+        try:
+            outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
+        except NotTokenwise as against:
+            # This batch is not like the one that the block was proven on.
+            owner.__dict__[SEAM].refuse(owner, against)
+            replay.restore(before)
+            plan = plan.untiled()
+            outcome = _run_forward(call, plan, chunk_forward, preserve_rng_state)
         changes = versions != [t._version for t in call.tensors]
     except RuntimeError as error:
         if "leaf Variable that requires grad is being used in an in-place" not in str(error):
@@ -466,12 +482,19 @@ class _CheckpointFunction(torch.autograd.Function):
             inputs, record.needs_gradient, record.parameters, record.partitioned is not None, plan
         )
         for index in range(len(plan)):
-            chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient, plan.tiles is not None)
             piece = Replayer(record.autocast, states[index])
             if plan.tiles is not None:
                 seam = record.call.owner.__dict__[SEAM]
-                seam.over(plan.tiles, record.call.run_again, chunk).backward(gradients, total, index, piece)
-                continue
+                chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient, tiled=True)
+                try:
+                    run = seam.over(plan.tiles, record.call.run_again, chunk)
+                    run.backward(gradients, total, index, piece)
+                    continue
+                except NotTokenwise as against:
+                    # Only where the forward pass ran whole: nothing has been drawn or added yet.
+                    seam.refuse(record.call.owner, against)
+                    plan = plan.untiled()
+            chunk = _as_leaves(plan.slice(inputs, index), record.needs_gradient)
             with torch.enable_grad():
                 results = piece(functools.partial(record.call.run_again, chunk), chunk)
             total.add(*graph.heads_of(results, gradients, plan, index), chunk, index)

@@ -19,6 +19,7 @@ __all__ = [
     "Call",
     "Chunks",
     "Merged",
+    "NotTokenwise",
     "Piece",
     "RngState",
     "States",
@@ -230,6 +231,10 @@ class Call:
 def is_opaque(value: Any) -> bool:
     """Caches and other objects are passed on as they are, even if they are registered as trees."""
     return not isinstance(value, (tuple, list, dict))
+
+
+class NotTokenwise(Exception):
+    """A block does more with its tokens than to let them attend to each other; the message completes "tokens ..."."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.checkpoint import checkpoint
-from slimfit_ds.activations.replay import AutocastState, Call, Chunks, first_tokens, plan_chunks
-from slimfit_ds.activations.tiles import NotTokenwise, Seam, TilePass
+from slimfit_ds.activations.replay import AutocastState, Call, Chunks, NotTokenwise, first_tokens, plan_chunks
+from slimfit_ds.activations.tiles import Seam, TilePass
 from slimfit_ds.activations.twin import NothingRandom, direction, relative_error, rounding, undisturbed
 from slimfit_ds.trainable.split import SplitModule
 

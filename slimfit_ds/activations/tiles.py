@@ -24,16 +24,12 @@ from torch.utils import _pytree as pytree
 from slimfit_ds.activations.autograd_graph import Totals, heads_of
 from slimfit_ds.activations.checkpoint import Replayer
 from slimfit_ds.activations.hf_attention import attention_leads_to, uses_interface
-from slimfit_ds.activations.replay import Piece, Tiles, is_opaque
+from slimfit_ds.activations.replay import NotTokenwise, Piece, Tiles, is_opaque
 
-__all__ = ["NotTokenwise", "Seam", "TilePass", "seam_of"]
+__all__ = ["Seam", "TilePass", "seam_of"]
 
 
 _log = logging.getLogger(__name__)
-
-
-class NotTokenwise(Exception):
-    """A block does more with its tokens than to let them attend to each other; the message completes "tokens ..."."""
 
 
 def _say(block: nn.Module, against: str) -> None:
@@ -70,8 +66,13 @@ class Seam:
             against = self._prove(self, call, plan)
             self.verdict = against is None
             if against is not None:
-                self.report(call.owner, f"of the sequence {against}")
+                self.refuse(call.owner, against)
         return self.verdict
+
+    def refuse(self, block: nn.Module, against: Any) -> None:
+        """Cut the block no more, and say what speaks against it: of the first batch, or of a later one that is not like it."""
+        self.verdict = False
+        self.report(block, f"of the sequence {against}")
 
     def reach(
         self, run: Callable[[], Any]
@@ -198,6 +199,8 @@ class TilePass:
         for whole, own in zip(self._tensors, part, strict=True):
             if value is own:
                 return whole
+        if isinstance(value, nn.Parameter):
+            return value
         if tokens in value.shape or value.grad_fn is not None:
             raise NotTokenwise("have a mask or a bias that the block makes for each tile")
         return value

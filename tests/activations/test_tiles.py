@@ -209,6 +209,56 @@ def test_a_block_whose_tokens_meet_elsewhere_is_not_cut(proof, tiled, caplog):
         assert [(f.module, f.check) for f in handle.proof.failures] == [("model.layers.0", "tokens")]
 
 
+@pytest.mark.parametrize("chunk_forward", [False, True])
+def test_a_batch_that_is_not_like_the_first_one_is_not_cut(chunk_forward, tiled, caplog):
+    """A bias of as many places as a tile has tokens: whose they are cannot be told, so the batch runs whole, in a line."""
+    settings = {**WITHOUT_CODEC, "chunk_tokens": 5, "chunk_forward": chunk_forward}
+    model, plain = _with_sinks(), _with_sinks()
+    compress(model, ActivationsConfig(**settings))
+    with caplog.at_level(logging.WARNING):
+        for tokens in (13, 8, 9):
+            loss, expected = gradients(plain, batch_of("llama", tokens))
+            found_loss, found = gradients(model, batch_of("llama", tokens))
+            torch.testing.assert_close(found_loss, loss)
+            assert relative_error(found, expected) < 2e-6
+            # Of the second batch it comes out when it is cut; of the third nothing is.
+            assert tiled if tokens == 13 else tokens == 8 or not tiled
+            tiled.clear()
+    assert caplog.text.count("is not cut into tiles: tokens of the sequence have a mask") == 2
+
+
+def _with_sinks() -> nn.Module:
+    """Attention that is given `[heads]` numbers, made anew at every call; a tile of 8 tokens has 4 of its own, too."""
+    model = model_of("llama")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.register_buffer("sinks", torch.randn(4))
+
+        def forward(*args: Any, own: nn.Module = attention, **kwargs: Any) -> Any:
+            return type(own).forward(own, *args, sinks=own.sinks * 1.0, **kwargs)
+
+        attention.forward = forward
+    return model
+
+
+def test_parameters_of_a_block_are_no_tokens(tiled):
+    """GptOss gives its attention `sinks [heads]`, and a tile has as many tokens."""
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    model = hf.GptOssForCausalLM(
+        hf.GptOssConfig(**DECODER, **experts, head_dim=8, attn_implementation="eager")
+    ).train()
+    assert model.model.layers[0].self_attn.sinks.shape == (4,)
+    batches = [batch_of("llama", tokens) for tokens in (13, 8)]
+    expected = [gradients(model, batch) for batch in batches]
+    compress(model, ActivationsConfig(**WITHOUT_CODEC, chunk_tokens=5))
+    for batch, (loss, exact) in zip(batches, expected, strict=True):
+        found_loss, found = gradients(model, batch)
+        torch.testing.assert_close(found_loss, loss)
+        assert relative_error(found, exact) < 2e-6
+    assert set(tiled) == {2, 3}
+
+
 def test_what_leads_to_the_attention_alone_runs_once(monkeypatch):
     """Rows that each projection multiplies: in front of the attention once forward, twice again; behind it once and once."""
     model, batch = model_of("llama"), batch_of("llama", rows=1)
