@@ -72,7 +72,7 @@ def a_gated_model(place, monkeypatch):
 def a_column_that_is_not_there(place, monkeypatch):
     file = place / "train.jsonl"
     file.write_text(
-        "\n".join(json.dumps({"review": "good", "category": "a" if i % 2 else "b"}) for i in range(20))
+        "\n".join(json.dumps({"review": "good", "label": "a" if i % 2 else "b"}) for i in range(20))
     )
     return ["train", "--config", BANKING, f"data_dir={file}", "holdout=0.5", f"output_dir={place / 'out'}"]
 

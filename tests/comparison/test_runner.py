@@ -31,6 +31,8 @@ def test_a_strategy_is_what_it_says(name):
     assert zero.get("reduce_bucket_size") == strategy.bucket
     assert bool(zero.get("offload_optimizer")) == strategy.offload
     assert (None if recipe.lora is None else recipe.lora.r) == strategy.lora
+    own = yaml.safe_load(Path(RECIPE).read_text())["learning_rate"]
+    assert recipe.arguments["learning_rate"] == pytest.approx(own * (10 if name == "lora" else 1))
     assert bool(recipe.arguments.get("gradient_checkpointing")) == strategy.gradient_checkpointing
     assert ("slimfit" in config) == (strategy.slimfit is not None)
     if strategy.slimfit is None:

