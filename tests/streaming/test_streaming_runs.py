@@ -38,6 +38,7 @@ def engine_of(
     dtype: str = "bf16",
     preset: str = "minimal",
     states: dict[str, Any] | None = None,
+    front: str = "none",
 ) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -47,7 +48,7 @@ def engine_of(
         "zero_optimization": {"stage": stage},
         "steps_per_print": None,
         "slimfit": {
-            "freeze": {"rate": 0.8},
+            "freeze": {"rate": 0.8, "front": front},
             "activations": preset,
             "frozen_weights": weights,
             "optimizer_states": states or {},
@@ -144,6 +145,16 @@ def test_trained_columns_and_their_gradients_on_the_host_are_exact(
     assert_same(steps(again, 3, 5), steps(resident, 3, 5))
     streaming_of(again.module).remove()
     assert again.module.model.layers[1].mlp.up_proj.home is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "preset", "columns"), [(1, "exact", "device"), (1, "minimal", "host"), (2, "exact", "host")]
+)
+def test_below_the_front_too(one_rank, stage, preset, columns):
+    resident = engine_of(stage, {}, preset=preset, front="half")
+    away = engine_of(stage, {**HOST, "columns": columns}, preset=preset, front="half")
+    assert_same(steps(away, 0, 4), steps(resident, 0, 4))
+    assert resident.schedule.step == 4
 
 
 @pytest.mark.parametrize(
