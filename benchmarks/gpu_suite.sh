@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command and one results folder: tests marked gpu, codec speed, block times, peers.
+# Everything that wants a GPU, in one command and one results folder, the most telling parts first.
 #
-#   benchmarks/gpu_suite.sh                          # results in $OUT (default outputs/gpu), 9 minutes
-#   BUDGET_MINUTES=25 benchmarks/gpu_suite.sh        # more cells of the comparison
-#   DEVICE=cpu MODELS=tiny METHODS=full,minimal benchmarks/gpu_suite.sh    # dry run anywhere
+#   benchmarks/gpu_suite.sh                    # results in $OUT (default outputs/gpu), at most 15 minutes
+#   PARTS="kernels tests" benchmarks/gpu_suite.sh              # some of the parts
+#   DEVICE=cpu MODELS=tiny METHODS=full,minimal benchmarks/gpu_suite.sh    # rehearsal anywhere
 #
-# On a bare machine (torch, transformers, no network): bring .whl/ along, made by benchmarks/gpu_wheels.sh.
-# A step that fails does not stop the others; the exit code is that of the worst.
+# A part ends after SECONDS_EACH (90), writes rows as it gets them, and stops no other; results.tar.gz is packed anew after each.
+# On a bare machine (torch, transformers, no network): bring .whl/ along, made by benchmarks/gpu_wheels.sh. What has been run
+# before is not run again where $OUT has its rows. The exit code is that of the worst part.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 started=$SECONDS
 export OUT=${OUT:-$PWD/outputs/gpu}
 device=${DEVICE:-cuda}
-budget=${BUDGET_MINUTES:-9}
+each=${SECONDS_EACH:-90}
+all=${SECONDS_ALL:-870}
 site=${SITE:-/tmp/site}
 python=${PYTHON:-python3}
+methods=${METHODS:-full,checkpointing,lora,lora_checkpointing,auto_balanced,auto_minimal,minimal,balanced}
 worst=0
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -25,34 +28,48 @@ if compgen -G ".whl/*.whl" > /dev/null; then
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-part() {  # NAME SECONDS COMMAND...: runs a part with a limit of its own, its output in $OUT/NAME.log
-  local name=$1 seconds=$2
-  shift 2
-  timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1
+pack() {  # Some places bring only a handful of files back. Packed elsewhere: tar must not meet its own output.
+  local packed
+  packed=$(mktemp)
+  tar -C "$OUT" --exclude=./results.tar.gz -czf "$packed" . && mv "$packed" "$OUT/results.tar.gz"
+}
+
+part() {  # NAME COMMAND...: runs a part with a limit of its own, its output in $OUT/NAME.log
+  local name=$1 left=$((all - SECONDS + started))
+  shift
+  [[ -n "${PARTS:-}" && " $PARTS " != *" ${name%%-*} "* ]] && return
+  if ((left < 10)); then
+    echo "$name: left out, no time"
+    return
+  fi
+  timeout --kill-after=5 "$((left < each ? left : each))" "$@" > "$OUT/$name.log" 2>&1
   local code=$?
   ((code > worst)) && worst=$code
-  echo "$name: exit code $code after $((SECONDS - started)) s in all"
+  echo "$name: exit code $code after $((SECONDS - started)) s in all" | tee -a "$OUT/parts.log"
   tail -n "${LINES_SHOWN:-3}" "$OUT/$name.log"
+  pack
 }
 
 nvidia-smi > "$OUT/nvidia-smi.log" 2>&1 || true
-# Most of these tests is compiling kernels, which several processes do sooner.
+# In parallel, or each of the processes below would compile its own.
+[ "$device" = cuda ] && part compile "$python" benchmarks/compile_kernels.py --targets "${ARCH:-90}" --csv "$OUT/kernels.csv"
+# (a) A step of each method.
+default=bert-base,vit-384,llama-8b,llama-8b-b8
+for model in $(tr , ' ' <<< "${MODELS:-$default}"); do
+  LINES_SHOWN=12 part "peers-$model" "$python" benchmarks/peers.py --device "$device" --models "$model" --methods "$methods" \
+    --rounds "${ROUNDS:-1}" --seconds "$((each - 5))" --csv "$OUT/peers.csv"
+done
+# (b) Correctness. Most of it is compiling kernels, which several processes do sooner.
 workers=()
-"$python" -c "import xdist" 2> /dev/null && workers=(-n "${TEST_WORKERS:-8}")
-part tests "${TEST_SECONDS:-120}" "$python" -m pytest -q -x -m gpu -p no:cacheprovider "${workers[@]}" ${TESTS:-tests/activations tests/memory tests/optim tests/schedule}
-part codec_speed "${CODEC_SECONDS:-90}" "$python" benchmarks/activations/codec_speed.py --device "$device" \
-  --tokens "${TOKENS:-49152}" --repeats 5 --csv "$OUT/codec_speed.csv"
-part step_time "${STEP_SECONDS:-60}" "$python" benchmarks/activations/step_time.py --device "$device" \
+"$python" -c "import xdist" 2> /dev/null && workers=(-n "${TEST_WORKERS:-16}")
+read -ra tests <<< "${TESTS:-tests/activations tests/memory tests/optim tests/schedule}"
+part tests "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$OUT/tests.xml" --maxfail 50 "${workers[@]}" "${tests[@]}"
+# (c) Kernels against the bandwidth of a copy.
+part kernels "$python" benchmarks/activations/codec_speed.py --device "$device" --tokens "${TOKENS:-49152}" --repeats 5 \
+  --csv "$OUT/codec_speed.csv"
+part step_time "$python" benchmarks/activations/step_time.py --device "$device" \
   --dtype "$([ "$device" = cuda ] && echo bf16 || echo fp32)" --rows "${ROWS:-128}" --csv "$OUT/step_time.csv"
-# What is left of the budget belongs to the comparison.
-left=$("$python" -c "print(max(0.5, $budget - ($SECONDS - $started) / 60 - 0.3))")
-chosen=()
-[ -n "${MODELS:-}" ] && chosen+=(--models "$MODELS")
-[ -n "${METHODS:-}" ] && chosen+=(--methods "$METHODS")
-LINES_SHOWN=40 part peers "$(("${budget%.*}" * 60 + 60))" "$python" benchmarks/peers.py --device "$device" \
-  --budget-minutes "$left" --seconds 90 --csv "$OUT/peers.csv" "${chosen[@]}"
-# Some places bring only a handful of files back. Packed elsewhere: tar must not meet its own output.
-packed=$(mktemp)
-tar -C "$OUT" -czf "$packed" . && mv "$packed" "$OUT/results.tar.gz"
+# (d) Weights on the host.
+part streaming "$python" benchmarks/streaming.py "$([ "$device" = cuda ] && echo gpu || echo rehearsal)"
 echo "results: $OUT/results.tar.gz, worst exit code $worst, $((SECONDS - started)) s"
 exit "$worst"
