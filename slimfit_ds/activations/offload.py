@@ -33,9 +33,14 @@ class _Piece:
 
 
 class HostInputs:
-    """The pool of host memory of one model, and the order in which blocks put their inputs there."""
+    """The pool of host memory of one model, and the order in which blocks put their inputs there.
+
+    Attributes:
+        seen_by: is told of new memory (a tracker, to which a CPU's is all alike).
+    """
 
     def __init__(self) -> None:
+        self.seen_by: Callable[[Tensor], None] | None = None
         self._pieces: list[_Piece] = []
         self._free: list[_Piece] = []
         self._copies: dict[torch.device, Copies] = {}
@@ -91,6 +96,8 @@ class HostInputs:
         if pinned:
             pin(piece, piece.memory)
         self._pieces.append(piece)
+        if self.seen_by is not None:
+            self.seen_by(piece.memory)
         return piece
 
     def _give(self, piece: _Piece) -> None:

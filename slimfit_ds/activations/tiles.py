@@ -159,7 +159,16 @@ class TilePass:
         """Queries, keys and values `[batch, heads, tokens, width]` of all tokens."""
 
     def __len__(self) -> int:
-        return len(self._tiles.bounds)
+        return len(self.bounds)
+
+    @property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """First token and end of each tile."""
+        return self._tiles.bounds
+
+    def each(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """The tiles in order: number, first token and end."""
+        yield from enumerate(self.bounds)
 
     def part(self, index: int) -> list[Tensor]:
         """Return the leaves of one tile; what is not cut is the same leaf for all."""
@@ -177,7 +186,7 @@ class TilePass:
 
     def gather(self, piece: Piece) -> None:
         """Make the operands of the attention tile by tile."""
-        for index, (start, stop) in enumerate(self._tiles.bounds):
+        for index, (start, stop) in self.each():
             part = self.part(index)
             base, module, *operands, args, kwargs = self._reach(piece, part)
             if any(t.dim() != 4 or t.shape[2] != stop - start for t in operands):
@@ -230,7 +239,7 @@ class TilePass:
         output = output.detach().requires_grad_(output.requires_grad)
         self.operands, self._attention = [], None  # type: ignore[assignment]
         joined: list[Any] = []
-        for index, (start, stop) in enumerate(self._tiles.bounds):
+        for index, (start, stop) in self.each():
             results = self.behind(piece, self.part(index), self.output_of(output, index))
             leaves, structure = pytree.tree_flatten(results)
             if not index:
@@ -261,7 +270,7 @@ class TilePass:
         with torch.enable_grad():
             output = self.attend(piece)
         upstream = torch.zeros_like(output)
-        for tile, (start, stop) in enumerate(self._tiles.bounds):
+        for tile, (start, stop) in self.each():
             part, own = self.part(tile), self.output_of(output, tile)
             with torch.enable_grad():
                 results = self.behind(piece, part, own)
@@ -278,7 +287,7 @@ class TilePass:
         if all(gradient is None for gradient in found):
             return
         piece.rewind()
-        for tile, (start, stop) in enumerate(self._tiles.bounds):
+        for tile, (start, stop) in self.each():
             part = self.part(tile)
             with torch.enable_grad():
                 operands = self.in_front(piece, part)

@@ -114,6 +114,13 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         tensor_parallel > 1,
         f"tensor_parallel.autotp_size is {tensor_parallel}: layers cut over ranks are not supported, use 1",
     )
+    sequence_parallel = _get(config, "sequence_parallel_size") or 1
+    refuse(
+        sequence_parallel > 1,
+        f"sequence_parallel_size is {sequence_parallel}: gradients, statistics and the loss are summed over data-parallel ranks "
+        "only, not over those that share a sequence; use 1, and for long sequences activations minimal with offload, which "
+        "runs them in tiles on each rank",
+    )
     refuse(
         _get(config, "managed_gradient_accumulation") is False,
         "managed_gradient_accumulation is false: the active set changes at boundaries that DeepSpeed counts",

@@ -319,6 +319,14 @@ def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[s
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each by "
             "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
         )
+    parallel = getattr(args, "parallelism_config", None)
+    for name in ("cp_size", "sp_size", "tp_size"):
+        size = getattr(parallel, name, None) or 1
+        if size > 1:
+            problems.append(
+                f"parallelism_config.{name} is {size}: sequences and layers cut over ranks are not supported, use 1; long "
+                "sequences run in tiles on each rank (activations minimal, with offload)"
+            )
     if args.torch_compile:
         problems.append(
             "torch_compile is true: each new active set would recompile the model (limit 8), set it to false"

@@ -205,6 +205,9 @@ class MemoryTracker(TorchDispatchMode):
         for handle in self._grad_handles:
             handle.remove()
         self.sync()
+        for module in self._model.modules():
+            if (inputs := module.__dict__.get("slimfit_host_inputs")) is not None:
+                inputs.seen_by = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -228,9 +231,14 @@ class MemoryTracker(TorchDispatchMode):
                     self._put(tensor, "parameters")
             inputs = module.__dict__.get("slimfit_host_inputs")
             if inputs is not None:
-                self._on_host |= {storage_key(tensor): HOST_ACTIVATIONS for tensor in inputs.host_tensors}
+                inputs.seen_by = self._on_host_memory
                 for tensor in inputs.host_tensors:
-                    self._put(tensor, HOST_ACTIVATIONS)
+                    self._on_host_memory(tensor)
+
+    def _on_host_memory(self, tensor: torch.Tensor) -> None:
+        """Count memory for inputs of blocks as the host's."""
+        self._on_host[storage_key(tensor)] = HOST_ACTIVATIONS
+        self._put(tensor, HOST_ACTIVATIONS)
 
     def sync(self) -> None:
         """Ask the model and the roots again which tensors are theirs."""

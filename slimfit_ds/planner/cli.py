@@ -16,6 +16,7 @@ import yaml
 
 from slimfit_ds.errors import ConfigError, parse_bytes
 from slimfit_ds.files import folder_for_writing, write_atomically
+from slimfit_ds.planner.longest import longest_rows, longest_table
 from slimfit_ds.planner.rivals import rivals_by_arithmetic
 from slimfit_ds.planner.rows import PlanRow, page, table
 from slimfit_ds.planner.search import Choice, Setting, find_setting, label_of
@@ -57,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link", type=float, help="peak from host to device instead of the card's, 10^9 bytes per second")
     add("--efficiency", type=float, help="share of --tflops that a step reaches (0.5, assumed)")
     add("--link-efficiency", type=float, help="share of --link that copies reach (0.8, assumed)")
+    longest = (
+        "find the longest sequence that fits, for each method, instead of a setting for --seq; writes nothing"
+    )
+    add("--longest", action="store_true", help=longest)
     add("--slimfit-only", action="store_true", help="leave other methods out of the table")
     add("--output", help="folder for recipe and JSON (outputs/plan-MODEL)")
     add("--overwrite", action="store_true", help="replace a recipe and JSON that are there")
@@ -80,6 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         plan = _Plan(arguments)
+        if arguments.longest:
+            plan.longest()
+            return 0
         with folder_for_writing(plan.folder):
             plan.go()
     except (ConfigError, OSError) as error:
@@ -137,7 +145,7 @@ class _Plan:
             self.folder / name for name in ("ds_config.json", "recipe.yaml", "plan.json", "plan.html")
         )
         if not arguments.overwrite:
-            there = [path for path in self.files if path.exists()]
+            there = [] if arguments.longest else [path for path in self.files if path.exists()]
             problems += [f"{path} exists: choose another --output, or add --overwrite" for path in there]
         if problems:
             raise ConfigError(problems)
@@ -238,6 +246,29 @@ class _Plan:
             f"run: deepspeed --num_gpus {gpus} --module slimfit_ds.train --config {recipe} data_dir=YOUR_DATA",
             highlight=False,
         )
+
+    def longest(self) -> None:
+        """Print the longest sequence of each method.
+
+        Raises:
+            ConfigError: the model cannot be built, or has no sequence.
+        """
+        from rich.console import Console
+
+        if self.images:
+            raise ConfigError(["longest: images have no length to search for"])
+        with Simulator(self.arguments.gpus, deep=True) as self.simulator:
+            self._say("reading the model")
+            try:
+                facts = self.simulator.inspect(self.workload)
+            except ValueError as error:
+                raise ConfigError([str(error)]) from None
+            rows = longest_rows(self._worst, self.workload, facts, self.strategy.stage or 0, self.budget)
+            found = [
+                row for row in rows if row.label.startswith("SlimFit") or not self.arguments.slimfit_only
+            ]
+        title = self._title().replace(f" x {self.arguments.seq}", ", longest sequence")
+        Console(width=None if sys.stdout.isatty() else 150).print(longest_table(found, title))
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:3.0f} s] {text}", file=sys.stderr, flush=True)

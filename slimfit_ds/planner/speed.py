@@ -7,7 +7,8 @@ take time of their own, which the efficiencies stand for.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -138,6 +139,7 @@ class ProductCounter(TorchDispatchMode):
     """
 
     _active: ClassVar[list[ProductCounter]] = []
+    _times: ClassVar[int] = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +149,17 @@ class ProductCounter(TorchDispatchMode):
     def add(cls, flops: float) -> None:
         """Count what stands for a kernel without being one: to the counters that are active."""
         for counter in cls._active:
-            counter.flops += int(flops)
+            counter.flops += int(flops) * cls._times
+
+    @classmethod
+    @contextmanager
+    def times(cls, number: int) -> Iterator[None]:
+        """Count what is done within so many times."""
+        cls._times = number
+        try:
+            yield
+        finally:
+            cls._times = 1
 
     def __enter__(self) -> ProductCounter:
         self._active.append(self)
@@ -162,5 +174,5 @@ class ProductCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+            self.flops += formula(*args, **kwargs, out_val=result) * self._times
         return result

@@ -65,6 +65,7 @@ def test_accepted(config):
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast", "cast inputs"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype", "bfloat16"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "bf16_optimizer_states", "precision"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2", "in tiles on each rank"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2", "use 1"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation", "boundaries"),
     ],
