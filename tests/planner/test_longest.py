@@ -6,7 +6,12 @@ import math
 
 import pytest
 
-from slimfit_ds.planner.longest import longest_sequence
+from slimfit_ds.memory.tracker import MemoryReport
+from slimfit_ds.planner.longest import longest_rows, longest_sequence, longest_table
+from slimfit_ds.planner.search import label_of
+from slimfit_ds.planner.simulate import Estimate
+from slimfit_ds.planner.strategies import Strategy
+from slimfit_ds.planner.workload import Workload
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,23 @@ def test_nothing_fits_or_is_known():
     assert longest_sequence(lambda tokens: 2 * 10**9, 10**9) == 0
     assert longest_sequence(lambda tokens: None, 10**9) == 0
     assert longest_sequence(lambda tokens: 1, 10**9) >= 1 << 23
+
+
+def test_a_row_for_each_method_with_what_it_keeps_on_the_host():
+    def run(workload: Workload, strategy: Strategy) -> Estimate:
+        block = strategy.slimfit
+        if block is None:
+            return Estimate(strategy, MemoryReport(peak=500 * workload.seq))
+        assert label_of(block)
+        kept = 100 if block["activations"].get("offload") else 400
+        return Estimate(strategy, MemoryReport(peak=kept * workload.seq, saved_activations_host=workload.seq))
+
+    facts = {"loss_in_chunks": True, "linear": 0, "in_blocks": 0, "parameters": 0}
+    workload = Workload({"model_type": "llama"}, task="causal_lm")
+    rows = list(longest_rows(run, workload, facts, 0, 10**9))
+    lengths = [row.tokens for row in rows]
+    assert lengths[0] == pytest.approx(2_000_000, rel=0.02)
+    assert lengths[1] == 0  # nothing to pack
+    assert lengths[2:] == pytest.approx([2_500_000, 10_000_000, 2_500_000, 10_000_000, 10_000_000], rel=0.02)
+    assert [row.host for row in rows[2:]] == lengths[2:]
+    assert longest_table(rows, "a title").row_count == 7
