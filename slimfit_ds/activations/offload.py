@@ -152,7 +152,13 @@ class OnHost:
             sources = [self._tensors[0][slice(*rows)]]
         else:
             codec, encoded = self._code
-            part = codec.part(dataclasses.replace(encoded, tensors=tuple(sources)), *rows)
+            whole = dataclasses.replace(encoded, tensors=tuple(sources))
+            part = codec.part(whole, *rows)
+            own = sources[0].untyped_storage().data_ptr()
+            if any(source.untyped_storage().data_ptr() != own for source in part.tensors):
+                # A codec of several planes puts rows together on the host, where they must have arrived.
+                self._copies.finish()
+                part = codec.part(whole, *rows)
             sources = list(part.tensors)
         targets = [torch.empty_like(source, device=self._device) for source in sources]
         started = None

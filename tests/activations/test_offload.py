@@ -21,6 +21,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "as it is": {"preset": "exact", "operations": {"block": "recompute"}},
     "int8_channel": {"preset": "minimal"},
     "int4": {"preset": "minimal", "operations": {"block": "int4"}},
+    "two planes": {"preset": "minimal", "operations": {"block": "int6"}},
     "every second": {"preset": "ultra"},
     "not by rows": {"preset": "exact", "operations": {"block": "topk10"}},
 }
