@@ -30,6 +30,8 @@ class _Piece:
     """Flat host memory, page-locked while this lives."""
 
     memory: Tensor
+    device: torch.device
+    """Whose copies it is for: those of two devices know nothing of each other."""
 
 
 class HostInputs:
@@ -68,7 +70,7 @@ class HostInputs:
         """
         device = tensors[0].device
         copies = self._copies.setdefault(device, Copies(device))
-        piece = self._take(sum(_padded(t) for t in tensors), copies, device.type == "cuda")
+        piece = self._take(sum(_padded(t) for t in tensors), copies, device)
         views, offset = [], 0
         for tensor in tensors:
             target = piece.memory[offset : offset + tensor.nbytes]
@@ -81,19 +83,20 @@ class HostInputs:
         self._last = weakref.ref(kept)
         return kept
 
-    def _take(self, nbytes: int, copies: Copies, pinned: bool) -> _Piece:
+    def _take(self, nbytes: int, copies: Copies, device: torch.device) -> _Piece:
         """Return the smallest free piece that is large enough, or a new one in place of those that are too small."""
-        fitting = [piece for piece in self._free if piece.memory.numel() >= nbytes]
+        free = [piece for piece in self._free if piece.device == device]
+        fitting = [piece for piece in free if piece.memory.numel() >= nbytes]
         if fitting:
             found = min(fitting, key=lambda piece: piece.memory.numel())
             self._free.remove(found)
             return found
-        if self._free:
+        if free:
             copies.finish()
-            self._pieces = [piece for piece in self._pieces if piece not in self._free]
-            self._free = []
-        piece = _Piece(torch.empty(nbytes, dtype=torch.uint8))
-        if pinned:
+            self._pieces = [piece for piece in self._pieces if piece not in free]
+            self._free = [piece for piece in self._free if piece not in free]
+        piece = _Piece(torch.empty(nbytes, dtype=torch.uint8), device)
+        if device.type == "cuda":
             pin(piece, piece.memory)
         self._pieces.append(piece)
         if self.seen_by is not None:
@@ -164,6 +167,8 @@ class OnHost:
         started = None
         for target, source in zip(targets, sources, strict=True):
             started = self._copies.start(target, source)
+            # Nobody may come to read it, when a graph is dropped.
+            self._copies.hold(target)
         self._coming = rows, targets, part, started
 
     def rows(self, start: int, stop: int, following: tuple[int, int] | None = None) -> Tensor:

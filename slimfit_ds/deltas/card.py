@@ -46,14 +46,20 @@ def write_card(folder: Path, delta: Delta, base_folder: Path, beside: Path) -> N
     facts = _Facts(beside)
     values = sum(tensor.numel() for tensor in delta.tensors.values())
     text = section(delta.base, facts.settings(), values, facts.data(), facts.metrics())
-    card.text = f"{card.text.partition(_TITLE)[0].rstrip()}\n\n{text}"
+    card.text = _with_section(card.text, text)
     card.save(folder / CARD)
 
 
 def append_section(file: Path, text: str) -> None:
-    """Put a `section` at the end of a card that has none."""
-    content = file.read_text(encoding="utf-8")
-    file.write_text(f"{content.partition(_TITLE)[0].rstrip()}\n\n{text}", encoding="utf-8")
+    """Put a `section` at the end of a card, or in place of one that it has."""
+    file.write_text(_with_section(file.read_text(encoding="utf-8"), text), encoding="utf-8")
+
+
+def _with_section(card: str, text: str) -> str:
+    before, _, own = card.partition(_TITLE)
+    # What somebody has written behind it stays.
+    _, heading, after = own.partition("\n## ")
+    return f"{before.rstrip()}\n\n{text}" + (f"{heading}{after}" if heading else "")
 
 
 def section(

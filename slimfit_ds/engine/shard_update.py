@@ -19,8 +19,8 @@ from slimfit_ds.schedule.statistics import of_units, sums_of_updates
 
 __all__ = ["ShardUpdater"]
 
-# Elements that are updated together. On a CPU: what its cache holds. On a device: a bound of the float32 temporaries of
-# rules without a kernel, and of the states that travel at once.
+# Elements that are updated together. On a CPU: what its cache holds, and on any device of states that rest on the host, which
+# travel in such pieces, two at a time. On a device otherwise: a bound of the float32 temporaries of rules without a kernel.
 _CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 21, 1 << 26
 
 
@@ -125,7 +125,8 @@ class ShardUpdater:
         if self._config.precision != "fp32":
             # Blocks of low-bit states must not be rounded twice in a step: a shard at a time.
             return [[Piece(unit, 0, length)] for unit, length in lengths if length]
-        limit = _CPU_ELEMENTS if self.device.type == "cpu" else _DEVICE_ELEMENTS
+        small = self.device.type == "cpu" or self._rests_on_host
+        limit = _CPU_ELEMENTS if small else _DEVICE_ELEMENTS
         if units and not self._rests_on_host:
             gradient = gradients[units[0].index]
             resident = gradient.device == units[0].device == self.device

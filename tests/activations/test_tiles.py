@@ -181,6 +181,25 @@ def test_dropout_is_differentiated_as_drawn(tiled):
     torch.testing.assert_close(slope, direction.square().sum(), rtol=1e-4, atol=0)
 
 
+def test_a_block_that_learns_later_is_cut_later(tiled):
+    """With nothing to differentiate in its first step, as the lower blocks of a schedule of whole layers."""
+    model, batch = model_of("llama"), batch_of("llama")
+    first = [*model.model.layers[0].parameters(), *model.model.embed_tokens.parameters()]
+    for parameter in first:
+        parameter.requires_grad_(False)
+    compress(model, ActivationsConfig(**WITHOUT_CODEC, chunk_tokens=5, chunk_forward=True))
+    gradients(model, batch)
+    for parameter in first:
+        parameter.requires_grad_(True)
+    plain = model_of("llama")
+    _, expected = gradients(plain, batch)
+    tiled.clear()
+    _, found = gradients(model, batch)
+    assert relative_error(found, expected) < 2e-6
+    assert [layer.__dict__[SEAM].verdict for layer in model.model.layers] == [True, True]
+    assert tiled == 4 * [3]
+
+
 class _Mixing(nn.Module):
     """Tokens meet in a convolution beside the attention."""
 

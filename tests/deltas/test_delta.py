@@ -402,3 +402,14 @@ def test_a_model_of_two_dtypes_keeps_both(tmp_path):
     assert all(
         torch.equal(t, expected[n]) and t.dtype == expected[n].dtype for n, t in merged.state_dict().items()
     )
+
+
+def test_a_card_keeps_what_was_written_behind_our_section(tmp_path):
+    from slimfit_ds.deltas.card import CARD, append_section
+
+    card = tmp_path / CARD
+    card.write_text("# Model\n")
+    append_section(card, "## Trained by slimfit_ds\n\n- one\n")
+    card.write_text(card.read_text() + "\n## Limits\n\nMine.\n")
+    append_section(card, "## Trained by slimfit_ds\n\n- two\n")
+    assert card.read_text() == "# Model\n\n## Trained by slimfit_ds\n\n- two\n\n## Limits\n\nMine.\n"
