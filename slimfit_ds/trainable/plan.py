@@ -142,6 +142,14 @@ def plan_units(
         counts, rows = _counts(layers, whole, split, words, rate)
         wish = f"rate {rate}"
     if not any(counts.get(i) for i in split):
+        if packed := [(n, p.dtype) for n, p in model.named_parameters() if not p.is_floating_point()]:
+            raise ConfigError(
+                [
+                    f"slimfit.freeze: {len(packed)} weights hold packed integers ({packed[0][0]} of {packed[0][1]}, a quantised "
+                    f"base), of which no columns can train: load the base in bf16, with frozen_weights.live host where it is too "
+                    f"large for the device, or train an adapter on it"
+                ]
+            )
         raise ConfigError(
             [
                 f"slimfit.freeze: no part of the linear layers can train within {wish}; lower the rate, or let whole "

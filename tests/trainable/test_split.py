@@ -812,3 +812,14 @@ def test_added_words_of_a_tied_vocabulary_are_named():
         UserWarning, match=r"added tokens will not learn \(ids 300\).*nothing trains under policy static"
     ):
         warn_of_new_words(model)
+
+
+def test_a_quantised_base_is_refused_by_name(model):
+    """As bitsandbytes' 4-bit layers are: `[packed, 1]` of uint8, that no gradient reaches."""
+    for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        packed = torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8)
+        module.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(
+        ConfigError, match=r"weights hold packed integers .* of torch.uint8, a quantised .* in bf16"
+    ):
+        plan_units(model, rate=0.9)
