@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch._subclasses.fake_tensor import FakeTensor
 
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.proof import Proof
@@ -26,6 +27,7 @@ from slimfit_ds.engine.zero3_linear import ScopedLinear
 from slimfit_ds.engine.zero12 import FreezeZeroOptimizer
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.schedule.schedule import FreezeSchedule
+from slimfit_ds.streaming.copies import node_memory
 from slimfit_ds.streaming.streaming import streaming_of
 from slimfit_ds.trainable.split import column_places, fill_columns
 from slimfit_ds.trainable.units import discover
@@ -173,8 +175,18 @@ class SlimFitEngine(DeepSpeedEngine):
         with streaming.hidden():
             super()._broadcast_model()
         group = self.seq_data_parallel_group
-        first = dist.get_global_rank(group, 0)
-        return streaming.send(lambda memory: dist.broadcast(memory, first, group=group))
+        first, rank = dist.get_global_rank(group, 0), dist.get_rank(group)
+
+        def exchange(value: Any) -> list[Any]:
+            found: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(found, value, group=group)
+            return found
+
+        def share(nbytes: int) -> tuple[torch.Tensor, bool] | None:
+            fake = isinstance(next(self.module.parameters()), FakeTensor)
+            return None if fake else node_memory(nbytes, rank, exchange)
+
+        return streaming.send(lambda memory: dist.broadcast(memory, first, group=group), share)
 
     def _scheduler_from_config(self, optimizer):
         """Schedulers of torch want a torch optimizer; it holds the same parameter groups."""

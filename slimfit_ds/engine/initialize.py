@@ -153,7 +153,7 @@ def setting_problems(
         # Columns and gradients.
         states += 2 * (1 - slim.freeze.rate) * sum(p.nbytes for p in model.parameters())
     return problems + streaming_problems(
-        model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile, states
+        model, slim.frozen_weights, slim.freeze.splits, slim.activations.compile, states, shares=True
     )
 
 

@@ -26,9 +26,9 @@ class _Fetches(Protocol):
     def finish_gradients(self) -> None: ...
 
 
-def padded(nbytes: int) -> int:
+def padded(nbytes: int, alignment: int = _ALIGNMENT) -> int:
     """As many bytes, up to the next multiple of the alignment."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // alignment) * alignment
 
 
 class Buffer:
@@ -38,7 +38,7 @@ class Buffer:
         self.memory = memory
         self.block: Block | None = None
         self.versions: list[int] = []
-        self.started: Any = None
+        self.started: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -100,30 +100,58 @@ class Block:
             layer.home = self
         self._open: list[Any] = []
         self._memory: Tensor | None = None
-        self.take()
+        self.pieces: list[Tensor] = []
+        """On the host: frozen weights, and if they live there trained columns and their gradients. Empty: not taken yet."""
+        self.lay_out()
+        # What is on the host already stays as it was loaded, mapped from a file, say, until it is needed.
+        if any(parameter.device.type != "cpu" for parameter in self.parameters):
+            self.take()
 
-    def take(self) -> None:
-        """Copy everything into one flat piece of host memory, of which the parameters are views from then on."""
+    def lay_out(self) -> None:
+        """Give each parameter its place in flat memory."""
         self.offsets, self.nbytes = [], 0
         for parameter in self.parameters:
             self.offsets.append(self.nbytes)
             self.nbytes += padded(parameter.nbytes)
-        self.host = torch.empty(self.nbytes, dtype=torch.uint8)
-        self._views = self._within(self.host)
-        self._start_of_columns = self.offsets[len(self.weights)] if self._columns else self.nbytes
-        self.gradients = torch.empty(self.nbytes - self._start_of_columns, dtype=torch.uint8)
+        self.frozen_nbytes = self.offsets[len(self.weights)] if self._columns else self.nbytes
+
+    def take(self, memory: Tensor | None = None, fill: bool = True) -> None:
+        """Copy everything into flat pieces of host memory, of which the parameters are views from then on.
+
+        Args:
+            memory: for the frozen weights `[frozen_nbytes]`, perhaps of several ranks; None: a piece of its own.
+            fill: copy them there; otherwise another rank does.
+        """
+        self.lay_out()
+        if memory is None:
+            memory = torch.empty(self.frozen_nbytes, dtype=torch.uint8)
+        columns = [torch.empty(self.nbytes - self.frozen_nbytes, dtype=torch.uint8) for _ in range(2)]
+        self.pieces = [memory, *(columns if self._columns else [])]
+        self._views = [self._on_host(i) for i in range(len(self.parameters))]
         with torch.no_grad():
-            for parameter, view in zip(self.parameters, self._views, strict=True):
-                view.copy_(parameter.data)
+            for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+                if fill or i >= len(self.weights):
+                    view.copy_(parameter.data)
                 parameter.data = view
 
-    def _within(self, memory: Tensor) -> list[Tensor]:
-        """The weights as views of flat memory in which the block stands."""
-        return [self.weight_in(memory, i) for i in range(len(self.parameters))]
+    def _on_host(self, i: int, gradient: bool = False) -> Tensor:
+        if i < len(self.weights):
+            return self.weight_in(self.pieces[0], i)
+        return self.weight_in(self.pieces[1 + gradient], i, self.frozen_nbytes)
 
-    def weight_in(self, memory: Tensor, i: int) -> Tensor:
-        """The same of one weight."""
-        parameter, offset = self.parameters[i], self.offsets[i]
+    @property
+    def host_tensors(self) -> list[Tensor]:
+        """What is on the host."""
+        return self.pieces or [parameter.data for parameter in self.parameters]
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """What is copied to the device, in the order in which it stands there."""
+        return self.pieces[:2]
+
+    def weight_in(self, memory: Tensor, i: int, first: int = 0) -> Tensor:
+        """A parameter as a view of flat memory that begins at byte `first` of the block."""
+        parameter, offset = self.parameters[i], self.offsets[i] - first
         return memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
     @property
@@ -132,9 +160,9 @@ class Block:
         return [parameter._version for parameter in self.parameters]
 
     def was_replaced(self) -> bool:
-        """Whether somebody has given a parameter other data: a cast, or an assignment."""
-        own = self.host.untyped_storage()._cdata
-        return any(parameter.untyped_storage()._cdata != own for parameter in self.parameters)
+        """Whether the parameters are not taken yet, or somebody has given one other data: a cast, or an assignment."""
+        own = [piece.untyped_storage()._cdata for piece in self.pieces]
+        return any(parameter.untyped_storage()._cdata not in own for parameter in self.parameters)
 
     def enter(self, *_: Any) -> None:
         """Before a module of the block computes: the weights are on the device."""
@@ -194,8 +222,7 @@ class Block:
             self.streaming.finish_gradients()
             columns.grad.add_(gradient.to(columns.device))
             return
-        start = self.offsets[self._columns[layer]] - self._start_of_columns
-        memory = self.gradients[start : start + columns.nbytes].view(columns.dtype).view(columns.shape)
+        memory = self._on_host(self._columns[layer], gradient=True)
         columns.grad = memory.copy_(gradient, non_blocking=True)
 
     def take_home(self, device: torch.device) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import tempfile
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copies", "pin"]
+__all__ = ["Copies", "node_memory", "pin"]
 
 
 class Copies:
@@ -55,6 +60,53 @@ class Copies:
         """Wait for all copies, before their buffers are given up."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def node_memory(nbytes: int, rank: int, exchange: Callable[[Any], list[Any]]) -> tuple[Tensor, bool] | None:
+    """Memory that all ranks of a host share; it goes with the last of them, however that ends.
+
+    Args:
+        nbytes: the same on all ranks.
+        rank: of this process, from 0.
+        exchange: gives the values of all ranks, in their order; every rank calls it.
+
+    Returns:
+        Flat bytes, and whether this rank is to fill them. None: no two ranks are on one host, or a host has no room in
+        /dev/shm (a warning says so).
+    """
+    hosts = exchange((socket.gethostname(), os.stat("/proc/self/ns/ipc").st_ino))
+    if len({*hosts}) == len(hosts):
+        return None
+    fills = hosts.index(hosts[rank]) == rank
+    path, problem, memory = "", "", None
+    if fills:
+        handle, path = tempfile.mkstemp(prefix=f"slimfit-{os.getpid()}-", dir="/dev/shm")
+        try:
+            # Without it a write beyond what there is would kill the process.
+            os.posix_fallocate(handle, 0, nbytes)
+        except OSError as error:
+            problem = str(error)
+        os.close(handle)
+    path_here = exchange(path)[hosts.index(hosts[rank])]
+    if not any(exchange(problem)):
+        try:
+            if os.path.getsize(path_here) == nbytes:
+                memory = torch.from_file(path_here, shared=True, size=nbytes, dtype=torch.uint8)
+            else:
+                problem = f"{path_here} is another file on rank {rank}"
+        except OSError as error:
+            problem = str(error)
+    problems = [each for each in exchange(problem) if each]
+    if fills:
+        os.unlink(path)
+    if not problems and memory is not None:
+        return memory, fills
+    warnings.warn(
+        f"slimfit.frozen_weights: {nbytes / 2**30:.2f} GiB of /dev/shm cannot be shared ({problems[0]}), so each rank of this host "
+        "has its own copy; give containers more by --shm-size",
+        stacklevel=2,
+    )
+    return None
 
 
 def pin(owner: Any, tensor: Tensor) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -143,7 +145,12 @@ def _takes_rows(module: nn.Module) -> bool:
 
 
 def streaming_problems(
-    model: nn.Module, config: FrozenWeightsConfig, splits: bool, compiles: bool, states: float = 0
+    model: nn.Module,
+    config: FrozenWeightsConfig,
+    splits: bool,
+    compiles: bool,
+    states: float = 0,
+    shares: bool = False,
 ) -> list[str]:
     """What is wrong with a `frozen_weights` block for this model, a line each; nothing is changed or loaded.
 
@@ -153,8 +160,9 @@ def streaming_problems(
         splits: whether the freezing splits layers, so that a whole weight never trains.
         compiles: whether blocks run compiled.
         states: bytes of host memory that this rank's optimizer states will take.
+        shares: ranks of one host will share the frozen weights.
     """
-    if config.live == "device":
+    if config.live != "host":
         return []
     problems = []
     blocks = find_blocks(model)
@@ -185,25 +193,46 @@ def streaming_problems(
     parameters = [p for weights in found.weights for p in weights]
     if any(p.is_meta for p in parameters):
         problems.append(
-            "slimfit.frozen_weights.live 'host': weights on the meta device have no values; load them first, on the CPU"
+            "slimfit.frozen_weights.live 'host': weights on the meta device have no values; load them by from_pretrained(..., "
+            "dtype='auto'), which maps the files: their pages take no memory of their own"
         )
     elif not any(isinstance(p, FakeTensor) for p in parameters):
-        problems += _room_problems(found.weights, states)
+        # torchrun's name, and that of DeepSpeed's launcher.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        problems += _room_problems(found.weights, states, ranks, shares)
     return problems
 
 
-def _room_problems(blocks: Sequence[Sequence[nn.Parameter]], states: float) -> list[str]:
+def _mapped_ranges() -> list[tuple[int, int]]:
+    """Addresses at which files are mapped, in order: their pages are the page cache's, which gives them up."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    fields = [line.split(maxsplit=5) for line in lines]
+    spans = [each[0].split("-") for each in fields if len(each) == 6 and each[5].startswith("/")]
+    return [(int(start, 16), int(stop, 16)) for start, stop in spans]
+
+
+def _is_mapped(parameter: nn.Parameter, ranges: Sequence[tuple[int, int]]) -> bool:
+    at = bisect_right(ranges, (parameter.data_ptr(), 1 << 64)) - 1
+    return at >= 0 and parameter.data_ptr() < ranges[at][1]
+
+
+def _room_problems(
+    blocks: Sequence[Sequence[nn.Parameter]], states: float, ranks: int, shares: bool
+) -> list[str]:
     """Whether the host has room: for what is not there yet, and for one block while it is taken over, of every rank."""
     sizes = [sum(p.nbytes for p in block) for block in blocks]
-    new = sum(p.nbytes for block in blocks for p in block if p.device.type != "cpu")
-    # torchrun's name, and that of DeepSpeed's launcher.
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    needed = ranks * (new + max(sizes, default=0) + states)
+    ranges = _mapped_ranges()
+    new = sum(p.nbytes for block in blocks for p in block if p.device.type != "cpu" or _is_mapped(p, ranges))
+    needed = new * (1 if shares else ranks) + ranks * (max(sizes, default=0) + states)
     available = psutil.virtual_memory().available
     if needed <= available:
         return []
     return [
-        f"slimfit.frozen_weights.live 'host': frozen weights take {sum(sizes) / 2**30:.1f} GiB of host memory, optimizer states "
-        f"{states / 2**30:.1f}, for each of {ranks} ranks on this host; {needed / 2**30:.1f} GiB must be free for what is not "
+        f"slimfit.frozen_weights.live 'host': frozen weights take {sum(sizes) / 2**30:.1f} GiB of host memory"
+        f"{'' if shares or ranks == 1 else ' for each rank'}, optimizer states {states / 2**30:.1f} for each of {ranks} ranks on "
+        f"this host; {needed / 2**30:.1f} GiB must be free for what is not "
         f"there yet, and {available / 2**30:.1f} GiB are; keep more blocks on the device (resident), or set live to 'device'"
     ]

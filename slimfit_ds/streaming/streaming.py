@@ -32,6 +32,8 @@ __all__ = ["Streaming", "stream", "streaming_of"]
 
 _ON_MODEL = "slimfit_streaming"
 """Attribute of a model: its `Streaming`, which `memory.tracker` reads too."""
+_PAGE = 4096
+"""Bytes; pieces of shared memory begin on a page, so that each can be page-locked."""
 _ON_OWNER = "_slimfit_block"
 """Attribute of a module that holds streamed weights: their `Block` or `Rows`."""
 
@@ -95,7 +97,7 @@ class Streaming:
     @property
     def host_tensors(self) -> list[Tensor]:
         """What is on the host, each piece once."""
-        pieces = [piece for block in self.blocks for piece in (block.host, block.gradients)]
+        pieces = [piece for block in self.blocks for piece in block.host_tensors]
         return pieces + [table.weight.data for table in self._own_tables()]
 
     def _own_tables(self) -> list[Rows]:
@@ -128,8 +130,9 @@ class Streaming:
                 f"slimfit.frozen_weights.buffers {self._config.buffers}: as many blocks compute within each other, and "
                 f"{block.name} finds no buffer; give one more"
             )
-        self._copies.wait(buffer.started)
-        buffer.started = None
+        for started in buffer.started:
+            self._copies.wait(started)
+        buffer.started = []
         if buffer in self.buffers:
             self.buffers.append(self.buffers.pop(self.buffers.index(buffer)))
         # In the backward pass, and in what is computed again there, blocks come in reverse.
@@ -155,7 +158,8 @@ class Streaming:
                 if other is not None:
                     other.block = None
             buffer.block, buffer.versions = block, versions
-            buffer.started = self._copies.start(buffer.memory[: block.nbytes], block.host)
+            parts = buffer.memory[: block.nbytes].split([source.nbytes for source in block.sources])
+            buffer.started = [self._copies.start(*pair) for pair in zip(parts, block.sources, strict=True)]
             self.copied += block.nbytes
         return buffer
 
@@ -172,6 +176,9 @@ class Streaming:
         return next(filter(is_free, self.buffers), None) if is_free(self._whole) else None
 
     def _make_buffers(self) -> None:
+        for block in self.blocks:
+            if not block.on_device and block.was_replaced():
+                block.take()
         self._copies = Copies(self.device)
         others = [block for block in self.blocks if block is not self._head]
         size = max(padded(block.nbytes) for block in others)
@@ -183,7 +190,7 @@ class Streaming:
         self._whole = Buffer(self._memory) if self._head is not None else None
         if self.device.type != "cuda":
             return
-        pieces = [(b, piece) for b in self.blocks for piece in (b.host, b.gradients) if piece.nbytes]
+        pieces = [(block, piece) for block in self.blocks for piece in block.pieces]
         failed = sum(piece.nbytes for block, piece in pieces if not pin(block, piece))
         if failed:
             warnings.warn(
@@ -201,22 +208,41 @@ class Streaming:
 
     def finish_gradients(self) -> None:
         """Wait for the gradients of columns on the host, before the host reads them."""
-        if self.device.type == "cuda" and any(block.gradients.nbytes for block in self.blocks):
+        if self.device.type == "cuda" and any(len(b.pieces) > 1 for b in self.blocks):
             torch.cuda.current_stream(self.device).synchronize()
 
-    def send(self, broadcast: Callable[[Tensor], Any]) -> None:
+    def send(
+        self, broadcast: Callable[[Tensor], Any], share: Callable[[int], tuple[Tensor, bool] | None]
+    ) -> None:
         """Give all ranks one rank's frozen weights, block by block through the device, on which messages travel.
 
         Args:
             broadcast: makes flat bytes on the device those of that rank, in place.
+            share: `copies.node_memory` of so many bytes.
         """
         for block in self.blocks:
-            memory = self.fetch(block)[: block.nbytes]
-            broadcast(memory)
-            block.host.copy_(memory)
+            # A cast may have come between.
+            block.lay_out()
+        sizes = [padded(block.frozen_nbytes, _PAGE) for block in self.blocks]
+        shared = share(sum(sizes))
+        memory, fills = shared or (None, True)
+        for block, size in zip(self.blocks, sizes, strict=True):
+            if memory is not None:
+                own, memory = memory[: block.frozen_nbytes], memory[size:]
+                block.take(own, fills)
+        for block in self.blocks:
+            found = self.fetch(block)[: block.nbytes]
+            broadcast(found)
+            parts = found.split([source.nbytes for source in block.sources])
+            for i, (source, part) in enumerate(zip(block.sources, parts, strict=True)):
+                if fills or i:
+                    source.copy_(part)
         self.drop_buffers()
         for table in self._own_tables():
             table.send(broadcast)
+        if shared is not None:
+            # Nobody reads before it is filled.
+            broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -326,6 +352,6 @@ def stream(model: nn.Module, config: FrozenWeightsConfig) -> Streaming | None:
     Returns:
         What `remove` undoes it with; None: they stay on the device.
     """
-    if config.live == "device":
+    if config.live != "host":
         return None
     return streaming_of(model) or Streaming(model, config)

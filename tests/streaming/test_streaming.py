@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import slimfit_ds
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.memory.tracker import MemoryTracker
-from slimfit_ds.streaming import find, streaming
+from slimfit_ds.streaming import copies, find, streaming
 from slimfit_ds.streaming.copies import Copies
 
 HOST = {"frozen_weights": {"live": "host"}}
@@ -427,12 +428,54 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(find.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     text = problems({})
-    assert "frozen weights take 0.0 GiB of host memory, optimizer states 0.0, for each of 4 ranks" in text
+    assert (
+        "frozen weights take 0.0 GiB of host memory for each rank, optimizer states 0.0 for each of 4 ranks"
+        in text
+    )
     assert "and 0.0 GiB are; keep more blocks on the device (resident)" in text
     with torch.device("meta"):
         model = MODELS["llama"]()
     with pytest.raises(ConfigError, match="meta device have no values"):
         slimfit_ds.slim(model, HOST)
+
+
+def test_weights_stay_mapped_from_their_file_until_they_are_needed(tmp_path):
+    """Loaded in the dtype of the file they take no memory of their own, and count as memory that is still to be had."""
+    build("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto").train()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert find._is_mapped(weight, find._mapped_ranges())
+    assert not find._is_mapped(build("llama").model.layers[0].mlp.up_proj.weight, find._mapped_ranges())
+    block = {"freeze": {"rate": 0.8}, "activations": {"preset": "exact", "proof": False}, **HOST}
+    handle = slimfit_ds.slim(model, block)
+    mapped = weight.data_ptr()
+    assert find._is_mapped(weight, find._mapped_ranges())
+    loss = model(**inputs("llama", 0)).loss
+    assert weight.data_ptr() != mapped
+    assert all(block.pieces for block in handle.streaming.blocks)
+    plain = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto").train()
+    slimfit_ds.slim(plain, {**block, "frozen_weights": {}})
+    assert torch.equal(loss, plain(**inputs("llama", 0)).loss)
+
+
+def test_memory_of_a_node_that_cannot_be_had(monkeypatch):
+    """Every rank learns of it, and has a copy of its own."""
+
+    def ranks(size: int, rank: int = 0) -> Any:
+        return copies.node_memory(size, rank, lambda value: [value, value])
+
+    memory, fills = ranks(100)
+    assert (memory.nbytes, memory.is_shared(), fills) == (100, True, True)
+    assert copies.node_memory(100, 0, lambda value: [value]) is None
+
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(Path("/dev/shm").glob(f"slimfit-{copies.os.getpid()}-*"))
+    monkeypatch.setattr(copies.os, "posix_fallocate", no_room)
+    with pytest.warns(UserWarning, match="cannot be shared .*No space left on device"):
+        assert ranks(100) is None
+    assert sorted(Path("/dev/shm").glob(f"slimfit-{copies.os.getpid()}-*")) == before
 
 
 def test_the_tracker_tells_host_from_device():

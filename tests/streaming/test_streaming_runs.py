@@ -128,7 +128,7 @@ def test_trained_columns_and_their_gradients_on_the_host_are_exact(
     assert parts[:half] == parts[half:] != []
     layer = away.module.model.layers[1].mlp.up_proj
     block = streaming_of(away.module).blocks[1]
-    own = {t.untyped_storage().data_ptr() for t in (block.host, block.gradients)}
+    own = {piece.untyped_storage().data_ptr() for piece in block.pieces[1:]}
     held, collect = [layer.weight_columns], away.optimizer.collect_gradients
     away.optimizer.collect_gradients = lambda last: held.append(layer.weight_columns.grad) or collect(last)
     away.backward(away(input_ids=ids(90), labels=ids(90)).loss)
@@ -188,7 +188,7 @@ def test_a_host_too_small_for_weights_and_states_is_told_before_anything_is_made
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "slimfit": block}
     before = {n: t.data_ptr() for n, t in model.state_dict().items()}
     with pytest.raises(
-        ConfigError, match=r"optimizer states 0\.0, for each of 1 ranks on this host; 0\.0 GiB"
+        ConfigError, match=r"optimizer states 0\.0 for each of 1 ranks on this host; 0\.0 GiB"
     ):
         slimfit_ds.initialize(
             model=model, config={**config, "slimfit": {**block, "optimizer_states": {"active": "host"}}}

@@ -21,6 +21,19 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 AWAY = {"frozen_weights": {"live": "host", "columns": "host"}, "optimizer_states": {"active": "host"}}
 
 
+def assert_shared(weight: Tensor, rank: int) -> None:
+    """Frozen weights of the ranks of one host are one memory."""
+    before = weight.data.clone()
+    torch.distributed.barrier()
+    if rank == 0:
+        weight.data.fill_(7)
+    torch.distributed.barrier()
+    assert bool((weight == 7).all())
+    torch.distributed.barrier()
+    weight.data.copy_(before)
+    torch.distributed.barrier()
+
+
 def train(stage: int, dtype: str, clip: float, away: bool) -> list[Tensor]:
     """Losses and weights of four steps; ranks differ until the first one's weights are sent."""
     rank = torch.distributed.get_rank()
@@ -39,7 +52,10 @@ def train(stage: int, dtype: str, clip: float, away: bool) -> list[Tensor]:
     if dtype != "fp32":
         config[dtype] = {"enabled": True}
     engine = slimfit_ds.initialize(model=model.train(), config=config)[0]
-    assert (streaming_of(engine.module) is not None) == away
+    streaming = streaming_of(engine.module)
+    assert (streaming is not None) == away
+    if streaming is not None:
+        assert_shared(streaming.blocks[0].weights[0], rank)
     seen = []
     for step in range(4):
         for part in range(2):
