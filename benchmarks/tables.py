@@ -27,6 +27,7 @@ PROGRAMS = (
     "step_time",
     "bytes",
     "held_out_loss",
+    "decoder",
     "proof_cost",
     "summary",
     "zoo",
