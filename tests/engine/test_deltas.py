@@ -15,7 +15,7 @@ from slimfit_ds.cli import main
 from slimfit_ds.deltas.base import DeltaError
 from slimfit_ds.deltas.delta import read_delta
 from slimfit_ds.deltas.load import load_merged
-from slimfit_ds.engine import checkpoint
+from slimfit_ds.engine import checkpoint, checkpoint_files
 from slimfit_ds.engine.checkpoint import CheckpointError, latest_tag
 from slimfit_ds.engine.export import load_states_of
 from slimfit_ds.errors import ConfigError
@@ -226,4 +226,7 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match="No space left on device"):
             engine.save_checkpoint(tmp_path / "run", tag="bad")
         assert latest_tag(tmp_path / "run") == "good"
-        assert json.loads((tmp_path / "run" / "good" / "slimfit.json").read_text())["format"] == 1
+        assert (
+            json.loads((tmp_path / "run" / "good" / "slimfit.json").read_text())["format"]
+            == checkpoint_files.FORMAT
+        )
