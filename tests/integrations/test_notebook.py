@@ -20,7 +20,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert not any(
         cell.get("outputs") for cell in notebook.cells
     )  # kept without, so that a run changes no file
-    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     # A kernel of this interpreter, whatever kernels are installed.
     client.create_kernel_manager()
     client.km.kernel_spec.argv[0] = sys.executable
