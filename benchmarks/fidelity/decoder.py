@@ -14,10 +14,8 @@ import argparse
 import copy
 import json
 import math
-import random
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "activations"))
 
 from common import Study, machine, markdown
-from held_out_loss import Problem, padded, problems
+from held_out_loss import Problem, padded, problems, train
 from trained_models import pretrained_smollm2
 
 import slimfit_ds
@@ -133,22 +131,7 @@ def run(
     if block := options.get("slimfit"):
         block = {"freeze": {**block["freeze"], "seed": seed}, "activations": "exact"}
         handle = slimfit_ds.slim(model, block).follow(optimizer)
-    warm_up = round(0.06 * steps)
-    factors = [
-        min((step + 1) / (warm_up + 1), 1 - max(0, step - warm_up) / max(1, steps - warm_up))
-        for step in range(steps + 1)
-    ]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
-    order = random.Random(seed).sample(range(len(training)), steps * batch)
-    losses, started = [], time.process_time()
-    for step in range(steps):
-        loss = model(**padded([training[i] for i in order[step * batch : (step + 1) * batch]])).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-    seconds = time.process_time() - started
+    losses, seconds = train(model, optimizer, training, steps, batch, seed)
     if handle is not None:
         handle.remove()
     row = {
