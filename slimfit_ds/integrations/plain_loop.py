@@ -29,6 +29,7 @@ from slimfit_ds.trainable.split import (
     adopt_columns,
     check_columns,
     column_places,
+    release_columns,
     unsplit_columns,
 )
 from slimfit_ds.trainable.units import COLUMNS, discover
@@ -135,6 +136,7 @@ class SlimHandle:
         self._rates = _ScaledRates()
         self._combine: Callable[[Tensor], Tensor] = lambda sums: sums
         self._hooks: list[Any] = []
+        self._followed: list[torch.optim.Optimizer] = []
         hold_reference(model, self.trainable)
         for parameter in self._small:
             parameter.requires_grad_(False)
@@ -186,6 +188,7 @@ class SlimHandle:
         if self._host_states is not None:
             # It stays when this handle goes: the optimizer finds its states in any case.
             optimizer.register_step_pre_hook(self._host_states.fetch)
+        self._followed.append(optimizer)
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         if self._host_states is not None:
@@ -344,7 +347,10 @@ class SlimHandle:
         return self.schedule.trained_names | {*(self._small_names if self._biases else ())}
 
     def remove(self) -> None:
-        """Restore the model exactly: every layer trains again (but what you froze since), nothing is compressed."""
+        """Restore the model exactly: every layer trains again (but what you froze since), nothing is compressed.
+
+        Optimizers that were followed hold the whole weights again, without moments for those whose columns trained.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -358,6 +364,8 @@ class SlimHandle:
         self.compression.remove()
         places = column_places(self._model)
         if self._splits:
+            for optimizer in self._followed:
+                release_columns(self._model, optimizer)
             unsplit_columns(self._model)
             # What trained has other names from here on.
             self.source.forget()

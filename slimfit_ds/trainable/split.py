@@ -397,6 +397,15 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
                 states[columns] = state
 
 
+def release_columns(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Undo `adopt_columns` before `unsplit_columns`: the optimizer holds whole weights again, which start without moments."""
+    weights = {m.weight_columns: m.frozen_weight for m in model.modules() if isinstance(m, SplitModule)}
+    for group in optimizer.param_groups:
+        group["params"] = [weights.get(p, p) for p in group["params"]]
+    for columns in weights:
+        optimizer.state.pop(columns, None)
+
+
 def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool, int | None]]:
     """Where the columns of each split weight stand in it, by the weight's name: what `fill_columns` needs."""
     return {

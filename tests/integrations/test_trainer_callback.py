@@ -172,11 +172,15 @@ def test_what_is_saved_loads_without_this_package(tmp_path):
     assert callback.active_layers == frozenset()
 
 
-def test_a_second_training_starts_from_a_restored_model(tmp_path):
-    trainer, _, watch = train(tmp_path, max_steps=3)
+@pytest.mark.parametrize("config", [CONFIG, {"freeze": {"rate": 0.8}}], ids=["ils", "columns"])
+def test_a_second_training_starts_from_a_restored_model(tmp_path, config):
+    trainer, _, watch = train(tmp_path, config, max_steps=3)
+    first = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     trainer.train()
     assert len(watch.sets) == 6
     assert watch.sets[3:] == watch.sets[:3]
+    moved = {name for name, p in trainer.model.state_dict().items() if not torch.equal(p, first[name])}
+    assert any(name.endswith("query.weight") for name in moved)
 
 
 def test_the_first_step_of_a_warm_up_counts_no_layer_as_still(tmp_path):

@@ -456,6 +456,34 @@ def test_head_norms_and_biases_may_have_a_learning_rate_of_their_own(model, ids)
         torch.testing.assert_close(moved, factor * plain.moved[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("inactive", ["device", "host"])
+def test_an_optimizer_goes_on_with_whole_weights_and_may_be_followed_again(model, ids, inactive):
+    config = {"freeze": {"policy": "static", "rate": 0.8}, "optimizer_states": {"inactive": inactive}}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    weights = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+
+    def moved() -> dict[str, float]:
+        before = {name: p.detach().clone() for name, p in weights.items()}
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        optimizer.step()
+        return {
+            name: (p.detach() != before[name]).float().mean().item()
+            for name, p in model.state_dict().items()
+            if name in before
+        }
+
+    for _ in range(2):
+        handle = slimfit_ds.slim(model, config)
+        handle.follow(optimizer)
+        columns = moved()
+        assert any(0 < share < 0.5 for share in columns.values())
+        handle.remove()
+        whole = moved()
+        assert {*map(id, weights.values())} <= {id(p) for g in optimizer.param_groups for p in g["params"]}
+        assert all(whole[name] > columns[name] for name in columns if 0 < columns[name] < 0.5)
+
+
 def test_removing_leaves_a_plain_model_with_what_was_learned(model, ids):
     # Frozen by the user before: not ours to wake.
     model.blocks[0].norm.bias.requires_grad_(False)
