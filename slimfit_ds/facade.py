@@ -46,7 +46,7 @@ def initialize(
         )
     """
     config, args = engine.read_config(config if config is not None else config_params, args)
-    if _has_budget(config):
+    if _asks_planner(config):
         if problems := engine.setting_problems(config, model):
             raise ConfigError(problems)
         batch = _first_batch(config, training_data, collate_fn, distributed_port, dist_init_required)
@@ -68,9 +68,13 @@ def initialize(
     )
 
 
-def _has_budget(config: Mapping[str, Any]) -> bool:
+def _asks_planner(config: Mapping[str, Any]) -> bool:
     block = config.get("slimfit")
-    return isinstance(block, Mapping) and block.get("memory_budget") is not None
+    if not isinstance(block, Mapping):
+        return False
+    weights = block.get("frozen_weights")
+    undecided = isinstance(weights, Mapping) and "auto" in weights.values()
+    return undecided or block.get("memory_budget") is not None
 
 
 def _first_batch(
@@ -83,8 +87,8 @@ def _first_batch(
     problems = []
     if data is None:
         problems.append(
-            "slimfit.memory_budget needs training_data, to see the shape of a batch; pass it, or take the "
-            "settings that `slimfit-ds plan` writes"
+            "slimfit.memory_budget and frozen_weights 'auto' need training_data, to see the shape of a batch; pass it, or take "
+            "the settings that `slimfit-ds plan` writes"
         )
     size = config.get("train_micro_batch_size_per_gpu")
     if not isinstance(size, int):

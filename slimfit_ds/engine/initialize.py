@@ -103,6 +103,8 @@ def initialize(
                 "that `slimfit-ds plan` writes for it, and leave memory_budget out"
             ]
         )
+    if slim.frozen_weights.undecided:
+        raise ConfigError(slim.frozen_weights.undecided)
     # DeepSpeed prints its configuration as JSON.
     loaded["slimfit"] = slim.model_dump(mode="json")
     # DeepSpeed's timer would wait for the device at the start and the end of every step.

@@ -103,6 +103,7 @@ class SlimHandle:
                 "slimfit.optimizer_states.active 'host': an optimizer of torch updates all layers at once; set 'device', or "
                 "train with slimfit_ds.initialize, whose optimizer updates a layer at a time"
             )
+        problems += config.frozen_weights.undecided
         if config.frozen_weights.columns == "host":
             problems.append(
                 "slimfit.frozen_weights.columns 'host': an optimizer of torch would update them on the host; set 'device', or "

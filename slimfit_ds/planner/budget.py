@@ -24,40 +24,64 @@ RESERVE = 600_000_000
 """Bytes of a GPU kept free for its context, fragmentation and kernels' workspaces when the budget is `auto`."""
 
 
-def resolve_budget(config: Mapping[str, Any], model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_budget(
+    config: Mapping[str, Any],
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    simulator: Simulator | None = None,
+) -> dict[str, Any]:
     """Return the configuration with settings that keep each rank within `slimfit.memory_budget`.
 
     Called by every rank, after the process group is made: rank 0 asks the planner, all ranks train with its answer.
-    What the block states stays; the reason for the rest is printed. A configuration without a budget comes back as
-    it is.
+    What the block states stays; the reason for the rest is printed. Without a budget only what `frozen_weights` leaves to
+    `auto` is chosen, for what every rank's device has free. A configuration with neither comes back as it is.
 
     Args:
         config: the DeepSpeed configuration, batch sizes resolved, the block as the user wrote it.
         model: the model that will be trained.
         batch: an example batch, for its shapes.
+        simulator: as `settings_for_budget` takes it.
 
     Raises:
-        ConfigError: on every rank: nothing fits (names the smallest feasible budget), or the model cannot be simulated.
+        ConfigError: on every rank: nothing fits (names the smallest feasible budget), the model cannot be simulated, or
+            there is neither a budget in bytes nor a CUDA device.
     """
     block = config.get("slimfit")
-    budget = SlimFitConfig.parse(block).memory_budget
-    if block is None or budget is None:
+    slim = SlimFitConfig.parse(block)
+    budget = slim.memory_budget
+    if block is None or (budget is None and not slim.frozen_weights.undecided):
         return dict(config)
+    field, fixed = "memory_budget", dict(block)
+    if budget is None:
+        field, budget, fixed = "frozen_weights 'auto'", "auto", slim.model_dump(mode="json")
+        if "resident" not in block["frozen_weights"]:
+            del fixed["frozen_weights"]["resident"]
+    if "frozen_weights" in fixed:
+        stated = fixed["frozen_weights"].items()
+        fixed["frozen_weights"] = {name: value for name, value in stated if value != "auto"}
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
-    alone = not dist.is_initialized()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    device = torch.device(get_accelerator().current_device_name())
+    if budget == "auto":
+        free: list[Any] = [_free_bytes(device, model, field)] * ranks
+        if ranks > 1:
+            dist.all_gather_object(free, free[0])
+        budget = min(free)
     answer: list[Any] = [None]
-    if alone or dist.get_rank() == 0:
-        device = torch.device(get_accelerator().current_device_name())
-        ranks = 1 if alone else dist.get_world_size()
+    if ranks == 1 or dist.get_rank() == 0:
         try:
-            chosen, reason = settings_for_budget(budget, model, batch, config, block, ranks, device)
+            chosen, reason = settings_for_budget(
+                int(budget), model, batch, config, fixed, ranks, device, simulator
+            )
             answer = [(chosen, [])]
-            print(f"memory_budget of {budget} bytes: {reason}", file=sys.stderr)
+            print(f"slimfit.{field}: {reason}", file=sys.stderr)
         except ConfigError as error:
-            answer = [(None, error.problems)]
-    if not alone:
+            answer = [
+                (None, [line.replace("slimfit.memory_budget", f"slimfit.{field}") for line in error.problems])
+            ]
+    if ranks > 1:
         dist.broadcast_object_list(answer, src=0)
     chosen, problems = answer[0]
     if problems:
@@ -118,7 +142,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def settings_for_budget(
-    budget: int | str,
+    budget: int,
     model: nn.Module,
     batch: Mapping[str, Any],
     deepspeed: Mapping[str, Any],
@@ -132,7 +156,7 @@ def settings_for_budget(
     The worst active set is assumed (the largest layers at once), because a run has to stay below its budget.
 
     Args:
-        budget: bytes, or `auto`: what the device has free, less a reserve.
+        budget: bytes.
         model: the model that will be trained.
         batch: an example batch.
         deepspeed: the DeepSpeed configuration, batch sizes resolved.
@@ -142,10 +166,8 @@ def settings_for_budget(
         simulator: of `world_size` ranks, left open; None: one of its own.
 
     Raises:
-        ConfigError: nothing fits (names the smallest feasible budget), the model cannot be simulated, or `auto`
-            without a CUDA device.
+        ConfigError: nothing fits (names the smallest feasible budget), or the model cannot be simulated.
     """
-    limit = _free_bytes(device) if budget == "auto" else int(budget)
     dtype = next((name for name in ("bf16", "fp16") if deepspeed.get(name, {}).get("enabled")), "fp32")
     accumulation = int(deepspeed.get("gradient_accumulation_steps", 1))
     samples = int(deepspeed["train_micro_batch_size_per_gpu"])
@@ -169,20 +191,26 @@ def settings_for_budget(
             return simulator.run(work, how, "worst", target)
 
         embeddings, language_model = tuple(facts["embeddings"]), facts["loss_in_chunks"]
-        choice = find_setting(limit, workload, run, fixed, embeddings, strategy, language_model)
+        choice = find_setting(budget, workload, run, fixed, embeddings, strategy, language_model)
     if choice.setting is None:
         least, peak = choice.smallest.label, choice.smallest.estimate.peak
         raise ConfigError(
             [
-                f"slimfit.memory_budget: {human_bytes(limit)} is too small; the smallest feasible budget within what "
+                f"slimfit.memory_budget: {human_bytes(budget)} is too small; the smallest feasible budget within what "
                 f"is fixed is {peak} bytes ({human_bytes(peak)}), with {least}"
             ]
         )
-    return choice.setting.block, choice.reason(limit)
+    return choice.setting.block, choice.reason(budget)
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device, model: nn.Module, field: str) -> int:
+    """Bytes of this rank's device that a step may take, the model's own weights included if they are there already."""
     if device.type != "cuda":
-        raise ConfigError(["slimfit.memory_budget: auto needs a CUDA device; give a size such as 8GB"])
+        raise ConfigError(
+            [
+                f"slimfit.{field}: auto needs a CUDA device; give a memory_budget such as 8GB, or leave auto out"
+            ]
+        )
     free, _ = torch.cuda.mem_get_info(device)
-    return free - RESERVE
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached + sum(p.nbytes for p in model.parameters() if p.device == device) - RESERVE

@@ -93,7 +93,8 @@ def label_of(changes: Mapping[str, Mapping[str, Any]]) -> str:
     words += ["embeddings frozen" if "never_active" in freeze else None]
     words += ["8-bit states" if "precision" in states else None]
     weights = changes.get("frozen_weights", {})
-    words += ["frozen weights and states on host" if weights.get("live") else None]
+    away = "frozen weights and states on host" if states.get("active") == "host" else "frozen weights on host"
+    words += [away if weights.get("live") == "host" else None]
     words += [f"{weights['resident']} blocks on the device" if weights.get("resident") else None]
     return ", ".join(word for word in words if word)
 
@@ -119,7 +120,7 @@ def ladder(
     """
     fixed = _as_blocks(fixed)
     # Where all units train at every step no state is ever that of a frozen one.
-    freeze = SlimFitConfig.parse(fixed).freeze
+    freeze = SlimFitConfig.parse({"freeze": fixed.get("freeze", {})}).freeze
     trains_all = POLICIES[freeze.policy].trains_all
     rungs: list[Rung] = []
     for every in _rungs(_LOSS_TOKENS if language_model else None):
@@ -170,6 +171,9 @@ def merged(fixed: Mapping[str, Any] | None, rung: Rung, embeddings: tuple[str, .
         freeze["never_active"] = list(embeddings)
         if not embeddings:
             del freeze["never_active"]
+    if block.get("frozen_weights", {}).get("live") != "host":
+        # What else is stated there is about weights on the host.
+        block.pop("frozen_weights", None)
     return block
 
 

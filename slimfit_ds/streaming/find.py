@@ -68,7 +68,7 @@ def find_streamed(
 
     found: dict[str, tuple[nn.Module, list[nn.Parameter]]] = {}
     blocks = find_blocks(model)
-    for name, block in list(blocks.items())[: max(len(blocks) - config.resident, 0)]:
+    for name, block in list(blocks.items())[: max(len(blocks) - config.kept, 0)]:
         within = Counter(id(p) for module in block.modules() for p in module.parameters(recurse=False))
         # Where a block is computed again, its forward is called without the hooks around it.
         direct = {id(p) for p in block.parameters(recurse=False)} if has_checkpoint_hook(block) else set()
@@ -171,9 +171,9 @@ def streaming_problems(
         problems.append(
             f"slimfit.frozen_weights.live 'host': no repeated blocks were found in {type(model).__name__}; use 'device'"
         )
-    elif config.resident >= len(blocks):
+    elif config.kept >= len(blocks):
         problems.append(
-            f"slimfit.frozen_weights.resident {config.resident} leaves none of the {len(blocks)} blocks to stream; lower it, "
+            f"slimfit.frozen_weights.resident {config.kept} leaves none of the {len(blocks)} blocks to stream; lower it, "
             "or set live to 'device'"
         )
     elif len(found.blocks) == found.head:

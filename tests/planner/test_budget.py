@@ -8,10 +8,13 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.planner import budget
 from slimfit_ds.planner.budget import resolve_budget, settings_for_budget, workload_of
 from slimfit_ds.planner.strategies import Strategy
 
@@ -78,15 +81,52 @@ def test_budget_decides_and_the_choice_fits(fake):
     assert choose(smallest)[0]
 
 
+def test_what_is_left_to_auto_is_chosen_for_what_the_device_has_free(fake, monkeypatch, capsys):
+    """Everything on the device if it fits, else as many blocks as fit; nothing else of the block changes."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=256, num_hidden_layers=6, num_attention_heads=2, vocab_size=100
+        )
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000},
+    }
+
+    def chosen(free: int, **weights: object) -> dict:
+        monkeypatch.setattr(budget, "_free_bytes", lambda *_: free)
+        block = {"freeze": {"rate": 0.8}, "activations": "minimal", "frozen_weights": weights}
+        found = resolve_budget({**config, "slimfit": block}, model, BATCH, fake)["slimfit"]
+        parsed = SlimFitConfig.parse(found)
+        assert not parsed.frozen_weights.undecided
+        before = SlimFitConfig.parse(block).model_dump()
+        assert {k: v for k, v in parsed.model_dump().items() if k != "frozen_weights"} == {
+            k: v for k, v in before.items() if k != "frozen_weights"
+        }
+        return parsed.frozen_weights.model_dump()
+
+    assert chosen(10**9, live="auto")["live"] == "device"
+    capsys.readouterr()
+    with pytest.raises(
+        ConfigError, match=r"frozen_weights 'auto': 1000 bytes is too small; the smallest feasible budget"
+    ) as caught:
+        chosen(1000, live="auto")
+    least = int(caught.value.problems[0].split("fixed is ")[1].split()[0])
+    assert chosen(least, live="auto") == {"live": "host", "resident": 0, "buffers": 2, "columns": "device"}
+    block = 4 * (4 * 64 * 64 + 3 * 64 * 256)
+    some = chosen(least + 2 * block, live="host", resident="auto")
+    assert (some["live"], some["resident"]) == ("host", 2)
+    assert chosen(least + 2 * block, live="auto", resident=1)["resident"] == 1
+
+
 def test_without_a_budget_the_configuration_stays():
     config = {"train_micro_batch_size_per_gpu": 1, "slimfit": {"freeze": {"rate": 0.5}}}
     assert resolve_budget(config, torch.nn.Linear(2, 2), {}) == config
     assert resolve_budget({"a": 1}, torch.nn.Linear(2, 2), {}) == {"a": 1}
 
 
-def test_auto_needs_a_gpu():
-    model = BertForSequenceClassification(CONFIG)
-    with pytest.raises(ConfigError, match="auto needs a CUDA device"):
-        settings_for_budget(
-            "auto", model, BATCH, {"train_micro_batch_size_per_gpu": 1}, {}, 1, torch.device("cpu")
-        )
+@pytest.mark.parametrize("block", [{"memory_budget": "auto"}, {"frozen_weights": {"live": "auto"}}])
+def test_auto_needs_a_gpu(block):
+    config = {"train_micro_batch_size_per_gpu": 1, "slimfit": block}
+    with pytest.raises(ConfigError, match=rf"slimfit.{next(iter(block))}.*auto needs a CUDA device"):
+        resolve_budget(config, BertForSequenceClassification(CONFIG), BATCH)

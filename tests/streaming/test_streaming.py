@@ -421,6 +421,11 @@ def test_what_is_refused(monkeypatch):
     assert "updates all layers at once" in problems({"optimizer_states": {"active": "host"}})
     columns = {"frozen_weights": {"live": "host", "columns": "host"}}
     assert "an optimizer of torch would update them on the host" in problems(columns)
+    for name, more in (("live", {"live": "auto"}), ("resident", {"live": "host", "resident": "auto"})):
+        text = problems({"frozen_weights": more})
+        assert (
+            f"frozen_weights.{name} 'auto': only slimfit_ds.initialize with training_data decides it" in text
+        )
     assert "this freeze policy trains whole layers" in problems({"freeze": {"policy": "ils"}, **columns})
     assert "set activations.compile to false" in problems(
         {"activations": {"preset": "minimal", "compile": True}}

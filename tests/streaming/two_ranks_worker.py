@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimfit_ds
+from slimfit_ds.planner import budget
 from slimfit_ds.streaming.streaming import streaming_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -69,8 +70,17 @@ def train(stage: int, dtype: str, clip: float, away: bool) -> list[Tensor]:
     return seen
 
 
+def assert_least_free_decides(rank: int) -> None:
+    """What is left to `auto` is decided for the device that has least free, the same on all ranks."""
+    budget._free_bytes = lambda *_: (5000, 3000)[rank]
+    budget.settings_for_budget = lambda limit, *_: ({"memory_budget": limit}, "")
+    config = {"train_micro_batch_size_per_gpu": 1, "slimfit": {"frozen_weights": {"live": "auto"}}}
+    assert budget.resolve_budget(config, torch.nn.Linear(1, 1), {})["slimfit"] == {"memory_budget": 3000}
+
+
 def main() -> None:
     deepspeed.init_distributed("gloo")
+    assert_least_free_decides(torch.distributed.get_rank())
     results = []
     for stage, dtype, clip in ((0, "fp32", 0.0), (1, "bf16", 0.5), (2, "bf16", 0.0)):
         resident, streamed = (train(stage, dtype, clip, away) for away in (False, True))
