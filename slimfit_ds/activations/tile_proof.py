@@ -14,7 +14,7 @@ from slimfit_ds.activations import autograd_graph as graph
 from slimfit_ds.activations import replay
 from slimfit_ds.activations.checkpoint import checkpoint
 from slimfit_ds.activations.replay import AutocastState, Call, Chunks, NotTokenwise, first_tokens, plan_chunks
-from slimfit_ds.activations.tiles import Seam, TilePass
+from slimfit_ds.activations.tiles import HEAD_TOKENS, Seam, TilePass
 from slimfit_ds.activations.twin import NothingRandom, direction, relative_error, rounding, undisturbed
 from slimfit_ds.trainable.split import SplitModule
 
@@ -25,7 +25,8 @@ _FEW = 128
 
 
 def prove_tiles(seam: Seam, call: Call, plan: Chunks) -> str | None:
-    """Compare a block in two tiles with itself whole: results, and gradients of inputs and of weights that train.
+    """Compare a block in two tiles with itself whole: results, and gradients of inputs and of weights that train; by single heads, or
+    else with all heads at once.
 
     Args:
         seam: of the block; learns which of its modules lead to its attention alone.
@@ -45,12 +46,23 @@ def prove_tiles(seam: Seam, call: Call, plan: Chunks) -> str | None:
     tiled = plan_chunks(short, few - few // 3, tiled=True)
     if tiled.tiles is None:
         return "are too few to be tried"
+    against = None
+    for each_head, otherwise in ((1, HEAD_TOKENS), (None, None)):
+        seam.head_tokens = each_head
+        against = _try(seam, call, call.owner, tiled, short)
+        if against is None:
+            seam.head_tokens = otherwise
+            break
+    return against
+
+
+def _try(seam: Seam, call: Call, owner: nn.Module, tiled: Chunks, short: list[Tensor]) -> str | None:
     try:
-        with replay.replayed(replay.capture(short)), undisturbed(call.owner):
-            _find_skipped(seam, call, call.owner, tiled, short)
+        with replay.replayed(replay.capture(short)), undisturbed(owner):
+            _find_skipped(seam, call, owner, tiled, short)
             if any(isinstance(t, FakeTensor) for t in short):
                 return None
-            return _difference(seam, call, call.owner, tiled, short)
+            return _difference(seam, call, owner, tiled, short)
     except Exception as error:  # Whatever a model raises at part of its tokens: it runs whole.
         return (
             str(error) if isinstance(error, NotTokenwise) else f"alone raise {type(error).__name__}: {error}"
@@ -74,7 +86,7 @@ def _find_skipped(seam: Seam, call: Call, owner: nn.Module, plan: Chunks, tensor
     tiles.gather(piece)
     if any(drew):
         raise NotTokenwise("have random numbers drawn in front of their attention")
-    output = tiles.attend(piece).detach().requires_grad_()
+    outputs = [output.detach().requires_grad_() for output in tiles.attend(piece)]
     made: dict[nn.Module, list[Tensor]] = {}
 
     def note(module: nn.Module, args: tuple, result: Any) -> None:
@@ -84,7 +96,7 @@ def _find_skipped(seam: Seam, call: Call, owner: nn.Module, plan: Chunks, tensor
     candidates = [m for m in owner.modules() if not any(True for _ in m.children())]
     handles = [m.register_forward_hook(note) for m in candidates]
     try:
-        results = tiles.behind(piece, tiles.part(0), tiles.output_of(output, 0))
+        results = tiles.behind(piece, tiles.part(0), tiles.output_of(outputs, 0))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,9 +1,10 @@
 """A block of a transformer in tiles of the sequence.
 
 In front of its attention function and behind it a block treats tokens one by one (norms, projections, MLP); in between they meet.
-So a block runs for one tile of tokens at a time up to its attention function, which then runs once on the queries, keys and values
-of all tiles, and then each tile runs on with its part of the result. What exists of the whole sequence are the operands and the
-result of the attention and what the block is given and gives; everything else exists for one tile.
+So a block runs for one tile of tokens at a time up to its attention function, which then runs on the queries, keys and values
+of all tiles, in groups of heads, and then each tile runs on with its part of the result. What exists of the whole sequence are the
+operands and the result of the attention and what the block is given and gives; what a kernel takes inside itself, and gradients of
+operands beside these, exist for one group of heads, everything else for one tile.
 
 The code of the block is the model's own. It is stopped where it calls its attention function, by an exception; on its second way
 the function hands out what is there already, and layers that lead to nothing but the attention are passed over. That it may be cut
@@ -26,8 +27,10 @@ from slimfit_ds.activations.checkpoint import Replayer
 from slimfit_ds.activations.hf_attention import attention_leads_to, uses_interface
 from slimfit_ds.activations.replay import NotTokenwise, Piece, Tiles, is_opaque
 
-__all__ = ["Seam", "TilePass", "seam_of"]
+__all__ = ["HEAD_TOKENS", "Seam", "TilePass", "seam_of"]
 
+HEAD_TOKENS = 1 << 18
+"""Tokens times heads whose attention is computed at a time, if a group of heads is enough for it: many waves of any GPU's blocks."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class Seam:
         verdict: whether it may; `None`: not known yet.
         report: is told why a block is not cut.
         skipped: modules that lead to nothing but the attention, with width and dtype of their results.
+        head_tokens: as `HEAD_TOKENS`; `None`: heads cannot be taken apart.
     """
 
     def __init__(self, block: nn.Module, prove: Callable[..., str | None]):
@@ -59,6 +63,7 @@ class Seam:
         self.verdict: bool | None = None
         self.report: Callable[[nn.Module, str], None] = _say
         self.skipped: dict[nn.Module, tuple[int, torch.dtype]] = {}
+        self.head_tokens: int | None = HEAD_TOKENS
 
     def may_be_cut(self, call: Any, plan: Any) -> bool:
         """Return the verdict, which is found out on the first batch."""
@@ -98,6 +103,16 @@ class Seam:
             except _Reached:
                 return caught[0]
         raise NotTokenwise("meet elsewhere than in an attention function of transformers' interface")
+
+    def groups(self, operands: Sequence[Tensor], tokens: int) -> list[list[slice]]:
+        """Return for each group of heads which heads of queries, keys and values `[batch, heads, ..., width]` it takes."""
+        heads, shared = operands[0].shape[1], operands[1].shape[1]
+        count = 1
+        if self.head_tokens is not None and heads % shared == 0 and operands[2].shape[1] == shared:
+            wanted = min(-(-operands[0].shape[0] * heads * tokens // self.head_tokens), shared)
+            count = next(n for n in range(wanted, shared + 1) if shared % n == 0)
+        sizes = [t.shape[1] // count for t in operands]
+        return [[slice(i * size, (i + 1) * size) for size in sizes] for i in range(count)]
 
     def resume(self, run: Callable[[], Any], output: Tensor) -> Any:
         """Run with this result `[batch, tokens, heads, width]` of the attention function."""
@@ -155,8 +170,8 @@ class TilePass:
         self, seam: Seam, tiles: Tiles, run: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor]
     ):
         self._seam, self._tiles, self._run, self._tensors = seam, tiles, run, tensors
-        self.operands: list[Tensor] = []
-        """Queries, keys and values `[batch, heads, tokens, width]` of all tokens."""
+        self.operands: list[list[Tensor]] = []
+        """Of each group of heads queries, keys and values `[batch, heads, tokens, width]` of all tokens."""
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -192,14 +207,19 @@ class TilePass:
             if any(t.dim() != 4 or t.shape[2] != stop - start for t in operands):
                 raise NotTokenwise(f"attend to others than themselves: {[tuple(t.shape) for t in operands]}")
             if not index:
-                self.operands = [_longer(t, self._tiles.tokens) for t in operands]
+                groups = self._seam.groups(operands, self._tiles.tokens)
+                self.operands = [
+                    [_longer(t[:, heads], self._tiles.tokens) for t, heads in zip(operands, group, strict=True)]
+                    for group in groups
+                ]
                 rest, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
                 rest = [self._whole(leaf, part, stop - start) for leaf in rest]
                 args, kwargs = pytree.tree_unflatten(rest, structure)
                 self._attention = _bound(base, module, args, kwargs)
-            for whole, operand in zip(self.operands, operands, strict=True):
-                whole.detach()[:, :, start:stop].copy_(operand.detach())
-                whole.requires_grad_(whole.requires_grad or operand.requires_grad)
+            for wholes, group in zip(self.operands, groups, strict=True):
+                for whole, operand, heads in zip(wholes, operands, group, strict=True):
+                    whole.detach()[:, :, start:stop].copy_(operand.detach()[:, heads])
+                    whole.requires_grad_(whole.requires_grad or operand.requires_grad)
 
     def _whole(self, value: Any, part: list[Tensor], tokens: int) -> Any:
         """Return what the attention function is given for all tokens where it is given `value` for one tile."""
@@ -214,44 +234,48 @@ class TilePass:
             raise NotTokenwise("have a mask or a bias that the block makes for each tile")
         return value
 
-    def attend(self, piece: Piece) -> Tensor:
-        """Return the attention's result `[batch, tokens, heads, width]`."""
-        result = piece(lambda: self._attention(*self.operands), [*self.operands, *self._tensors])
-        if result.dim() < 3 or result.shape[:2] != (self.operands[0].shape[0], self._tiles.tokens):
-            raise NotTokenwise(
-                f"are not the second dimension of the attention's result {tuple(result.shape)}"
-            )
-        return result
+    def attend(self, piece: Piece) -> list[Tensor]:
+        """Return the attention's results `[batch, tokens, heads, width]` of each group of heads."""
+        results = []
+        for operands in self.operands:
+            result = piece(lambda own=operands: self._attention(*own), [*operands, *self._tensors])
+            if result.dim() < 3 or result.shape[:2] != (operands[0].shape[0], self._tiles.tokens):
+                raise NotTokenwise(
+                    f"are not the second dimension of the attention's result {tuple(result.shape)}"
+                )
+            results.append(result)
+        return results
 
     def behind(self, piece: Piece, part: list[Tensor], output: Tensor) -> Any:
         """Return the block's results for a tile."""
         return piece(lambda: self._seam.resume(lambda: self._run(part), output), [*part, output])
 
-    def output_of(self, whole: Tensor, index: int) -> Tensor:
-        """Return the leaf of one tile of the attention's result."""
+    def output_of(self, wholes: Sequence[Tensor], index: int) -> Tensor:
+        """Return the leaf of one tile of the attention's results."""
         start, stop = self._tiles.bounds[index]
-        return whole.detach()[:, start:stop].requires_grad_(whole.requires_grad)
+        own = _joined([whole.detach()[:, start:stop] for whole in wholes], 2)
+        return own.requires_grad_(any(whole.requires_grad for whole in wholes))
 
     def forward(self, piece: Piece) -> tuple[list[Any], Any]:
         """Return the leaves of the block's results, detached, for all tokens, and their structure."""
         self.gather(piece)
-        output = self.attend(piece)
-        output = output.detach().requires_grad_(output.requires_grad)
+        outputs = [output.detach().requires_grad_(output.requires_grad) for output in self.attend(piece)]
         self.operands, self._attention = [], None  # type: ignore[assignment]
         joined: list[Any] = []
+        batch = len(outputs[0])
         for index, (start, stop) in self.each():
-            results = self.behind(piece, self.part(index), self.output_of(output, index))
+            results = self.behind(piece, self.part(index), self.output_of(outputs, index))
             leaves, structure = pytree.tree_flatten(results)
             if not index:
                 joined = [
-                    leaf.new_empty((len(output), self._tiles.tokens, *leaf.shape[2:]))
+                    leaf.new_empty((batch, self._tiles.tokens, *leaf.shape[2:]))
                     if isinstance(leaf, Tensor) else leaf
                     for leaf in leaves
                 ]  # fmt: skip
             for whole, leaf in zip(joined, leaves, strict=True):
                 if not isinstance(leaf, Tensor):
                     continue
-                if leaf.dim() < 2 or leaf.shape[:2] != (len(output), stop - start):
+                if leaf.dim() < 2 or leaf.shape[:2] != (batch, stop - start):
                     raise NotTokenwise(f"share a result {tuple(leaf.shape)}")
                 whole.detach()[:, start:stop] = leaf.detach()
                 whole.requires_grad_(whole.requires_grad or leaf.requires_grad)
@@ -265,38 +289,50 @@ class TilePass:
         What is in front runs twice, so that nothing of it but the attention's operands exists for all tokens.
         """
         self.gather(piece)
-        for operand in self.operands:
-            operand.requires_grad_()
+        for operands in self.operands:
+            for operand in operands:
+                operand.requires_grad_()
         with torch.enable_grad():
-            output = self.attend(piece)
-        upstream = torch.zeros_like(output)
+            outputs = self.attend(piece)
+        upstream = [torch.zeros_like(output) for output in outputs]
         for tile, (start, stop) in self.each():
-            part, own = self.part(tile), self.output_of(output, tile)
+            part, own = self.part(tile), self.output_of(outputs, tile)
             with torch.enable_grad():
                 results = self.behind(piece, part, own)
                 heads, weights = heads_of(results, gradients, total.plan, index, tile)
             found = total.add(heads, weights, part, index, tile, [own] if own.requires_grad else [])
             for gradient in (gradient for gradient in found if gradient is not None):
-                upstream[:, start:stop] = gradient
-            del results, heads, weights
-        if not output.requires_grad:
+                sizes = [whole.shape[2] for whole in upstream]
+                for whole, of_group in zip(upstream, gradient.split(sizes, 2), strict=True):
+                    whole[:, start:stop] = of_group
+            del results, heads, weights, own, found
+        if not any(output.requires_grad for output in outputs):
             return
-        found = total.add([output], [upstream], self._tensors, index, None, self.operands)
-        self.operands = []
-        del output, upstream
-        if all(gradient is None for gradient in found):
+        of_groups = []
+        while outputs:
+            # Gradients of a group of heads take the place of its operands, results and their gradients.
+            operands = self.operands.pop(0)
+            of_groups.append(
+                total.add([outputs.pop(0)], [upstream.pop(0)], self._tensors, index, None, operands)
+            )
+        del operands, operand
+        if all(gradient is None for gradient in of_groups[0]):
             return
         piece.rewind()
         for tile, (start, stop) in self.each():
             part = self.part(tile)
             with torch.enable_grad():
-                operands = self.in_front(piece, part)
+                made = self.in_front(piece, part)
             pairs = [
-                (operand, gradient[:, :, start:stop])
-                for operand, gradient in zip(operands, found, strict=True)
-                if gradient is not None and operand.requires_grad
+                (operand, _joined([gradient[:, :, start:stop] for gradient in of_heads], 1))
+                for operand, of_heads in zip(made, zip(*of_groups, strict=True), strict=True)
+                if of_heads[0] is not None and operand.requires_grad
             ]
             total.add([head for head, _ in pairs], [weight for _, weight in pairs], part, index, tile)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _bound(base: Callable, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor]:
@@ -304,8 +340,8 @@ def _bound(base: Callable, module: nn.Module, args: tuple, kwargs: dict[str, Any
 
 
 def _longer(operand: Tensor, tokens: int) -> Tensor:
-    """Return room for an operand [batch, heads, ..., width] of more tokens, laid out in memory as it is."""
+    """Return room for an operand [batch, heads, ..., width] of more tokens, its dimensions in the order in memory they have."""
     batch, heads, _, width = operand.shape
-    if operand.transpose(1, 2).is_contiguous():
+    if operand.stride(1) < operand.stride(2):
         return operand.new_empty((batch, tokens, heads, width)).transpose(1, 2)
     return operand.new_empty((batch, heads, tokens, width))

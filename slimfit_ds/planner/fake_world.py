@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import masking_utils
 
 from slimfit_ds.activations.tiles import TilePass
 from slimfit_ds.planner.speed import ProductCounter
@@ -108,6 +109,10 @@ class FakeWorld:
         apply = nn.Module._apply
         nn.Module._apply = _stay  # type: ignore[method-assign]
         self._stack.callback(setattr, nn.Module, "_apply", apply)
+        # Asked of fake positions, transformers cannot say that nothing is packed, and makes a mask [tokens, tokens].
+        packed = masking_utils.find_packed_sequence_indices
+        self._stack.callback(setattr, masking_utils, "find_packed_sequence_indices", packed)
+        masking_utils.find_packed_sequence_indices = lambda *_, **__: None
         # Rotary tables and the like are made of real tensors at construction.
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._stack.enter_context(_Constants())
