@@ -14,6 +14,7 @@ is proven on the first batch (`tile_proof`), not assumed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -209,7 +210,10 @@ class TilePass:
             if not index:
                 groups = self._seam.groups(operands, self._tiles.tokens)
                 self.operands = [
-                    [_longer(t[:, heads], self._tiles.tokens) for t, heads in zip(operands, group, strict=True)]
+                    [
+                        _longer(t[:, heads], self._tiles.tokens)
+                        for t, heads in zip(operands, group, strict=True)
+                    ]
                     for group in groups
                 ]
                 rest, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
@@ -238,7 +242,8 @@ class TilePass:
         """Return the attention's results `[batch, tokens, heads, width]` of each group of heads."""
         results = []
         for operands in self.operands:
-            result = piece(lambda own=operands: self._attention(*own), [*operands, *self._tensors])
+            run = functools.partial(self._attention, *operands)
+            result = piece(run, [*operands, *self._tensors])
             if result.dim() < 3 or result.shape[:2] != (operands[0].shape[0], self._tiles.tokens):
                 raise NotTokenwise(
                     f"are not the second dimension of the attention's result {tuple(result.shape)}"

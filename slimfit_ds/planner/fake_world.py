@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import masking_utils
 
+from slimfit_ds.activations.ops import cross_entropy
 from slimfit_ds.activations.tiles import TilePass
 from slimfit_ds.planner.speed import ProductCounter
 
@@ -170,15 +171,27 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
+_Part = TypeVar("_Part")
+
+
+def _few(parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Of parts that are all alike the first two and the last, the second counted for the rest."""
+    yield parts[0]
+    if len(parts) > 2:
+        with ProductCounter.times(len(parts) - 2):
+            yield parts[1]
+    if len(parts) > 1:
+        yield parts[-1]
+
+
 def _few_tiles(self: TilePass) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Take the place of `TilePass.each`: of tiles that are all alike the first two and the last, the second counted for the rest."""
-    tiles = list(enumerate(self.bounds))
-    yield tiles[0]
-    if len(tiles) > 2:
-        with ProductCounter.times(len(tiles) - 2):
-            yield tiles[1]
-    if len(tiles) > 1:
-        yield tiles[-1]
+    """Take the place of `TilePass.each`."""
+    return _few(list(enumerate(self.bounds)))
+
+
+def _few_chunks(tokens: int, chunk_tokens: int) -> Iterator[int]:
+    """Take the place of `cross_entropy._starts`."""
+    return _few(range(0, tokens, chunk_tokens))
 
 
 class CudaSemantics:
@@ -188,7 +201,7 @@ class CudaSemantics:
     probabilities; dropout keeps a mask of bytes; and CUDA's autocast runs norms and softmax in fp32.
 
     Functions are replaced where they are looked up: a torch function mode would not reach the recomputation of a
-    checkpoint, which runs inside the backward pass. Of the tiles of a sequence, which all take the same, three are run.
+    checkpoint, which runs inside the backward pass. Of the tiles of a sequence and the chunks of a loss, which all take the same, three are run.
 
     Args:
         autocast: whether the step runs under autocast, so that norms and softmax take fp32 inputs.
@@ -202,6 +215,7 @@ class CudaSemantics:
         self._replace(F, "scaled_dot_product_attention", self._attention)
         self._replace(F, "dropout", _dropout)
         self._replace(TilePass, "each", _few_tiles)
+        self._replace(cross_entropy, "_starts", _few_chunks)
         if self._autocast:
             for owner, name in _FP32_UNDER_AUTOCAST:
                 self._replace(owner, name, _in_fp32(getattr(owner, name)))

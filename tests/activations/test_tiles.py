@@ -12,7 +12,7 @@ from tiny_models import DECODER, build, freeze_some, gradients, relative_error, 
 from torch import nn
 
 import slimfit_ds
-from slimfit_ds.activations import replay
+from slimfit_ds.activations import replay, tile_proof
 from slimfit_ds.activations.apply import compress
 from slimfit_ds.activations.checkpoint import SEAM
 from slimfit_ds.activations.config import ActivationsConfig
@@ -73,7 +73,9 @@ ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "gp
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_are_those_of_plain_autograd(name, padding, tiled):
+def test_gradients_are_those_of_plain_autograd(name, padding, tiled, monkeypatch):
+    # With padding the attention runs by single heads of the keys, without it by all at once.
+    monkeypatch.setattr(tile_proof, "HEAD_TOKENS", 1 if padding else 1 << 18)
     if name == "vit" and padding:
         pytest.skip("pixels are not padded")
     model = model_of(name)
@@ -86,6 +88,8 @@ def test_gradients_are_those_of_plain_autograd(name, padding, tiled):
         torch.testing.assert_close(found_loss, loss)
         assert relative_error(found, expected) < 2e-6
     assert 4 * [3 if name != "vit" else 4] == tiled[-4:]
+    seams = [m.__dict__[SEAM] for m in model.modules() if SEAM in m.__dict__]
+    assert {seam.head_tokens for seam in seams} == {1 if padding else 1 << 18}
     handle.remove()
     assert not any(SEAM in m.__dict__ for m in model.modules())
 
@@ -276,6 +280,7 @@ def test_parameters_of_a_block_are_no_tokens(tiled):
         torch.testing.assert_close(found_loss, loss)
         assert relative_error(found, exact) < 2e-6
     assert set(tiled) == {2, 3}
+    assert {layer.__dict__[SEAM].head_tokens for layer in model.model.layers} == {None}
 
 
 def test_what_leads_to_the_attention_alone_runs_once(monkeypatch):

@@ -8,6 +8,8 @@ arXiv 2410.10989, describe the idea), so that no logits are computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,11 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(rows, weight, bias, targets, ignore_index, chunk_tokens, divisor)
 
 
+def _starts(tokens: int, chunk_tokens: int) -> Iterable[int]:
+    """Return the first token of each chunk."""
+    return range(0, tokens, chunk_tokens)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, bias, targets, ignore_index, chunk_tokens, divisor):
@@ -66,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         drows = torch.empty_like(rows) if want_rows else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         dbias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        for start in range(0, rows.shape[0], chunk_tokens):
+        for start in _starts(rows.shape[0], chunk_tokens):
             x, target = rows[start : start + chunk_tokens], targets[start : start + chunk_tokens]
             log_p = F.linear(x, weight, bias).float().log_softmax(-1)
             total += F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum")

@@ -90,7 +90,7 @@ def compressed_norm(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, forward, kind: NormKind, codec: Codec, affine, kept: list[Encoded]):
-        y = forward(x)
+        y = _by_rows(forward, x)
         ctx.fused = _packs_in_kernel(x, codec)
         if ctx.fused:
             assert isinstance(codec, AbsmaxCodec)
@@ -124,6 +124,25 @@ class _Norm(torch.autograd.Function):
         if dbias is not None:
             dbias = dbias.to(affine[-1].dtype)
         return dx, dweight, dbias, None, None, None, None, None
+
+
+_ELEMENTS = 1 << 24
+"""Of a part of a norm's input: a norm in fp32 takes several times as much."""
+
+
+def _by_rows(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return `forward(x)` of a function of each row [..., hidden], made part by part."""
+    width = x.shape[-1]
+    if x.numel() <= _ELEMENTS or not x.is_contiguous():
+        return forward(x)
+    rows = x.view(-1, width)
+    size = max(_ELEMENTS // width, 1)
+    first = forward(rows[:size])
+    y = torch.empty(rows.shape, dtype=first.dtype, device=x.device)
+    y[:size] = first
+    for start in range(size, len(rows), size):
+        y[start : start + size] = forward(rows[start : start + size])
+    return y.view(x.shape)
 
 
 def _encode_rows(x: Tensor, kind: NormKind, codec: Codec) -> tuple[Encoded, Tensor]:
