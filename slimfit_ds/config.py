@@ -53,6 +53,16 @@ class SlimFitConfig(StrictModel):
             return {**data, "activations": {"preset": data["activations"]}}
         return data
 
+    @model_validator(mode="after")
+    def _compiles_one_pattern(self) -> SlimFitConfig:
+        freeze = self.freeze
+        if self.activations.compile and freeze.splits and freeze.policy not in ("static", "none"):
+            raise ValueError(
+                f"activations.compile is true, and freeze.policy {freeze.policy!r} trains other columns of a block at each step, each "
+                "time another graph: use policy static, or leave freeze.width out"
+            )
+        return self
+
     @classmethod
     def parse(cls, block: SlimFitConfig | Mapping[str, Any] | None, prefix: str = "slimfit") -> SlimFitConfig:
         """The validated block.

@@ -393,6 +393,7 @@ TABLE: tuple[Name, ...] = (
         "torch.optim.lr_scheduler", "engine", "a warning of torch's schedulers at each start", "._opt_called"
     ),
     *_names("torch.nn.modules.module", "activations", "compiled blocks keep stale weights", "._parameters"),
+    *_names("torch.nn.modules.module", "activations", "an ImportError", "_has_any_global_hook()"),
     *_names("torch.nn:Module", "planner", "`plan` allocates real memory", "_apply(self, fn, recurse)"),
     *_names("torch.nn:Module", "streaming", "`model.to` moves streamed weights", "_apply(self, fn, recurse)"),
     *_names("torch.nn.modules.conv", "trainable", "an AttributeError", "_ConvNd"),

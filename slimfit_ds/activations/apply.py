@@ -47,7 +47,6 @@ from slimfit_ds.activations.recognise import (
 from slimfit_ds.activations.tile_proof import prove_tiles
 from slimfit_ds.activations.tiles import seam_of
 from slimfit_ds.errors import ConfigError
-from slimfit_ds.trainable.units import is_part
 
 __all__ = ["CompressionHandle", "Row", "activation_problems", "compress"]
 
@@ -149,11 +148,6 @@ def activation_problems(model: nn.Module, config: ActivationsConfig) -> list[str
         problems.append(
             f"activations.offload is true, but of preset {config.preset!r} no block is recomputed from its input, which is what "
             "lives on the host: use minimal, or operations: {block: recompute} for exact inputs, or set offload to false"
-        )
-    if config.compile and any(is_part(name) for name, _ in model.named_parameters()):
-        problems.append(
-            "activations.compile is true, but every layer trains some of its columns: no block is ever at rest; use a "
-            "policy that freezes whole layers, or set compile to false"
         )
     return problems or sorted({text for table in tables for text in _misplaced(table)})
 
@@ -299,12 +293,12 @@ class _Installer:
         self.rows.append(Row(name, "block", describe(stored), reason))
 
     def _compile(self, name: str, block: nn.Module, run: Callable) -> None:
-        """Let a block run compiled while it is at rest, through `run` where it has the hook."""
+        """Let a block run compiled where it can, through `run` where it has the hook."""
         if has_checkpoint_hook(block):
             install_hook(self.patches, self._model, block, through_graph(run, block))
         else:
             compile_forward(self.patches, block)
-        self.rows.append(Row(name, "graph", "exact", "compiled while none of its weights trains"))
+        self.rows.append(Row(name, "graph", "exact", "compiled while its columns train, or nothing of it"))
 
     def _consumers(self, name: str, block: nn.Module, gated: bool) -> None:
         again = _inputs_of_gates(block)

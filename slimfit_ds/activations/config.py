@@ -158,8 +158,8 @@ class ActivationsConfig(BaseModel):
     )
     compile: bool = Field(
         False,
-        description="blocks without an active weight run through torch.compile; where blocks are recomputed, or "
-        "nothing is compressed",
+        description="blocks that train some of their columns, or no weight, run through torch.compile; where blocks are "
+        "recomputed, or nothing is compressed",
     )
 
     proof: bool = Field(

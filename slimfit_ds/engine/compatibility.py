@@ -164,7 +164,7 @@ def _model_problems(model: nn.Module) -> list[str]:
         )
     if "OptimizedModule" in classes:
         problems.append(
-            "the model is compiled by torch.compile: each new active set would recompile it (limit 8); "
-            "pass the plain model, and set slimfit.activations.compile to true if you need it"
+            "the model is compiled by torch.compile, and what is put into its blocks cannot be traced: pass the plain model, and "
+            "set slimfit.activations.compile to true to compile the blocks"
         )
     return problems

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -103,6 +105,11 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse what cannot work, and let DDP leave the layers alone when it wraps the model."""
         model = kwargs["model"]
+        if args.torch_compile:
+            # The blocks instead of the whole model, of which our own functions cannot be traced.
+            AcceleratorState().dynamo_plugin.backend = DynamoBackend.NO
+            activations = self.config.activations.model_copy(update={"compile": True})
+            self.config = self.config.model_copy(update={"activations": activations})
         self._check(args, model)
         self._read_deltas(model)
         if _wrapped_by_ddp():
@@ -149,6 +156,12 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Everything is built and loaded: freeze the first set, or the one that the checkpoint names."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if AcceleratorState().dynamo_plugin.backend != DynamoBackend.NO:
+            raise ConfigError(
+                [
+                    "torch_compile has compiled the whole model: hand the callback to the Trainer when it is made"
+                ]
+            )
         self._remove()
         self._check(args, model)
         saved = _saved(state, type(self).__name__) if state.global_step else {}
@@ -285,8 +298,6 @@ def _wrapped_by_ddp() -> bool:
 
 
 def _kind_of_run() -> str:
-    from accelerate.state import AcceleratorState
-
     return AcceleratorState().distributed_type.name
 
 
@@ -327,9 +338,10 @@ def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[s
                 f"parallelism_config.{name} is {size}: sequences and layers cut over ranks are not supported, use 1; long "
                 "sequences run in tiles on each rank (activations minimal, with offload)"
             )
-    if args.torch_compile:
+    chosen = args.torch_compile_backend, args.torch_compile_mode
+    if args.torch_compile and chosen != ("inductor", None):
         problems.append(
-            "torch_compile is true: each new active set would recompile the model (limit 8), set it to false"
+            f"torch_compile_backend and torch_compile_mode are {chosen}: blocks are compiled by torch's defaults, leave both out"
         )
     optim = str(getattr(args.optim, "value", args.optim))
     if any(name in optim for name in _MOVES_FROZEN_WEIGHTS):

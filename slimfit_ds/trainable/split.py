@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slimfit_ds.errors import ConfigError
+from slimfit_ds.trainable.graph_product import graph_product, in_filled_graph
 from slimfit_ds.trainable.plan import Plan
 from slimfit_ds.trainable.units import COLUMNS, SplitRecord, discover, full_shape, split_record
 
@@ -151,6 +152,8 @@ class _SplitLinear(SplitModule):
         kind, dtype = x.device.type, x.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
+        if in_filled_graph():
+            return graph_product(self, x, dtype)
         kept = None
         if self.weight_columns.requires_grad and torch.is_grad_enabled():
             kept = _kept_columns(x, self.split, dtype)

@@ -186,7 +186,8 @@ def test_a_watched_step_runs_as_it_is_and_spoils_nothing():
     assert relative_error(found, watched) < 1e-5
 
 
-def test_the_engine_trains_as_without(one_rank):
+@pytest.mark.parametrize("freeze", [{"policy": "ils", "rate": 0.9}, {"policy": "static", "width": 0.25}])
+def test_the_engine_trains_as_without(one_rank, freeze):
     weights = []
     for compile_blocks in (False, True):
         config = {
@@ -195,7 +196,7 @@ def test_the_engine_trains_as_without(one_rank):
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
             "steps_per_print": None,
             "slimfit": {
-                "freeze": {"policy": "ils", "rate": 0.9},
+                "freeze": freeze,
                 "activations": {"preset": "minimal", "compile": compile_blocks},
             },
         }
@@ -228,7 +229,82 @@ def test_nothing_to_compile_is_refused(preset):
         compress(build("bert"), ActivationsConfig(preset=preset, compile=True))
 
 
-def test_columns_leave_no_block_at_rest():
-    config = {"freeze": {"policy": "static"}, "activations": {"preset": "minimal", "compile": True}}
-    with pytest.raises(ConfigError, match="every layer trains some of its columns"):
+COLUMNS = {"policy": "static", "width": 0.25}
+
+
+def with_columns(name: str, preset: str, compile_blocks: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model of which some columns train, its blocks run as the preset runs them, without loss."""
+    model = without_dropout(build(name))
+    activations = {**lossless(preset).model_dump(mode="json"), "compile": compile_blocks}
+    handle = slimfit_ds.slim(model, {"freeze": COLUMNS, "activations": activations})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle.follow(optimizer)
+    return model, optimizer
+
+
+# The first block of GPT-2 has a graph of its own: none of the word embedding trains, which is the output layer too, so no
+# gradient of its input is wanted.
+@pytest.mark.parametrize(
+    ("name", "preset", "expected_graphs"),
+    [("bert", "exact", 1), ("llama", "minimal", 1), ("gpt2", "minimal", 2)],
+)
+def test_with_columns_all_blocks_of_a_class_train_through_one_graph(name, preset, expected_graphs):
+    plain, compiled_ = (with_columns(name, preset, compile_blocks) for compile_blocks in (False, True))
+    made = []
+    for step in range(20):
+        batch = batch_for(name, seed=step)
+        (loss, expected), (found_loss, found) = (gradients(model, batch) for model, _ in (plain, compiled_))
+        torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-6)
+        # Adam makes much of small differences of gradients.
+        assert relative_error(found, expected) < (1e-5 if step == 0 else 1e-2)
+        for _, optimizer in (plain, compiled_):
+            optimizer.step()
+        made.append(graphs())
+    assert made[0] == made[-1] == expected_graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_columns_through_kernels_of_inductor(preset):
+    plain, compiled_ = (with_columns("llama", preset, compile_blocks) for compile_blocks in (False, True))
+    for step in range(3):
+        batch = batch_for("llama", seed=step)
+        (loss, expected), (found_loss, found) = (gradients(model, batch) for model, _ in (plain, compiled_))
+        torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-6)
+        assert relative_error(found, expected) < (1e-5 if step == 0 else 1e-2)
+        for _, optimizer in (plain, compiled_):
+            optimizer.step()
+    assert graphs() == 1
+
+
+def test_a_graph_that_kept_older_columns_says_so():
+    model, optimizer = with_columns("llama", "exact", True)
+    loss = model(**batch_for("llama")).loss
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    model(**batch_for("llama"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_model_that_is_compiled_once_more_trains_as_without():
+    plain, compiled_ = (with_columns("bert", "minimal", compile_blocks) for compile_blocks in (False, True))
+    whole = torch.compile(compiled_[0])
+    for step in range(3):
+        loss, expected = gradients(plain[0], batch_for("bert"))
+        found_loss, found = gradients(whole, batch_for("bert"))
+        torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-6)
+        found = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+        assert relative_error(found, expected) < (1e-5 if step == 0 else 1e-2)
+        for _, optimizer in (plain, compiled_):
+            optimizer.step()
+
+
+def test_a_policy_that_trains_other_columns_at_each_step_is_refused():
+    config = {
+        "freeze": {"policy": "ils", "width": 0.5},
+        "activations": {"preset": "minimal", "compile": True},
+    }
+    with pytest.raises(ConfigError, match=r"freeze\.policy 'ils' trains other columns"):
         slimfit_ds.slim(build("bert"), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -295,13 +296,13 @@ def test_everything_that_cannot_work_is_listed_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         Trainer(
             classifier(),
-            arguments(tmp_path, torch_compile=True, optim="schedule_free_adamw"),
+            arguments(tmp_path, torch_compile_mode="max-autotune", optim="schedule_free_adamw"),
             train_dataset=Sentences(),
             callbacks=[slimfit_ds.SlimFitCallback(block)],
         )
     text = str(caught.value)
     for part in (
-        "torch_compile is true",
+        "torch_compile_backend and torch_compile_mode are ('inductor', 'max-autotune')",
         "optim 'schedule_free_adamw'",
         "optimizer_states.bf16_weights is 'stochastic_rounding'",
         "optimizer_states.precision is '8bit'",
@@ -310,3 +311,26 @@ def test_everything_that_cannot_work_is_listed_at_once(tmp_path):
     ):
         assert part in text, text
     assert len(caught.value.problems) == 6
+
+
+def test_torch_compile_compiles_the_blocks(tmp_path, monkeypatch):
+    """Under `torch_compile` the same losses, through one graph of the blocks; a graph of the whole model would be slow."""
+    from torch._dynamo.utils import counters
+
+    from slimfit_ds.activations import compiled
+
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")
+        monkeypatch.delenv(name)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled._graph_of.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = {"freeze": {"policy": "static", "width": 0.25}, "activations": "minimal"}
+    expected = losses(tmp_path / "plain", config)
+    assert not counters["stats"]["unique_graphs"]
+    found = losses(tmp_path / "compiled", config, torch_compile=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert found == pytest.approx(expected, rel=1e-4)
+    torch._dynamo.reset()
+    compiled._graph_of.cache_clear()
