@@ -292,9 +292,12 @@ class MemoryTracker(TorchDispatchMode):
         for plain in plain_tensors(tensor):
             if (where := self._on_host.get(storage_key(plain))) is not None:
                 self._ledger.put(plain, where)
-            elif plain.device.type not in (self._device, "meta"):
+                continue
+            # A fake tensor's `device` is an operation of its own.
+            device = (getattr(plain, "fake_device", None) or plain.device).type
+            if device not in (self._device, "meta"):
                 self._ledger.put(plain, HOST_WEIGHTS if kind == "parameters" else HOST)
-            elif plain.device.type == self._device and plain.untyped_storage().nbytes():
+            elif device == self._device and plain.untyped_storage().nbytes():
                 self._ledger.put(plain, kind, only_from)
 
     def _on_save(self, tensor: torch.Tensor, kind: str) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "dequantize", "dequantize_cut", "is_signed", "quantize", "stochastic_round_bf16"]
+__all__ = ["BLOCK", "dequantize", "dequantize_cut", "is_signed", "nearest", "quantize", "stochastic_round_bf16"]
 
 BLOCK = 256
 """Elements that share a scale."""
@@ -26,11 +26,18 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """float32 `[n]` -> codes uint8 `[n rounded up to BLOCK]`, scale float32 `[blocks]`."""
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
+    from torchao.optim.quant_utils import scale_tensor
 
     padded = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK))
     scaled, scale = scale_tensor(padded, BLOCK)
-    return quantize_8bit_with_qmap(scaled, _map(signed, values.device)), scale
+    return nearest(scaled, _map(signed, values.device)), scale
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """float32 `[n]` -> uint8 `[n]`, positions of the nearest of the sorted `levels` `[256]`."""
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+    return quantize_8bit_with_qmap(values, levels)
 
 
 def dequantize(codes: Tensor, scale: Tensor, numel: int, signed: bool) -> Tensor:

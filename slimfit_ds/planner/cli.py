@@ -204,18 +204,13 @@ class _Plan:
             kept = human_bytes(self.reserve)
             raise ConfigError([f"nothing fits: the GPU is smaller than the {kept} kept free (--reserve)"])
         gpus = arguments.gpus
-        # The rivals in a process of their own, beside the search.
-        with (
-            Simulator(gpus, deep=True) as self.simulator,
-            Simulator(gpus, deep=True) as beside,
-            ThreadPoolExecutor(1) as thread,
-        ):
+        with Simulator(gpus, deep=True, processes=2) as self.simulator, ThreadPoolExecutor(2) as beside:
             self._say("reading the model")
             try:
                 facts = self.simulator.inspect(self.workload)
             except ValueError as error:
                 raise ConfigError([str(error)]) from None
-            others = None if arguments.slimfit_only else thread.submit(self._others, facts, beside)
+            others = None if arguments.slimfit_only else beside.submit(self._others, facts)
             choice = find_setting(
                 self.budget,
                 self.workload,
@@ -223,6 +218,7 @@ class _Plan:
                 embeddings=tuple(facts["embeddings"]),
                 strategy=self.strategy,
                 language_model=facts["loss_in_chunks"],
+                beside=beside,
             )
             rows = others.result() if others is not None else []
             rows += [
@@ -290,12 +286,10 @@ class _Plan:
         )
 
     def _worst(self, workload: Workload, strategy: Strategy) -> Estimate:
-        return self._simulate(self.simulator, workload, strategy, "worst")
+        return self._simulate(workload, strategy, "worst")
 
-    def _simulate(
-        self, simulator: Simulator, workload: Workload, strategy: Strategy, active: str = "expected"
-    ) -> Estimate:
-        found = simulator.run(workload, strategy, active)
+    def _simulate(self, workload: Workload, strategy: Strategy, active: str = "expected") -> Estimate:
+        found = self.simulator.run(workload, strategy, active)
         needs = found.error if found.report is None else human_bytes(found.peak)
         name = f"SlimFit {label_of(strategy.slimfit)}" if strategy.slimfit is not None else strategy.note
         self._say(f"{name}: {needs}")
@@ -327,7 +321,7 @@ class _Plan:
         text = str(self._speed(estimate.flops, estimate.copied))
         return text.replace("tokens/s", "images/s") if self.images else text
 
-    def _others(self, facts: dict[str, Any], simulator: Simulator) -> list[PlanRow]:
+    def _others(self, facts: dict[str, Any]) -> list[PlanRow]:
         """Return rows of full fine-tuning, gradient checkpointing and LoRA, and of what streams or packs its base."""
         parameters = facts["parameters"]
         gpus = self.arguments.gpus
@@ -354,7 +348,7 @@ class _Plan:
                 }
                 rows.append(PlanRow(strategy.note, int(states.device), parts, bound=True))
             else:
-                estimate = self._simulate(simulator, self.workload, strategy)
+                estimate = self._simulate(self.workload, strategy)
                 rows.append(self._row(strategy.note, estimate))
                 if strategy.lora and strategy.gradient_checkpointing and estimate.report is not None:
                     rows += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +226,7 @@ def find_setting(
     embeddings: tuple[str, ...] = (),
     strategy: Strategy | None = None,
     language_model: bool = False,
+    beside: Executor | None = None,
 ) -> Choice:
     """Search the ladder for the fastest setting within a budget.
 
@@ -239,6 +241,7 @@ def find_setting(
         embeddings: names of the model's embedding layers.
         strategy: carries what is not in the block: stage, buckets, micro-batches. Default: ZeRO 1.
         language_model: the loss can be computed in chunks of tokens.
+        beside: where the leanest setting is simulated while the others are searched as if it fitted.
 
     Raises:
         ConfigError: no setting can be simulated at all.
@@ -257,17 +260,25 @@ def find_setting(
     def fits(setting: Setting) -> bool:
         return setting.estimate.report is not None and setting.estimate.peak <= budget
 
-    low, high = 0, len(rungs) - 1
-    # A small model cannot keep the highest rates: the leanest setting is the last that it can.
-    while high and at(high).estimate.report is None:
-        high -= 1
-    if fits(at(high)):
+    def bisect(high: int) -> None:
+        low = 0
         while low < high:
             middle = (low + high) // 2
             if fits(at(middle)):
                 high = middle
             else:
                 low = middle + 1
+
+    leanest = len(rungs) - 1
+    if beside is not None:
+        asked = beside.submit(at, leanest)
+        bisect(leanest)
+        asked.result()
+    # A small model cannot keep the highest rates: the leanest setting is the last that it can.
+    while leanest and at(leanest).estimate.report is None:
+        leanest -= 1
+    if fits(at(leanest)):
+        bisect(leanest)
     tried = tuple(done[index] for index in sorted(done))
     sound = [setting for setting in tried if setting.estimate.report is not None]
     if not sound:

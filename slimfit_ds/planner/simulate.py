@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Queue
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from slimfit_ds.integrations.ranks import free_port
@@ -70,16 +72,17 @@ class Estimate:
 
 
 class Simulator:
-    """A child process that simulates steps for one world size; use as a context manager.
+    """Child processes that simulate steps for one world size; use as a context manager.
 
     Args:
         world_size: pretended ranks.
         real: run on real CPU tensors instead (one rank), to measure.
         deep: work a model of many blocks out from shallow ones where that is exact (`planner.depth`), and keep answers in
             the user's cache folder.
+        processes: how many jobs may run at once, asked from as many threads.
     """
 
-    def __init__(self, world_size: int = 1, real: bool = False, deep: bool = False):
+    def __init__(self, world_size: int = 1, real: bool = False, deep: bool = False, processes: int = 1):
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
         if real and world_size > 1:
@@ -87,19 +90,24 @@ class Simulator:
         self._world_size, self._deep = world_size, deep
         self._command = [sys.executable, "-m", "slimfit_ds.planner.simulate", "--world-size", str(world_size)]
         self._command += ["--real"] if real else []
-        self._process: subprocess.Popen[str] | None = None
+        self._processes: list[subprocess.Popen[str]] = []
+        self._count, self._starting = processes, Lock()
+        self._free: Queue[int] = Queue()
+        for number in range(processes):
+            self._free.put(number)
 
     def __enter__(self) -> Simulator:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._process is not None:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.close()
-            self._process.wait()
-            self._process.stdout.close()
-            self._process = None
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            assert process.stdout is not None
+            process.wait()
+            process.stdout.close()
+        self._processes = []
 
     def run(
         self,
@@ -142,27 +150,41 @@ class Simulator:
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
-            # Ranks of a surrounding launcher must not reach the pretended world.
-            launcher = ("TORCHELASTIC_", "OMPI_", "PMI_", "SLURM_")
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr(),
-                text=True,
-                env=environment,
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        number = self._free.get()
+        try:
+            return self._ask_process(number, job)
+        finally:
+            self._free.put(number)
+
+    def _ask_process(self, number: int, job: dict[str, Any]) -> dict[str, Any]:
+        with self._starting:
+            # All at once: one imports while another answers.
+            self._processes += [self._start() for _ in range(self._count - len(self._processes))]
+            if self._processes[number].poll() is not None:
+                self._processes[number] = self._start()
+        process = self._processes[number]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
         if line:
             return json.loads(line)
-        code = self._process.wait()
+        code = process.wait()
         return {"error": f"the simulation ended with exit code {code}; set SLIMFIT_DEBUG=1 to see why"}
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Ranks of a surrounding launcher must not reach the pretended world.
+        launcher = ("TORCHELASTIC_", "OMPI_", "PMI_", "SLURM_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr(),
+            text=True,
+            env=environment,
+        )
 
     @staticmethod
     def _stderr() -> int | None:

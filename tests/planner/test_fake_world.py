@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import torch
+
+from slimfit_ds.memory.tracker import MemoryTracker
+from slimfit_ds.optim import low_bit
+from slimfit_ds.planner.fake_world import _nearest
+
 SCRIPT = """
 import os, torch, torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
@@ -41,3 +47,15 @@ os._exit(0)
 def test_values_groups_and_restoration():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_short_search_for_levels_takes_what_torchao_takes():
+    """On real tensors, whose sizes are the same."""
+    model, peaks = torch.nn.Linear(1, 1), []
+    values, levels = torch.linspace(-1, 1, 4096), torch.linspace(-1, 1, 256)
+    for nearest in (low_bit.nearest, _nearest):
+        with MemoryTracker(model) as tracker:
+            codes = nearest(values, levels)
+        assert codes.dtype is torch.uint8
+        peaks.append(tracker.report().peak)
+    assert peaks[0] == peaks[1] > 9 * values.nbytes

@@ -1,5 +1,7 @@
 """The ladder keeps what the user fixed; the search against a made-up memory model that is searched exhaustively."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,6 +59,19 @@ def test_what_is_chosen_always_fits(peaks, budget):
         assert choice.setting is not None
     if choice.setting is not None:
         assert choice.setting.estimate.peak <= budget
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.integers(1, 1000)), min_size=STEPS, max_size=STEPS), st.integers(0, 1100)
+)
+def test_what_is_chosen_is_the_same_with_the_leanest_beside(peaks, budget):
+    with ThreadPoolExecutor(1) as beside:
+        if not any(peaks):
+            return
+        together = find_setting(budget, WORKLOAD, fake_run(peaks), beside=beside)
+    if peaks[-1] is not None and peaks[-1] <= budget:
+        assert together == find_setting(budget, WORKLOAD, fake_run(peaks))
+    assert together.setting is None or together.setting.estimate.peak <= budget
 
 
 def test_no_simulation_at_all_is_an_error():
