@@ -398,6 +398,7 @@ def main() -> int:
         tests = Path(shutil.copytree(arguments.tests, Path(scratch) / "tests"))
         _adapt(tests)
         run(tests, arguments)
+    print("\n\n".join(tables().values()))
     return 0
 
 

@@ -11,7 +11,6 @@ workspaces, the CUDA context and fragmentation are not in the numbers, and nothi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 
 from common import Study, machine, markdown
 
@@ -85,21 +84,15 @@ def measure(simulator: Simulator, case: str, name: str, active: str, baseline: f
 
 
 def tables(csv: str = "headline_memory") -> dict[str, str]:
-    """Return the tables of the documents by their mark."""
-    parts = []
-    for case, (label, _) in CASES.items():
-        rows = {row["method"]: row for row in Study(csv, ()).rows(case=case, active="expected")}
-        titles = ["method", "peak GiB", "baseline / this", "weights", "states", "saved", "32 GB devices"]
-        lines = [_line(rows[name]) for name in ROWS if name in rows]
-        if lines:
-            parts.append(f"**{label}**\n\n{markdown(titles, lines)}")
-    return {"headline-memory": "\n\n".join(parts)}
-
-
-def _line(row: Mapping) -> list[str]:
-    sizes = [f"{row[f'{kind}_gib']:.2f}" for kind in ("peak", "weights", "states", "saved")]
-    devices = row["devices_32gb"] or "states alone do not fit"
-    return [row["method"], sizes[0], f"{row['baseline_of_this']:.1f}x", *sizes[1:], devices]
+    """Return the table of peaks by its mark: methods by cases."""
+    rows = {(row["method"], row["case"]): row for row in Study(csv, ()).rows(active="expected")}
+    cases = [case for case in CASES if any(known == case for _, known in rows)]
+    lines = [
+        [name, *(f"{rows[name, case]['peak_gib']:.2f}" if (name, case) in rows else "" for case in cases)]
+        for name in ROWS
+        if any((name, case) in rows for case in cases)
+    ]
+    return {"headline-memory": markdown(["peak, GiB", *(CASES[case][0] for case in cases)], lines)}
 
 
 def main() -> None:

@@ -225,6 +225,7 @@ def main() -> None:
                     continue
                 study.add(row | machine())
                 print(f"{shape} {method}: {largest_of(row)}", flush=True)
+    print(tables(arguments.csv)["peers-estimated"])
 
 
 if __name__ == "__main__":

@@ -135,26 +135,6 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return table
 
 
-# mark -> run -> label in the table
-SHOWN = {
-    "step-time": {"balanced-fp32-1-thread": "fp32", "balanced-bf16-1-thread": "bf16 autocast"},
-    "step-time-dropout": {
-        "balanced-bf16-dropout": "dropout 0.1 everywhere, bf16 autocast",
-        "balanced-fp32-dropout": "dropout 0.1 everywhere, fp32",
-        "balanced-bf16-no-attention-dropout": "none in attention, bf16 autocast",
-    },
-    "step-time-2-threads": {
-        "balanced-fp32-dropout-2-threads": "fp32",
-        "balanced-bf16-dropout-2-threads": "bf16 autocast",
-    },
-    "step-time-engine": {
-        "engine-bf16-1-thread": "bf16, fp32 masters",
-        "engine-fp32-1-thread": "fp32",
-        "engine-bf16-dropout": "dropout 0.1 everywhere, bf16, fp32 masters",
-    },
-}
-
-
 def table(rows: list[dict[str, Any]], labels: dict[str, str]) -> str:
     """Return the table of some runs."""
     lines = []
@@ -185,12 +165,6 @@ def table(rows: list[dict[str, Any]], labels: dict[str, str]) -> str:
         "schedule, share of a step: median, mean, highest",
     ]
     return markdown(titles, lines)
-
-
-def tables() -> dict[str, str]:
-    """Return the tables of the documents by their marks."""
-    rows = Study("step_time_vs_full", ()).rows()
-    return {mark: table(rows, labels) for mark, labels in SHOWN.items()}
 
 
 def main() -> None:

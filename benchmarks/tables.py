@@ -16,22 +16,19 @@ from common import ROOT, Study, between_marks, markdown
 sys.path += [str(Path(__file__).with_name(folder)) for folder in ("activations", "fidelity")]
 PROGRAMS = (
     "peers",
-    "largest_batch",
     "headline_memory",
-    "estimate_vs_measured",
     "engine_vs_stock",
     "ddp_freezing",
-    "deepspeed_tests",
-    "scaling",
-    "step_time_vs_full",
-    "step_time",
     "bytes",
     "held_out_loss",
     "decoder",
-    "proof_cost",
     "summary",
     "zoo",
 )
+
+
+PRINTED = {"fidelity-problems", "zoo-reasons"}
+"""Too long for a page: the programs print them."""
 
 
 def gradient_error() -> str:
@@ -56,6 +53,7 @@ def gradient_error() -> str:
 def all_tables() -> dict[str, str]:
     """Return Markdown by mark, of all programs."""
     found = {mark: text for name in PROGRAMS for mark, text in importlib.import_module(name).tables().items()}
+    found = {mark: text for mark, text in found.items() if mark not in PRINTED}
     return found | {"gradient-error": gradient_error()}
 
 

@@ -312,6 +312,7 @@ def main() -> int:
             sep="\n    ",
             flush=True,
         )
+    print(tables()["zoo-reasons"])
     return 0
 
 

@@ -2,7 +2,7 @@
 
 A library may rename or change them in any release. `check` compares those that a run will use with the installed libraries,
 by name and by signature, so that a new version is an error at the start instead of a layer that silently does not freeze.
-`python -m slimfit_ds.private_names` prints the table as docs/private-names.md.
+`python -m slimfit_ds.private_names` prints the table.
 """
 
 from __future__ import annotations
@@ -537,13 +537,13 @@ def _check(_owners: frozenset[str]) -> None:
 
 
 def _page() -> str:
-    """Return the table as a page of docs/."""
+    """Return the table as Markdown."""
     lines = [
         "# Private names in use",
         "",
         "Names of other libraries that are not public, or are replaced for the length of a call. `slimfit_ds.initialize` and",
         "`slimfit_ds.slim` compare those that a run uses by name and signature before anything is built; the error lists all",
-        "that has changed and the versions that work. This page is printed by `python -m slimfit_ds.private_names`.",
+        "that has changed and the versions that work.",
         "",
         "Versions: " + ", ".join(f"`{library}{bounds}`" for library, bounds in SUPPORTED.items()) + ".",
         "",

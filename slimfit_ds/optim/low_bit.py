@@ -11,7 +11,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "dequantize", "dequantize_cut", "is_signed", "nearest", "quantize", "stochastic_round_bf16"]
+__all__ = [
+    "BLOCK",
+    "dequantize",
+    "dequantize_cut",
+    "is_signed",
+    "nearest",
+    "quantize",
+    "stochastic_round_bf16",
+]
 
 BLOCK = 256
 """Elements that share a scale."""
