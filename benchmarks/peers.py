@@ -20,7 +20,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -277,10 +277,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             cell = shares.get((shape, name), [])
             # By what is printed: nobody is ahead by less than that.
             bold = [f"**{text}**" if text == least[shape, i] else text for i, text in enumerate(cell)]
-            cells.append(" / ".join(bold))
+            cells.append("/".join(bold))
         if any(cells):
             lines.append([method.label, *cells])
-    return markdown(["peak / time, of full", *(SHAPES[shape].label for shape in shapes)], lines)
+    return markdown(["peak/time, of full", *(SHAPES[shape].label for shape in shapes)], lines)
 
 
 def ground(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -295,10 +295,14 @@ def ground(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def tables(csv: str = "peers") -> dict[str, str]:
+PRINTED = {"balanced", "minimal", "ultra", "minimal_tuned"}
+"""Settings of whole layers, which are not in the documents."""
+
+
+def tables(csv: str = "peers", left_out: Collection[str] = PRINTED) -> dict[str, str]:
     """Return the table of the documents by its mark."""
     # Methods that were measured on one shape only have left the catalogue.
-    rows = [row for row in Study(csv, ()).rows() if row["method"] in METHODS]
+    rows = [row for row in Study(csv, ()).rows() if row["method"] in METHODS.keys() - left_out]
     return {"peers-summary": f"{ground(rows)}\n\n{summary(rows)}"}
 
 
@@ -335,7 +339,7 @@ def main() -> None:
         raise SystemExit("--device cuda: torch sees no CUDA device")
     shapes = choose(arguments.models, shapes_for(arguments.device), SHAPES, "models")
     run(arguments, shapes, choose(arguments.methods, list(METHODS), METHODS, "methods"))
-    print(tables(arguments.csv)["peers-summary"])
+    print(tables(arguments.csv, ())["peers-summary"])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PROGRAMS = (
 )
 
 
-PRINTED = {"fidelity-problems", "zoo-reasons"}
+PRINTED = {"fidelity-problems", "fidelity-adapters", "zoo-reasons"}
 """Too long for a page: the programs print them."""
 
 

@@ -22,6 +22,28 @@ def test_links_lead_to_files_that_exist(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings_that_exist(page):
+    missing = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            text = re.sub(
+                r"^```.*?^```",
+                "",
+                ((page.parent / target) if target else page).read_text(),
+                flags=re.S | re.M,
+            )
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            # As GitHub makes them.
+            if anchor not in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}:
+                missing.append(f"{target}#{anchor}")
+    assert not missing
+
+
+def test_the_pages_stay_short():
+    assert sum(len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")) <= 20_000
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
