@@ -99,10 +99,19 @@ def config_problems(config: Mapping[str, Any], slim: SlimFitConfig, model: nn.Mo
         "slimfit.activations.compile is true under ZeRO stage 3, whose hooks gather the weights of each module: "
         "set it to false, or use stage 1 or 2",
     )
+    streams3 = zero3 and slim.frozen_weights.live != "device"
     refuse(
-        zero3 and slim.frozen_weights.live == "host",
-        "slimfit.frozen_weights.live 'host' under ZeRO stage 3, which cuts the weights over the ranks: use stage 0, 1 or 2, "
-        "or zero_optimization.offload_param",
+        streams3 and slim.frozen_weights.columns == "host",
+        "slimfit.frozen_weights.columns 'host' under ZeRO stage 3, which cuts trained columns over the ranks: set 'device'",
+    )
+    refuse(
+        streams3 and _offloads(config, "offload_param"),
+        "zero_optimization.offload_param with slimfit.frozen_weights, whose weights are on the host already: remove it",
+    )
+    refuse(
+        streams3 and model is not None and any(hasattr(p, "ds_id") for p in model.parameters()),
+        f"slimfit.frozen_weights.live {slim.frozen_weights.live!r}: the model was cut while it was made (deepspeed.zero.Init, which "
+        "transformers uses once it knows of stage 3); load it before, by from_pretrained(..., dtype='auto'), which maps the files",
     )
     hpz = _get(config, "zero_optimization", "zero_hpz_partition_size") or 1
     refuse(

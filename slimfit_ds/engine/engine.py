@@ -97,6 +97,8 @@ class SlimFitEngine(DeepSpeedEngine):
         slim = self.slimfit_config
         if self.zero_optimization_stage() == ZeroStageEnum.weights:
             self._linear = ScopedLinear()
+            if (streaming := streaming_of(self.module)) is not None:
+                streaming.leave_parameters()
             with self._linear.kept():
                 return configure_zero3(self, super()._configure_zero_optimizer, optimizer)
         stage = int(self.zero_optimization_stage())

@@ -113,10 +113,11 @@ def load_by(function: Callable[..., Any], module: nn.Module, state: Mapping[str,
 def _with_tied_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state in which tied weights stand under each of their names."""
     complete = dict(state)
-    names = {id(p): n for n, p in module.named_parameters()}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if names[id(parameter)] in state:
-            complete.setdefault(name, state[names[id(parameter)]])
+    names = {id(tensor): name for name, tensor in named_tensors(module)}
+    every = (module.named_parameters, module.named_buffers)
+    for name, tensor in (pair for named in every for pair in named(remove_duplicate=False)):
+        if names.get(id(tensor)) in state:
+            complete.setdefault(name, state[names[id(tensor)]])
     return complete
 
 

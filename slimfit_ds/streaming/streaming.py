@@ -13,7 +13,7 @@ the backward pass asks for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
@@ -257,6 +257,12 @@ class Streaming:
             for parameter, data in held:
                 parameter.data = data
 
+    def leave_parameters(self) -> None:
+        """Let streamed weights be buffers of their modules from now on: ZeRO 3 cuts every parameter, and nothing else."""
+        for module in self._owners:
+            for name in _streamed_names(module, module._parameters):
+                module._buffers[name] = module._parameters.pop(name)
+
     def move(self, device: torch.device) -> None:
         """Compute on another device from now on."""
         if device != self.device:
@@ -294,21 +300,27 @@ def _nothing() -> None:
     """What a copy of the model has in place of its streaming."""
 
 
+def _streamed_names(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> list[str]:
+    """Names of those of a module's own tensors that are streamed."""
+    own = {id(p) for p in module.__dict__[_ON_OWNER].parameters}
+    return [name for name, tensor in tensors.items() if id(tensor) in own]
+
+
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Take the place of `nn.Module._apply`: moving the model moves the buffers, and leaves streamed weights on the host."""
-    owner, kept = self.__dict__[_ON_OWNER], dict(self._parameters)
-    streamed = {
-        name: p for name, p in kept.items() if p is not None and any(p is own for own in owner.parameters)
-    }
-    for name in streamed:
-        del self._parameters[name]
+    owner = self.__dict__[_ON_OWNER]
+    streamed: dict[str, Any] = {}
+    kept = [(tensors, dict(tensors)) for tensors in (self._parameters, self._buffers)]
+    for tensors, _ in kept:
+        streamed |= {name: tensors.pop(name) for name in _streamed_names(self, tensors)}
     try:
         type(self)._apply(self, fn, recurse)
     finally:
         # In the order that they had.
-        moved = {**self._parameters, **streamed}
-        self._parameters.clear()
-        self._parameters.update({name: moved[name] for name in kept})
+        for tensors, before in kept:
+            moved = {**tensors, **streamed}
+            tensors.clear()
+            tensors.update({name: moved[name] for name in before})
     for parameter in streamed.values():
         probe = fn(torch.empty(0, dtype=parameter.dtype, device=owner.streaming.device))
         if probe.dtype != parameter.dtype:

@@ -99,8 +99,8 @@ class SplitModule(nn.Module):
     @property
     def frozen_weight(self) -> nn.Parameter:
         """The parameter `weight` itself; its trained columns may be old."""
-        weight = self._parameters["weight"]
-        assert weight is not None
+        # Streamed under ZeRO 3 it is a buffer, so that it is not cut.
+        weight: Any = self._parameters.get("weight", self._buffers.get("weight"))
         return weight
 
     @property

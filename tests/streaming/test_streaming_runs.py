@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import slimfit_ds
 from slimfit_ds.activations import proof
+from slimfit_ds.engine import weights
 from slimfit_ds.errors import ConfigError
 from slimfit_ds.planner.simulate import estimate, measure
 from slimfit_ds.planner.strategies import Strategy
@@ -34,7 +35,7 @@ def ids(seed: int) -> Tensor:
 
 def engine_of(
     stage: int,
-    weights: dict[str, Any],
+    where: dict[str, Any],
     dtype: str = "bf16",
     preset: str = "minimal",
     states: dict[str, Any] | None = None,
@@ -50,13 +51,19 @@ def engine_of(
         "slimfit": {
             "freeze": {"rate": 0.8, "front": front},
             "activations": preset,
-            "frozen_weights": weights,
+            "frozen_weights": where,
             "optimizer_states": states or {},
         },
     }
     if dtype != "fp32":
         config[dtype] = {"enabled": True}
     return slimfit_ds.initialize(model=llama(), config=config)[0]
+
+
+def weights_of(engine: Any) -> list[Tensor]:
+    """All weights in order of their names, whole under ZeRO 3 too."""
+    with weights.whole(*engine.module.parameters()):
+        return [tensor.clone() for _, tensor in sorted(engine.module.state_dict().items())]
 
 
 def steps(engine: Any, first: int, last: int) -> list[Tensor]:
@@ -68,7 +75,7 @@ def steps(engine: Any, first: int, last: int) -> list[Tensor]:
             seen.append(loss.detach().clone())
             engine.backward(loss)
             engine.step()
-        seen.append(torch.cat([t.flatten().clone() for t in engine.module.state_dict().values()]))
+        seen.append(torch.cat([t.flatten() for t in weights_of(engine)]))
     return seen
 
 
@@ -78,7 +85,14 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "preset"), [(0, "fp32", "exact"), (1, "bf16", "minimal"), (2, "bf16", "balanced")]
+    ("stage", "dtype", "preset"),
+    [
+        (0, "fp32", "exact"),
+        (1, "bf16", "minimal"),
+        (2, "bf16", "balanced"),
+        (3, "bf16", "minimal"),
+        (3, "fp32", "exact"),
+    ],
 )
 def test_the_engine_trains_the_same_and_goes_on_from_checkpoints(one_rank, tmp_path, stage, dtype, preset):
     """A checkpoint of either is one of the other: both go on from that of the streamed run."""
@@ -88,14 +102,14 @@ def test_the_engine_trains_the_same_and_goes_on_from_checkpoints(one_rank, tmp_p
     streaming = streaming_of(streamed.module)
     on_host = sum(t.nbytes for t in streaming.host_tensors)
     assert len(streaming.blocks) == 4
-    weights = [engine.memory_report()["parameters"] for engine in (resident, streamed)]
-    assert weights[0] - weights[1] == pytest.approx(on_host / 2, rel=0.05)
+    held = [engine.memory_report()["parameters"] for engine in (resident, streamed)]
+    assert held[0] - held[1] == pytest.approx(on_host / 2, rel=0.05)
     streamed.save_checkpoint(tmp_path / "checkpoint")
     streamed.save_pretrained(tmp_path / "model")
     saved = LlamaForCausalLM.from_pretrained(
         tmp_path / "model", dtype=next(resident.module.parameters()).dtype
     )
-    assert_same(list(saved.state_dict().values()), list(resident.module.state_dict().values()))
+    assert_same([tensor for _, tensor in sorted(saved.state_dict().items())], weights_of(resident))
     expected = steps(resident, 3, 5)
     again = engine_of(stage, HOST, dtype, preset)
     steps(again, 7, 8)  # its buffers hold weights that the checkpoint replaces
@@ -174,7 +188,7 @@ def test_states_of_what_trains_on_the_host_are_exact(one_rank, tmp_path, stage, 
     assert held["optimizer"] == 0
     assert held["optimizer_host"] == resident.memory_report()["optimizer"] > 0
     away.save_checkpoint(tmp_path)
-    again = engine_of(stage, HOST if stage < 3 else {}, states={**states, "active": "host"})
+    again = engine_of(stage, HOST, states={**states, "active": "host"})
     again.load_checkpoint(tmp_path)
     assert again.memory_report()["optimizer"] == 0
     assert_same(steps(again, 3, 5), steps(resident, 3, 5))
@@ -197,9 +211,18 @@ def test_a_host_too_small_for_weights_and_states_is_told_before_anything_is_made
     assert streaming_of(model) is None
 
 
-def test_stage_3_is_refused(one_rank):
-    with pytest.raises(ConfigError, match=r"frozen_weights\.live 'host' under ZeRO stage 3"):
-        engine_of(3, HOST)
+def test_what_is_refused_under_stage_3(one_rank):
+    with pytest.raises(ConfigError, match=r"frozen_weights\.columns 'host' under ZeRO stage 3"):
+        engine_of(3, {**HOST, "columns": "host"})
+    model = llama()
+    next(model.parameters()).ds_id = 0
+    block = {"freeze": {"rate": 0.8}, "frozen_weights": HOST}
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "slimfit": block}
+    with pytest.raises(ConfigError) as caught:
+        slimfit_ds.initialize(model=model, config=config)
+    assert "cut while it was made" in str(caught.value)
+    assert "offload_param with slimfit.frozen_weights" in str(caught.value)
 
 
 def test_the_trainer_trains_the_same_and_resumes(tmp_path):
