@@ -8,13 +8,16 @@ launches.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainingArguments
 
 import slimfit_ds
 from slimfit_ds.config import SlimFitConfig
@@ -163,6 +166,47 @@ def test_what_is_static_is_not_measured(one_rank, freeze):
     """The engine reads the norm of the gradients, the plain loop nothing at all."""
     assert sum(reads_of_a_step(engine_step, 2, "exact", {"freeze": freeze}).values()) == 1
     assert sum(reads_of_a_step(slim_step, 2, "exact", {"freeze": freeze}).values()) == 0
+
+
+class ForTrainer(Model):
+    """The model as the Trainer wants it: a loss by name."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": super().forward(x)}
+
+
+def trainer_reads(folder: Path, blocks: int, slim: dict | None) -> Counter[str]:
+    """What each further step of the Trainer's loop reads, with the callback or (None) without."""
+    counts = []
+    for steps in (4, 6):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, optim="adamw_torch_fused",
+            logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        data = [{"x": torch.randn(8, WIDTH)} for _ in range(16)]
+        callbacks = [] if slim is None else [slimfit_ds.SlimFitCallback(slim)]
+        trainer = Trainer(ForTrainer(blocks), arguments, train_dataset=data, callbacks=callbacks)
+        with Reads() as reads:
+            trainer.train()
+        counts.append(reads.counts)
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("freeze", [SLIM["freeze"], {"policy": "static", "rate": 0.5}])
+def test_the_callback_adds_no_read_but_the_statistics(tmp_path, freeze, monkeypatch):
+    # Without the ranks that another test left in the environment, and without accelerate's memory of them.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(True)
+    plain = trainer_reads(tmp_path / "plain", 2, None)
+    few, many = (
+        trainer_reads(tmp_path / str(blocks), blocks, {"freeze": freeze, "activations": "minimal"})
+        for blocks in (2, 6)
+    )
+    assert many == few
+    # In two steps.
+    assert sum((many - plain).values()) == (0 if freeze["policy"] == "static" else 2), (plain, many)
 
 
 @pytest.mark.parametrize("make", [slim_step, engine_step])
