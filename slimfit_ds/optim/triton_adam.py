@@ -35,20 +35,12 @@ def _step_block(
     rounded_ptr,
     offset,
     inside,
-    root,
-    rate,
-    decay,
-    grad_factor,
-    keep_second,
-    new_first,
-    new_second,
-    eps,
-    l2,
-    tiny,
+    numbers,
     DECOUPLED: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
     """Step the elements `offset` of a tensor that are `inside` it (None: all are); return their share of the statistic."""
+    root, rate, decay, grad_factor, keep_second, new_first, new_second, eps, l2, tiny = numbers
     grad = tl.load(grad_ptr + offset, mask=inside).to(tl.float32) * grad_factor
     weight = tl.load(weight_ptr + offset, mask=inside)
     first = tl.load(first_ptr + offset, mask=inside)
@@ -105,6 +97,7 @@ def _adam_kernel(
     root = tl.load(factors_ptr + 3 * tensor)
     rate = tl.load(factors_ptr + 3 * tensor + 1)
     decay = tl.load(factors_ptr + 3 * tensor + 2)
+    numbers = (root, rate, decay, grad_factor, keep_second, new_first, new_second, eps, l2, tiny)
 
     offset = tl.arange(0, BLOCK)
     if (left >= BLOCK) & (tl.load(row + 7) != 0):
@@ -117,16 +110,7 @@ def _adam_kernel(
             tl.multiple_of(rounded_ptr, 16),
             offset,
             None,
-            root,
-            rate,
-            decay,
-            grad_factor,
-            keep_second,
-            new_first,
-            new_second,
-            eps,
-            l2,
-            tiny,
+            numbers,
             DECOUPLED,
             ROUNDS,
         )
@@ -139,16 +123,7 @@ def _adam_kernel(
             rounded_ptr,
             offset,
             offset < left,
-            root,
-            rate,
-            decay,
-            grad_factor,
-            keep_second,
-            new_first,
-            new_second,
-            eps,
-            l2,
-            tiny,
+            numbers,
             DECOUPLED,
             ROUNDS,
         )

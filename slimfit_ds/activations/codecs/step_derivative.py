@@ -153,7 +153,7 @@ class StepDerivative(FloatCodec):
         packed = kept[0]
         bits = self.cells.bits
         inverse = self._store_rms(flat, kept)
-        table = self._code_table(flat.device)
+        table = self.code_table(flat.device)
         planes = split_planes(packed, flat.numel(), bits)
         for start, stop in chunks(flat.numel(), flat.device, 8):
             block = flat[start:stop] if inverse is None else flat[start:stop] * inverse
@@ -199,20 +199,6 @@ class StepDerivative(FloatCodec):
 
         decode_table(kept[0], out, self, kept[1] if self.rms_scaled else None)
 
-    def search_tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return what a binary search of k steps needs: bf16 patterns of the thresholds, int32 [2^k - 1], filled up with
-        what no magnitude reaches; cell of each interval, int32 [2^k], or None where each is its own."""
-        key = device, "search"
-        if key not in self._tables:
-            patterns = [bf16_pattern(t) for t in self.cells.thresholds]
-            intervals = 1 << len(patterns).bit_length()
-            patterns += [1 << 15] * (intervals - 1 - len(patterns))
-            self._tables[key] = torch.tensor(patterns, dtype=torch.int32, device=device)
-            cells = [*self.cells.cells, *[0] * (intervals - len(self.cells.cells))]
-            self._tables[device, "cells"] = torch.tensor(cells, dtype=torch.int32, device=device)
-        own = self.cells.cells == tuple(range(len(self.cells.cells)))
-        return self._tables[key], None if own else self._tables[device, "cells"]
-
     def levels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the levels [2^bits], rounded once."""
         key = device, dtype
@@ -220,7 +206,7 @@ class StepDerivative(FloatCodec):
             self._tables[key] = torch.tensor(self.cells.levels, dtype=torch.float64).to(dtype).to(device)
         return self._tables[key]
 
-    def _code_table(self, device: torch.device) -> Tensor:
+    def code_table(self, device: torch.device) -> Tensor:
         """Return the code of each bf16 pattern, uint8 [65536]."""
         key = device, "codes"
         if key not in self._tables:

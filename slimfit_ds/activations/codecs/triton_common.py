@@ -8,7 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["apply_channels", "channel_arguments", "load_plane", "store_plane"]
+__all__ = ["apply_channels", "channel_arguments", "left_of", "load_plane", "store_plane"]
+
+
+@triton.jit
+def left_of(total, start):
+    """Return what of `total` lies from `start` on, up to 2^30, as an int32: more than any tile has."""
+    return tl.minimum(total - start, 1 << 30).to(tl.int32)
 
 
 @triton.jit
@@ -63,8 +69,9 @@ def load_plane(
 @triton.jit
 def apply_channels(
     value,
-    element,
+    row,
     inside,
+    numel,
     rows_ptr,
     scale_ptr,
     offset_ptr,
@@ -72,23 +79,34 @@ def apply_channels(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Return fp32 `value * scale + offset` per channel, times the scale of the row before or after it.
 
-    `element` are positions in memory; those that are not `inside` become 0.
+    `value` [ROWS, BLOCK] are the groups `row` [ROWS] of memory; what is not `inside` becomes 0.
     """
-    channel = element % WIDTH
+    # Where groups do not cross rows there is one row of `x` for a group, and one 64-bit division.
+    WHOLE: tl.constexpr = (WIDTH % GROUP == 0) & (GROUP == BLOCK)
+    column = tl.arange(0, BLOCK)[None, :]
+    place = row[:, None] * GROUP
+    if not WHOLE:
+        place += column
+    line = place // WIDTH
+    channel = (place - line * WIDTH).to(tl.int32)
     if HEADS > 1:
-        channel += (element // head_stride) % HEADS * WIDTH
+        channel += ((place // head_stride) % HEADS).to(tl.int32) * WIDTH
+    if WHOLE:
+        channel += column
     scale = tl.load(scale_ptr + channel).to(tl.float32)
     offset = tl.load(offset_ptr + channel).to(tl.float32)
-    row = tl.load(rows_ptr + element // WIDTH, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(rows_ptr + line, mask=place < numel, other=0.0).to(tl.float32)
     if ROWS_FIRST:
-        value = value * row
+        value = value * factor
     # Fused by hand, as torch.addcmul is.
     value = tl.fma(value, scale, offset)
     if not ROWS_FIRST:
-        value = value * row
+        value = value * factor
     return tl.where(inside, value, 0.0)
 
 

@@ -20,36 +20,6 @@ TILE = 4096
 
 
 @triton.jit
-def _cell_of(
-    x,
-    thresholds_ptr,
-    cells_ptr,
-    STEPS: tl.constexpr,
-    SHARED_CELLS: tl.constexpr,
-    SIGN: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Return the int32 code [1, TILE] of each fp32 value in `x` [1, TILE]."""
-    pattern = x.to(tl.int32, bitcast=True)
-    magnitude = (pattern & 0x7FFFFFFF) >> 16
-    # Binary search for the number of thresholds reached: one bit of it per comparison.
-    code = tl.zeros([1, TILE], tl.int32)
-    if STEPS > 0:
-        middle = tl.load(thresholds_ptr + ((1 << (STEPS - 1)) - 1))
-        code = tl.where(magnitude >= middle, 1 << (STEPS - 1), 0)
-    for k in tl.static_range(1, STEPS):
-        threshold = tl.load(thresholds_ptr + code + ((1 << (STEPS - 1 - k)) - 1))
-        code += tl.where(magnitude >= threshold, 1 << (STEPS - 1 - k), 0)
-    if SHARED_CELLS:
-        code = tl.load(cells_ptr + code)
-    if SIGN > 0:
-        code += tl.where(pattern < 0, SIGN, 0)
-    else:
-        code = tl.where(pattern < 0, 0, code)
-    return code
-
-
-@triton.jit
 def load_levels(
     codes_ptr,
     high_ptr,
@@ -71,22 +41,19 @@ def load_levels(
 @triton.jit
 def store_cells(
     x,
-    thresholds_ptr,
-    cells_ptr,
+    table_ptr,
     codes_ptr,
     high_ptr,
     row,
     stored_bytes,
     high_bytes,
-    STEPS: tl.constexpr,
-    SHARED_CELLS: tl.constexpr,
-    SIGN: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Store the cells of the fp32 values `x` [1, TILE] of the tile `row` [1]."""
-    code = _cell_of(x, thresholds_ptr, cells_ptr, STEPS, SHARED_CELLS, SIGN, TILE)
+    """Store the cells of the fp32 values `x` [1, TILE] of the tile `row` [1]: one look-up by the upper 16 bits."""
+    upper = (x.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+    code = tl.load(table_ptr + upper, eviction_policy="evict_last").to(tl.int32)
     store_plane(codes_ptr, code, row, stored_bytes, BITS, 1, TILE, TILE)
     if HIGH_BITS > 0:
         store_plane(high_ptr, code >> BITS, row, high_bytes, HIGH_BITS, 1, TILE, TILE)
@@ -96,16 +63,12 @@ def store_cells(
 def _encode_kernel(
     x_ptr,
     inverse_ptr,
-    thresholds_ptr,
-    cells_ptr,
+    table_ptr,
     codes_ptr,
     high_ptr,
     numel,
     stored_bytes,
     high_bytes,
-    STEPS: tl.constexpr,
-    SHARED_CELLS: tl.constexpr,
-    SIGN: tl.constexpr,
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -118,16 +81,12 @@ def _encode_kernel(
         x = x * tl.load(inverse_ptr)
     store_cells(
         x,
-        thresholds_ptr,
-        cells_ptr,
+        table_ptr,
         codes_ptr,
         high_ptr,
         row,
         stored_bytes,
         high_bytes,
-        STEPS,
-        SHARED_CELLS,
-        SIGN,
         BITS,
         HIGH_BITS,
         TILE,
@@ -173,19 +132,11 @@ def encode_table(flat: Tensor, packed: Tensor, codec: Any, inverse: Tensor | Non
 
 
 def encode_arguments(codec: Any, packed: Tensor, flat: Tensor) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments of a kernel that stores cells of `flat` [numel], from `thresholds_ptr` to `high_bytes`, and
+    """Return the arguments of a kernel that stores cells of `flat` [numel], from `table_ptr` to `high_bytes`, and
     its constants."""
-    cells = codec.cells
-    thresholds, cell_table = codec.search_tables(flat.device)
-    (width, low), (high_width, high) = low_and_high(packed, flat.numel(), cells.bits)
-    arguments = [thresholds, thresholds if cell_table is None else cell_table, low, high]
-    constants = {
-        "STEPS": thresholds.numel().bit_length(),
-        "SHARED_CELLS": cell_table is not None,
-        "SIGN": 1 << (cells.bits - 1) if cells.signed else 0,
-        "BITS": width,
-        "HIGH_BITS": high_width,
-    }
+    (width, low), (high_width, high) = low_and_high(packed, flat.numel(), codec.cells.bits)
+    arguments = [codec.code_table(flat.device), low, high]
+    constants = {"BITS": width, "HIGH_BITS": high_width}
     return [*arguments, flat.numel(), low.numel(), high.numel()], constants
 
 

@@ -111,14 +111,20 @@ def _gelu_tanh_slope(x):
 
 
 @triton.jit
+def _gate(x):
+    """The sigmoid to two units in the last place: a slope is of bf16 inputs, so division need not be correctly rounded."""
+    return 1.0 / (1.0 + _exp(-x))
+
+
+@triton.jit
 def _silu_slope(x):
-    gate = _sigmoid(x)
+    gate = _gate(x)
     return gate * (1.0 + x * (1.0 - gate))
 
 
 @triton.jit
 def _quick_gelu_slope(x):
-    gate = _sigmoid(1.702 * x)
+    gate = _gate(1.702 * x)
     return gate * (1.0 + 1.702 * x * (1.0 - gate))
 
 
@@ -157,17 +163,13 @@ def _apply_kernel(x_ptr, y_ptr, numel, FUNCTION: tl.constexpr, TILE: tl.constexp
 def _table_forward_kernel(
     x_ptr,
     y_ptr,
-    thresholds_ptr,
-    cells_ptr,
+    table_ptr,
     codes_ptr,
     high_ptr,
     numel,
     stored_bytes,
     high_bytes,
     FUNCTION: tl.constexpr,
-    STEPS: tl.constexpr,
-    SHARED_CELLS: tl.constexpr,
-    SIGN: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
@@ -180,16 +182,12 @@ def _table_forward_kernel(
     tl.store(y_ptr + offset, round_to(y, y_ptr.dtype.element_ty), mask=inside)
     store_cells(
         x,
-        thresholds_ptr,
-        cells_ptr,
+        table_ptr,
         codes_ptr,
         high_ptr,
         row,
         stored_bytes,
         high_bytes,
-        STEPS,
-        SHARED_CELLS,
-        SIGN,
         BITS,
         HIGH_BITS,
         TILE,

@@ -80,11 +80,17 @@ def _encode_kernel(
 
 
 @triton.jit
+def _mean_of_rows(x, WIDTH: tl.constexpr):
+    """Return the means [ROWS, 1, 1] of rows of `WIDTH` elements in `x` [ROWS, GROUPS, GROUP], which is 0 beyond them."""
+    return (tl.sum(tl.sum(x, axis=2), axis=1) / WIDTH)[:, None, None]
+
+
+@triton.jit
 def _input_gradient(g, x_hat, rstd, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the fp32 dx of a row from `g`, the scaled dy; both 0 beyond the width, where dx is not defined."""
-    dx = g - x_hat * (tl.sum(g * x_hat) / WIDTH)
+    """Return the fp32 dx of rows from `g`, the scaled dy; both 0 beyond the width, where dx is not defined."""
+    dx = g - x_hat * _mean_of_rows(g * x_hat, WIDTH)
     if CENTRED:
-        dx = dx - tl.sum(g) / WIDTH
+        dx = dx - _mean_of_rows(g, WIDTH)
     return dx * rstd
 
 
@@ -114,20 +120,24 @@ def _gradients_kernel(
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    group = tl.arange(0, GROUPS)
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = column < WIDTH
-    real = group < WIDTH // GROUP
-    scale = tl.zeros([GROUPS, GROUP], tl.float32)
+    # Groups of the rows of the norm that are in flight together, one row after the other.
+    index = tl.arange(0, ROWS * GROUPS)
+    group = index % GROUPS
+    column = (tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
+    scale = tl.zeros([1, GROUPS, GROUP], tl.float32)
     if SCALED:
-        scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
-    to_scale = tl.zeros([GROUPS, GROUP], tl.float32)
-    to_bias = tl.zeros([GROUPS, GROUP], tl.float32)
-    token = program.to(tl.int64)
-    for _ in range(program, tokens, programs):
+        scale = tl.load(scale_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32) + OFFSET
+    to_scale = tl.zeros([ROWS, GROUPS, GROUP], tl.float32)
+    to_bias = tl.zeros([ROWS, GROUPS, GROUP], tl.float32)
+    for first in range(program * ROWS, tokens, programs * ROWS):
+        token = first + (index // GROUPS).to(tl.int64)
+        real = (group < WIDTH // GROUP) & (token < tokens)
         row = tl.where(real, token * (WIDTH // GROUP) + group, _NOWHERE)
+        token = first + tl.arange(0, ROWS).to(tl.int64)[:, None, None]
+        inside = (column < WIDTH) & (token < tokens)
         x_hat = load_groups(
             codes_ptr,
             high_ptr,
@@ -139,10 +149,11 @@ def _gradients_kernel(
             ZERO,
             GROUP,
             GROUP,
-            GROUPS,
+            ROWS * GROUPS,
             BITS,
             HIGH_BITS,
         )
+        x_hat = tl.reshape(x_hat, [ROWS, GROUPS, GROUP])
         g = tl.load(dy_ptr + token * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         if TO_SCALE:
             to_scale += g * x_hat
@@ -151,15 +162,15 @@ def _gradients_kernel(
         if TO_INPUT:
             if SCALED:
                 g = g * scale
-            dx = _input_gradient(g, x_hat, tl.load(rstd_ptr + token), CENTRED, WIDTH)
+            rstd = tl.load(rstd_ptr + token, mask=token < tokens, other=0.0)
+            dx = _input_gradient(g, x_hat, rstd, CENTRED, WIDTH)
             tl.store(dx_ptr + token * WIDTH + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        token += programs
     place = program.to(tl.int64) * WIDTH + column
     if TO_SCALE:
-        tl.store(partial_ptr + place, to_scale, mask=inside)
+        tl.store(partial_ptr + place, tl.sum(to_scale, axis=0)[None, :, :], mask=column < WIDTH)
         place += programs * WIDTH
     if TO_BIAS:
-        tl.store(partial_ptr + place, to_bias, mask=inside)
+        tl.store(partial_ptr + place, tl.sum(to_bias, axis=0)[None, :, :], mask=column < WIDTH)
 
 
 def encode_norm(x: Tensor, kept: tuple[Tensor, ...], rstd: Tensor, kind: Any, codec: Any) -> None:
@@ -184,7 +195,7 @@ def encode_norm(x: Tensor, kept: tuple[Tensor, ...], rstd: Tensor, kind: Any, co
             1.0 / codec.half_width,
             TINY_PEAK,
             CENTRED=kind.centred,
-            **_constants(x.shape[1], codec, low_bits, high_bits),
+            **_constants(x.shape[1], codec, low_bits, high_bits, 1, 1024),
             enable_fp_fusion=False,
         )
 
@@ -209,9 +220,10 @@ def norm_gradients(
         to_scale, to_bias: which gradients are wanted.
     """
     tokens, width = dy.shape
-    # Without sums each row has a program of its own.
+    # Without sums each row has a program of its own. With them a narrow row would be too little to have in flight.
     sums = to_scale or to_bias
-    programs = min(tokens, _PROGRAMS) if sums else tokens
+    rows = min(max(4096 // triton.next_power_of_2(width), 1), 4) if sums else 1
+    programs = min(triton.cdiv(tokens, rows), _PROGRAMS) if sums else tokens
     partial = dy.new_empty((to_scale + to_bias, programs, width), dtype=torch.float32)
     codes, steps = kept
     (low_bits, low), (high_bits, high) = low_and_high(codes, dy.numel(), codec.bits)
@@ -235,19 +247,23 @@ def norm_gradients(
             TO_INPUT=dx is not None,
             TO_SCALE=to_scale,
             TO_BIAS=to_bias,
-            **_constants(width, codec, low_bits, high_bits),
+            ROWS=rows,
+            # Of the sums a thread holds at most 16 elements of a row, in a few copies, in registers.
+            **_constants(width, codec, low_bits, high_bits, rows, 512 if sums else 1024),
         )
     return partial.sum(1)
 
 
-def _constants(width: int, codec: Any, low_bits: int, high_bits: int) -> dict[str, int]:
+def _constants(
+    width: int, codec: Any, low_bits: int, high_bits: int, rows: int, per_warp: int
+) -> dict[str, int]:
+    padded = triton.next_power_of_2(width)
     return {
         "WIDTH": width,
         "ZERO": codec.zero,
         "GROUP": codec.group,
-        "GROUPS": triton.next_power_of_2(width) // codec.group,
+        "GROUPS": padded // codec.group,
         "BITS": low_bits,
         "HIGH_BITS": high_bits,
-        # A thread holds at most 16 elements of a row, in a few copies, in registers.
-        "num_warps": min(max(triton.next_power_of_2(width) // 512, 4), 32),
+        "num_warps": min(max(rows * padded // per_warp, 1), 32),
     }
