@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Copies:
 
 
 def node_memory(nbytes: int, rank: int, exchange: Callable[[Any], list[Any]]) -> tuple[Tensor, bool] | None:
-    """Memory that all ranks of a host share; it goes with the last of them, however that ends.
+    """Memory that all ranks of a host share. It never has a name, so it goes with the last of them, however that ends.
 
     Args:
         nbytes: the same on all ranks.
@@ -71,39 +71,41 @@ def node_memory(nbytes: int, rank: int, exchange: Callable[[Any], list[Any]]) ->
         exchange: gives the values of all ranks, in their order; every rank calls it.
 
     Returns:
-        Flat bytes, and whether this rank is to fill them. None: no two ranks are on one host, or a host has no room in
-        /dev/shm (a warning says so).
+        Flat bytes, and whether this rank is to fill them. None: no two ranks are on one host, or a host has no such memory
+        (a warning says so).
     """
-    hosts = exchange((socket.gethostname(), os.stat("/proc/self/ns/ipc").st_ino))
+    hosts = exchange((socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino))
     if len({*hosts}) == len(hosts):
         return None
-    fills = hosts.index(hosts[rank]) == rank
-    path, problem, memory = "", "", None
-    if fills:
-        handle, path = tempfile.mkstemp(prefix=f"slimfit-{os.getpid()}-", dir="/dev/shm")
-        try:
-            # Without it a write beyond what there is would kill the process.
-            os.posix_fallocate(handle, 0, nbytes)
-        except OSError as error:
-            problem = str(error)
-        os.close(handle)
-    path_here = exchange(path)[hosts.index(hosts[rank])]
-    if not any(exchange(problem)):
-        try:
-            if os.path.getsize(path_here) == nbytes:
-                memory = torch.from_file(path_here, shared=True, size=nbytes, dtype=torch.uint8)
-            else:
-                problem = f"{path_here} is another file on rank {rank}"
-        except OSError as error:
-            problem = str(error)
-    problems = [each for each in exchange(problem) if each]
-    if fills:
-        os.unlink(path)
+    first = hosts.index(hosts[rank])
+    place, problem, memory, handle = ("", 0), "", None, None
+    try:
+        if first == rank:
+            try:
+                handle = os.memfd_create("slimfit")
+                # Without it a write beyond what there is would kill the process.
+                os.posix_fallocate(handle, 0, nbytes)
+                place = f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino
+            except OSError as error:
+                problem = str(error)
+        path, number = exchange(place)[first]
+        if not any(exchange(problem)):
+            try:
+                if os.stat(path).st_ino == number:
+                    memory = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+                else:
+                    problem = f"{path} is another file on rank {rank}"
+            except OSError as error:
+                problem = str(error)
+        problems = [each for each in exchange(problem) if each]
+    finally:
+        if handle is not None:
+            os.close(handle)
     if not problems and memory is not None:
-        return memory, fills
+        return memory, first == rank
     warnings.warn(
-        f"slimfit.frozen_weights: {nbytes / 2**30:.2f} GiB of /dev/shm cannot be shared ({problems[0]}), so each rank of this host "
-        "has its own copy; give containers more by --shm-size",
+        f"slimfit.frozen_weights: {nbytes / 2**30:.2f} GiB of host memory cannot be shared ({problems[0]}), so each rank of this "
+        "host has its own copy",
         stacklevel=2,
     )
     return None
@@ -122,6 +124,9 @@ def pin(owner: Any, tensor: Tensor) -> bool:
     if tensor.is_pinned():
         return True
     if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
+        # The next launch of a kernel would raise this error as its own.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
         return False
     # The tensor must outlive its registration.
     weakref.finalize(owner, _unpin, tensor)

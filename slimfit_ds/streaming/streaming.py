@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +188,11 @@ class Streaming:
         self._memory = torch.empty(max(count * size, whole), dtype=torch.uint8, device=self.device)
         self.buffers = [Buffer(self._memory[i * size : (i + 1) * size]) for i in range(count)]
         self._whole = Buffer(self._memory) if self._head is not None else None
-        if self.device.type != "cuda":
-            return
+        if self.device.type == "cuda":
+            self._lock_pages()
+
+    def _lock_pages(self) -> None:
+        """Page-lock what is on the host as far as the system lets us."""
         pieces = [(block, piece) for block in self.blocks for piece in block.pieces]
         failed = sum(piece.nbytes for block, piece in pieces if not pin(block, piece))
         if failed:
@@ -274,6 +277,8 @@ class Streaming:
         for handle in self._handles:
             handle.remove()
         for module in self._owners:
+            for name in _streamed_names(module, module._buffers):
+                module._parameters[name] = cast(nn.Parameter, module._buffers.pop(name))
             del module.__dict__[_ON_OWNER], module.__dict__["_apply"]
         self._handles, self._owners = [], []
         self.drop_buffers()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -476,11 +480,71 @@ def test_memory_of_a_node_that_cannot_be_had(monkeypatch):
     def no_room(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    before = sorted(Path("/dev/shm").glob(f"slimfit-{copies.os.getpid()}-*"))
     monkeypatch.setattr(copies.os, "posix_fallocate", no_room)
     with pytest.warns(UserWarning, match="cannot be shared .*No space left on device"):
         assert ranks(100) is None
-    assert sorted(Path("/dev/shm").glob(f"slimfit-{copies.os.getpid()}-*")) == before
+
+
+@pytest.mark.parametrize("dies", ["the rank that fills", "another rank"])
+def test_a_rank_that_dies_while_memory_is_shared_leaves_none_behind(dies):
+    """No name under /dev/shm, no open file."""
+    program = """if True:
+        import os, signal, sys
+        from slimfit_ds.streaming import copies
+        calls, before = [], sorted(os.listdir("/proc/self/fd"))
+        def exchange(value):
+            calls.append(value)
+            if len(calls) == 3:
+                if sys.argv[1] == "the rank that fills":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("Connection closed by peer")
+            return [value, value]
+        try:
+            copies.node_memory(1 << 20, 0, exchange)
+        except RuntimeError:
+            print(len(calls), sorted(os.listdir("/proc/self/fd")) == before)
+    """
+    before = sorted(Path("/dev/shm").glob("*slimfit*"))
+    done = subprocess.run([sys.executable, "-c", program, dies], capture_output=True, text=True, timeout=200)
+    assert sorted(Path("/dev/shm").glob("*slimfit*")) == before
+    if dies == "another rank":
+        assert done.stdout.split() == ["3", "True"], done.stderr
+    else:
+        assert done.returncode == -signal.SIGKILL
+
+
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is(monkeypatch):
+    """One line says how much; what the failed call left behind is taken away; what is locked is unlocked at the end."""
+    locked: list[int] = []
+
+    def register(start: int, nbytes: int, flags: int) -> int:
+        locked.append(start)
+        return 0 if len(locked) == 1 else 2  # cudaErrorMemoryAllocation
+
+    unlocked: list[int] = []
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unlocked.append)
+    monkeypatch.setattr(copies.torch.cuda, "cudart", lambda: runtime)
+    launched: list[Any] = []
+
+    def launch(*_: Any, device: str) -> None:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    model, handle = streamed()
+    with torch.no_grad():
+        expected = model(**inputs("llama", 0)).loss
+    with monkeypatch.context() as patch:
+        patch.setattr(copies.torch, "ones", launch)
+        with pytest.warns(UserWarning, match=r"0\.00 GiB of host memory could not be page-locked") as caught:
+            handle.streaming._lock_pages()
+    assert len(caught) == 1
+    assert launched == ["cuda"] * 4
+    assert len(locked) == 5
+    with torch.no_grad():
+        assert torch.equal(model(**inputs("llama", 0)).loss, expected)
+    del model, handle, expected
+    gc.collect()
+    assert unlocked == locked[:1]
 
 
 def test_the_tracker_tells_host_from_device():

@@ -115,6 +115,9 @@ def test_the_engine_trains_the_same_and_goes_on_from_checkpoints(one_rank, tmp_p
     steps(again, 7, 8)  # its buffers hold weights that the checkpoint replaces
     again.load_checkpoint(tmp_path / "checkpoint")
     assert_same(steps(again, 3, 5), expected)
+    streaming_of(again.module).remove()
+    assert all(p.dim() == 2 for n, p in again.module.named_parameters() if n.endswith("up_proj.weight"))
+    assert not any(n.endswith("proj.weight") for n, _ in again.module.named_buffers())
 
 
 @pytest.mark.parametrize(
