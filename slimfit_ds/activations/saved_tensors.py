@@ -231,7 +231,7 @@ def _away(tensor: Tensor, payload: Payload | None, host: HostInputs, first: tupl
     if payload is None:
         return host.keep([tensor.contiguous().view(-1, width)], None, tensor.shape, first)
     encoded = payload.encoded
-    if isinstance(encoded, Rebuilt) or encoded.order or len(payload.codec.row_parts(1 << 30, width)) < 2:
+    if isinstance(encoded, Rebuilt) or encoded.order or len(payload.codec.row_parts(1 << 23, width)) < 2:
         return None
     described = dataclasses.replace(encoded, tensors=())
     return host.keep(encoded.tensors, (payload.codec, described), tensor.shape, first)
