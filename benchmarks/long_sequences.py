@@ -35,7 +35,9 @@ def main() -> None:
         "frozen_weights": {"live": "host", "columns": arguments.columns},
         "optimizer_states": {"active": "host"},
     }
-    print("| tokens | GB on the GPU | h per token | rest, GiB | block inputs on the host, GB | all of the host, GB |")
+    print(
+        "| tokens | GB on the GPU | h per token | rest, GiB | block inputs on the host, GB | all of the host, GB |"
+    )
     print("|---:|---:|---:|---:|---:|---:|")
     before = None
     with Simulator(deep=True) as simulator:

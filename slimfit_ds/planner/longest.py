@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Longest", "longest_rows", "longest_sequence", "longest_table"]
 
 _LOSS_TOKENS = 256
-_FEWEST, _MOST = 128, 1 << 23
+_FEWEST, _FIRST, _MOST = 128, 1 << 15, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -41,38 +42,53 @@ class Longest:
 
 
 def longest_sequence(needs: Callable[[int], int | None], budget: int, exactness: float = 0.02) -> int:
-    """Return the most tokens that fit, to a few per cent: by bisection, where a line through two lengths says.
+    """Return the most tokens that fit, to a few per cent: three lengths are asked for where memory grows evenly.
+
+    What grows by pieces grows ever faster (the largest of several lines does): beyond two lengths, and below them, it lies above the
+    line through them, between them below it.
 
     Args:
-        needs: bytes that so many tokens take; None: not known. Never falls; called about six times.
+        needs: bytes that so many tokens take; None: not known. Never falls.
         budget: bytes.
         exactness: how far the result may be from the first length that does not fit, relative.
     """
-
-    def fits(tokens: int) -> bool:
-        found = needs(tokens)
-        known[tokens] = budget + 1 if found is None else found
-        return known[tokens] <= budget
-
     known: dict[int, int] = {}
-    low, high = 0, 4096
-    while fits(high):
-        low, high = high, 8 * high
-        if low >= _MOST:
+    low, high, tokens = 0, math.inf, _FIRST
+    while True:
+        found = needs(tokens)
+        if found is None:
             return low
-    while high - low > max(exactness * low, _FEWEST):
-        middle = (low + high) / 2
-        if low and len(known) % 4:
-            # What grows evenly is found at once; now and then by halves, for what does not.
-            share = (budget - known[low]) / (known[high] - known[low])
-            near = exactness / 2
-            middle = min(max(low + share * (high - low), low * (1 + near)), high * (1 - near))
-        tokens = max(int(middle) // 64 * 64, low + 64)
-        if fits(tokens):
+        known[tokens] = found
+        if found <= budget:
             low = tokens
         else:
             high = tokens
-    return low
+        if low >= _MOST:
+            return low
+        below, above = sorted(t for t in known if t <= low), sorted(t for t in known if t > low)
+        # No more than this fits.
+        bound = high
+        for pair in (below[-2:], above[:2]):
+            if len(pair) == 2 and known[pair[1]] > known[pair[0]]:
+                bound = min(bound, _crossing(known, *pair, budget))
+        if bound - low <= max(exactness * low, _FEWEST):
+            return low
+        near = exactness / 2
+        if not low:
+            middle = min(bound * (1 - near), high / 8)
+        elif not above:
+            middle = bound * (1 - near) if bound < math.inf else 8.0 * low
+        elif len(known) % 4:
+            middle = min(max(_crossing(known, low, above[0], budget), low * (1 + near)), bound * (1 - near))
+        else:
+            # Now and then by halves, for what grows otherwise.
+            middle = (low + bound) / 2
+        tokens = max(int(middle) // 64 * 64, low + 64)
+
+
+def _crossing(known: Mapping[int, int], one: int, other: int, budget: int) -> float:
+    """Return where the line through two lengths reaches the budget."""
+    return one + (other - one) * (budget - known[one]) / (known[other] - known[one])
 
 
 def longest_rows(
@@ -114,6 +130,7 @@ def longest_rows(
     in_chunks = ", loss in chunks" if loss else ""
     yield rival(lambda e: (e.peak, 0), f"LoRA rank 8, gradient checkpointing{in_chunks}")
     yield rival(packed, f"QLoRA rank 8 (NF4), gradient checkpointing{in_chunks}: weights by arithmetic")
+    before: Longest | None = None
     for label, block in _settings(loss):
         strategy = Strategy("longest", stage=stage, slimfit=block)
         seen: dict[int, Estimate] = {}
@@ -122,16 +139,24 @@ def longest_rows(
             seen[tokens] = run(replace(workload, seq=tokens), strategy)
             return None if seen[tokens].report is None else seen[tokens].peak
 
-        tokens = longest_sequence(needs, budget)
+        if label == _FEWER_BITS and before is not None and before.tokens:
+            # On the device a tile of inputs is decoded, whatever the others are stored as.
+            tokens = before.tokens if (needs(before.tokens) or budget + 1) <= budget else 0
+        else:
+            tokens = longest_sequence(needs, budget)
         report = seen[tokens].report if tokens else None
         failed = next((e.error for e in seen.values() if e.report is None), "")
-        yield Longest(
+        before = Longest(
             label,
             tokens,
             report.peak if report else 0,
             report.host if report else 0,
             "" if tokens else failed,
         )
+        yield before
+
+
+_FEWER_BITS = "the same, block inputs in int4"
 
 
 def _settings(loss: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -140,14 +165,17 @@ def _settings(loss: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
         "freeze": {"rate": 0.95},
         "activations": {"preset": "minimal", "chunk_loss_tokens": loss},
     }
-    streamed = {"frozen_weights": {"live": "host"}, "optimizer_states": {"active": "host"}}
     on_host = {**base, "activations": {**base["activations"], "offload": True}}
-    in_four_bits = {**on_host, "activations": {**on_host["activations"], "operations": {"block": "int4"}}}
+    all_on_host = {
+        **on_host,
+        "frozen_weights": {"live": "host", "columns": "host"},
+        "optimizer_states": {"active": "host"},
+    }
+    in_four_bits = {**on_host["activations"], "operations": {"block": "int4"}}
     yield "SlimFit minimal, 95% frozen", base
     yield "SlimFit minimal, block inputs on host", on_host
-    yield "SlimFit minimal, frozen weights and states on host", {**base, **streamed}
-    yield "SlimFit minimal, block inputs, frozen weights and states on host", {**on_host, **streamed}
-    yield "the same, block inputs in int4", {**in_four_bits, **streamed}
+    yield "SlimFit minimal, block inputs, frozen weights, columns and states on host", all_on_host
+    yield _FEWER_BITS, {**all_on_host, "activations": in_four_bits}
 
 
 def longest_table(rows: Sequence[Longest], title: str) -> Table:
