@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimfit_ds.activations.ops.cross_entropy import linear_cross_entropy
+from slimfit_ds.activations.ops.cross_entropy import behind_head, linear_cross_entropy
 from slimfit_ds.activations.patch import Patches, original_forward
 
-__all__ = ["ChunkedLoss", "chunk_language_model_loss"]
+__all__ = ["ChunkedLoss", "chunk_language_model_loss", "named_changes"]
 
 _STATE = "_slimfit_chunked_loss"
 
@@ -30,6 +30,7 @@ class ChunkedLoss:
         self._labels: Tensor | None = None
         self._divisor: Tensor | float | None = None
         self._loss: Tensor | None = None
+        self.scale, self.cap = named_changes(model)[0]
         self._default: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
         self._hook = model.register_forward_pre_hook(self._enter, with_kwargs=True)
         self._patches.set(head, _STATE, self)
@@ -54,7 +55,14 @@ class ChunkedLoss:
             return None
         shifted = F.pad(self._labels, (0, 1), value=-100)[..., 1:]
         self._loss = linear_cross_entropy(
-            hidden, head.weight, shifted, head.bias, chunk_tokens=self._chunk_tokens, divisor=self._divisor
+            hidden,
+            head.weight,
+            shifted,
+            head.bias,
+            chunk_tokens=self._chunk_tokens,
+            divisor=self._divisor,
+            scale=self.scale,
+            cap=self.cap,
         )
         self._labels = None
         return hidden[..., :0]
@@ -75,8 +83,8 @@ def _head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
 def chunk_language_model_loss(model: nn.Module, chunk_tokens: int = 1024) -> ChunkedLoss:
     """Compute the training loss of a causal language model in chunks of tokens.
 
-    The model is tried on random tokens first: one whose head does more than a product (soft caps, scales after it)
-    is refused. What else a model adds to its loss (the load balance of experts) stays.
+    The model is tried on random tokens first: one that does more with its logits than to scale and to cap them by numbers of its
+    configuration is refused. What else a model adds to its loss (the load balance of experts) stays.
 
     Args:
         model: a transformers causal language model.
@@ -91,31 +99,63 @@ def chunk_language_model_loss(model: nn.Module, chunk_tokens: int = 1024) -> Chu
         raise ValueError(f"{type(model).__name__} has no linear language-model head with a replaceable loss")
     state = ChunkedLoss(model, head, chunk_tokens)
     try:
-        _verify(model, head)
+        _verify(model, head, state)
     except BaseException:
         state.remove()
         raise
     return state
 
 
-def _verify(model: nn.Module, head: nn.Linear) -> None:
-    """Compare the loss with and without chunks on random tokens, unless the weights are not there to try it."""
+def named_changes(model: nn.Module) -> list[tuple[float, float | None]]:
+    """Return scales and soft caps of logits that a configuration has names for: all that it names together, then fewer."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return (
+            float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value else None
+        )
+
+    scales = [number(name) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+    if (divided := number("logits_scaling")) is not None:
+        scales += [1 / divided, divided]
+    caps = [cap for cap in (number("final_logit_softcapping"), None) if cap is not None]
+    found = [(scale, cap) for cap in (*caps, None) for scale in (*(s for s in scales if s is not None), 1.0)]
+    return list(dict.fromkeys(found))
+
+
+def _verify(model: nn.Module, head: nn.Linear, state: ChunkedLoss) -> None:
+    """Find out what happens to the logits, and compare the loss with and without chunks on random tokens, unless the weights are not
+    there to try it."""
     parameters = list(model.parameters())
     if any(
         p.is_meta or hasattr(p, "ds_id") or isinstance(p, torch._subclasses.FakeTensor) for p in parameters
     ):
+        if any(hasattr(p, "ds_id") for p in parameters) and len(named_changes(model)) > 1:
+            raise ValueError(
+                f"what {type(model).__name__} does with its logits (scales, soft caps) cannot be tried on weights that ZeRO 3 has "
+                "partitioned: use stage 2"
+            )
         return
-    random = torch.Generator().manual_seed(0)
     # The first parameter may be one whose data lives on the host; a model that streams says where it computes.
     device = getattr(model, "device", parameters[0].device)
-    ids = torch.randint(head.out_features, (1, 8), generator=random).to(device)
+    ids = torch.randint(head.out_features, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             expected = model(input_ids=ids, labels=ids).loss
             # Logits of a trained model are large, those of a new one are not: soft caps show at large ones only.
-            loud = [_loss_of_logits(model, head, ids, size, random) for size in (0.0, 20.0)]
+            sizes = (0.0, 20.0)
+            loud = [_loss_of_logits(model, head, ids, size) for size in sizes]
+        for state.scale, state.cap in named_changes(model):
+            own = [_own_loss(head, ids, size, state) for size in sizes]
+            # Differences: what is added to the loss, and does not come from the head, is in both.
+            if _same(own[1] - own[0], loud[1] - loud[0], model):
+                break
+        else:
+            raise _Refused(model, own[1] - own[0], loud[1] - loud[0])
         model.__dict__["training"] = True  # the flag of the outermost module only: no dropout
         with torch.enable_grad():
             found = model(input_ids=ids, labels=ids).loss.detach()
@@ -126,26 +166,40 @@ def _verify(model: nn.Module, head: nn.Linear) -> None:
     finally:
         for module, flag in training.items():
             module.training = flag
-    rtol = 1e-5 if expected.dtype == torch.float32 == parameters[0].dtype else 1e-2
-    # Differences: what is added to the loss, and does not come from the head, is in both.
-    (quiet, quiet_own), (large, large_own) = loud
-    pairs = [(found, expected), (large_own - quiet_own, large - quiet)]
-    for mine, theirs in pairs:
-        if not torch.allclose(mine.float(), theirs.float(), rtol=rtol):
-            raise ValueError(
-                f"the loss of {type(model).__name__} is not the shifted cross-entropy of its head: "
-                f"{float(theirs):.6f} expected, {float(mine):.6f} in chunks"
-            )
+    if not _same(found, expected, model):
+        raise _Refused(model, found, expected)
 
 
-def _loss_of_logits(
-    model: nn.Module, head: nn.Linear, ids: Tensor, size: float, random: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return the model's loss if its head gave random logits of this size, and their shifted cross-entropy."""
-    drawn = size * torch.randn(*ids.shape, head.out_features, generator=random).to(ids.device)
+class _Refused(ValueError):
+    def __init__(self, model: nn.Module, found: Tensor, expected: Tensor):
+        super().__init__(
+            f"the loss of {type(model).__name__} is not the shifted cross-entropy of its head: "
+            f"{float(expected):.6f} expected, {float(found):.6f} in chunks"
+        )
+
+
+def _same(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
+    exact = expected.dtype == torch.float32 == next(model.parameters()).dtype
+    return torch.allclose(found.float(), expected.float(), rtol=1e-5 if exact else 1e-2)
+
+
+def _drawn(head: nn.Linear, ids: Tensor, size: float) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    drawn = size * torch.randn(*ids.shape, head.out_features, generator=random)
+    return drawn.to(ids.device, head.weight.dtype)
+
+
+def _loss_of_logits(model: nn.Module, head: nn.Linear, ids: Tensor, size: float) -> Tensor:
+    """Return the model's loss if its head gave random logits of this size."""
+    drawn = _drawn(head, ids, size)
     hook = head.register_forward_hook(lambda module, args, output: drawn.to(output.dtype))
     try:
-        loss = model(input_ids=ids, labels=ids).loss
+        return model(input_ids=ids, labels=ids).loss
     finally:
         hook.remove()
-    return loss, F.cross_entropy(drawn[0, :-1].to(head.weight.dtype).float(), ids[0, 1:])
+
+
+def _own_loss(head: nn.Linear, ids: Tensor, size: float, state: ChunkedLoss) -> Tensor:
+    """Return their shifted cross-entropy."""
+    logits, _ = behind_head(_drawn(head, ids, size)[0, :-1].float(), state.scale, state.cap)
+    return F.cross_entropy(logits, ids[0, 1:])

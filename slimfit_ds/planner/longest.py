@@ -70,7 +70,7 @@ def longest_sequence(needs: Callable[[int], int | None], budget: int, exactness:
         bound = high
         for pair in (below[-2:], above[:2]):
             if len(pair) == 2 and known[pair[1]] > known[pair[0]]:
-                bound = min(bound, _crossing(known, *pair, budget))
+                bound = min(bound, _crossing(known, pair[0], pair[1], budget))
         if bound - low <= max(exactness * low, _FEWEST):
             return low
         near = exactness / 2

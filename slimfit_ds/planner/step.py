@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from slimfit_ds.activations.codecs.backend import fakes_stand_for_a_cpu
+from slimfit_ds.activations.language_head import named_changes
 from slimfit_ds.activations.recognise import find_blocks
 from slimfit_ds.config import SlimFitConfig
 from slimfit_ds.engine.memory_roots import engine_roots, is_offloaded, shard_updater
@@ -368,7 +369,7 @@ def takes_loss_in_chunks(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool
     """Return whether the logits are the product of the head alone, and the loss is computed from them.
 
     `chunk_language_model_loss` compares real values; a plan has none, and looks instead whether anything happens to
-    the logits between head and loss (soft caps, scales).
+    the logits between head and loss but scales and soft caps that the configuration names.
 
     Args:
         model: may be fake or on `meta`.
@@ -400,4 +401,5 @@ def takes_loss_in_chunks(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool
             del model.__dict__["_loss_function"]
         else:
             model.__dict__["_loss_function"] = before
-    return reached == [True] and between.names <= _VIEWS
+    by_numbers = {"div", "mul", "tanh"} if named_changes(model)[0] != (1.0, None) else set()
+    return reached == [True] and between.names <= _VIEWS | by_numbers

@@ -68,10 +68,44 @@ def test_a_mixture_of_experts_keeps_the_load_balance_in_its_loss(config):
     assert relative_error(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("config", [hf.Gemma2Config, hf.GraniteConfig])
-def test_soft_caps_and_scales_behind_the_head_are_refused_for_a_new_model_too(config):
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (hf.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 0.5}),
+        (hf.GraniteConfig, {"logits_scaling": 8.0}),
+        (hf.CohereConfig, {"logit_scale": 0.0625}),
+        (hf.HyperCLOVAXConfig, {"logits_scaling": 0.25}),
+    ],
+)
+def test_soft_caps_and_scales_behind_the_head(config, values):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config(**DECODER, **values)).train()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    batch = batch_for("llama")
+    loss, expected = gradients(model, batch)
+    state = chunk_language_model_loss(model, chunk_tokens=7)
+    assert (state.scale, state.cap) != (1.0, None)
+    found_loss, found = gradients(model, batch)
+    torch.testing.assert_close(found_loss, loss)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_a_soft_cap_that_no_name_tells_is_refused_for_a_new_model_too():
     """Logits of a model that has not learned are so small that a soft cap changes nothing."""
-    model = hf.AutoModelForCausalLM.from_config(config(**DECODER, head_dim=8, logits_scaling=8.0))
+    model = hf.AutoModelForCausalLM.from_config(hf.Gemma2Config(**DECODER, head_dim=8))
+    original = type(model).forward
+
+    class Renamed(type(model)):
+        def forward(self, **kwargs):
+            self.config.final_logit_softcapping = 30.0
+            try:
+                return original(self, **kwargs)
+            finally:
+                self.config.final_logit_softcapping = None
+
+    model.__class__ = Renamed
+    model.config.final_logit_softcapping = None
     with pytest.raises(ValueError, match="not the shifted cross-entropy"):
         chunk_language_model_loss(model)
 

@@ -68,9 +68,9 @@ EXPECTED = {
     "qwen3": True,
     "gpt2": True,
     "gpt_neox": True,
-    "gemma2": False,  # soft caps
-    "cohere": False,  # scaled logits
-    "granite": False,
+    "gemma2": True,  # soft caps
+    "cohere": True,  # scaled logits
+    "granite": True,
 }
 
 
@@ -104,6 +104,20 @@ def test_as_real_values_tell(kind, expected):
         fake = build(kind)
         ids = torch.zeros(1, 6, dtype=torch.long)
         assert takes_loss_in_chunks(fake, {"input_ids": ids, "labels": ids}) is expected
+
+
+def test_a_scale_that_no_name_tells():
+    model = build("llama")
+    plain = type(model)
+
+    class Scaled(plain):
+        def forward(self, labels, **kwargs):
+            logits = super().forward(**kwargs).logits * 0.1
+            return self.loss_function(logits=logits, labels=labels, vocab_size=40)
+
+    model.__class__ = Scaled
+    ids = torch.zeros(1, 6, dtype=torch.long)
+    assert not takes_loss_in_chunks(model, {"input_ids": ids, "labels": ids})
 
 
 def test_a_classifier_has_no_such_loss():

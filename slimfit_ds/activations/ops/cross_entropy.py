@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["behind_head", "linear_cross_entropy"]
 
 
 def linear_cross_entropy(
@@ -26,8 +26,10 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_tokens: int = 1024,
     divisor: Tensor | float | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> Tensor:
-    """The mean of `cross_entropy(hidden @ weight.T + bias, labels)` over the labels that count.
+    """The mean of `cross_entropy(logits, labels)` over the labels that count, with `logits = scale * (hidden @ weight.T + bias)`.
 
     Args:
         hidden: [..., hidden], rows already aligned with their labels.
@@ -37,6 +39,8 @@ def linear_cross_entropy(
         ignore_index: label of tokens that do not count.
         chunk_tokens: tokens whose logits exist at a time.
         divisor: divide the sum by this instead of by the number of labels that count (gradient accumulation).
+        scale: of the logits (Cohere, Granite).
+        cap: soft cap of them, `cap * tanh(logits / cap)` (Gemma 2); `None`: none.
 
     Returns:
         The loss, a scalar in fp32.
@@ -57,7 +61,19 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(kind)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(rows, weight, bias, targets, ignore_index, chunk_tokens, divisor)
+        return _LinearCrossEntropy.apply(
+            rows, weight, bias, targets, ignore_index, chunk_tokens, divisor, scale, cap
+        )
+
+
+def behind_head(logits: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | float | None]:
+    """Return scaled and capped logits, and what their gradient is multiplied by; `None`: by nothing. Changes its argument."""
+    if scale != 1.0:
+        logits = logits.mul_(scale)
+    if cap is None:
+        return logits, None if scale == 1.0 else scale
+    bent = logits.div_(cap).tanh_()
+    return bent * cap, bent.square_().neg_().add_(1).mul_(scale)
 
 
 def _starts(tokens: int, chunk_tokens: int) -> Iterable[int]:
@@ -67,7 +83,7 @@ def _starts(tokens: int, chunk_tokens: int) -> Iterable[int]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, ignore_index, chunk_tokens, divisor):
+    def forward(ctx, rows, weight, bias, targets, ignore_index, chunk_tokens, divisor, scale, cap):
         total = rows.new_zeros((), dtype=torch.float32)
         want_rows, want_weight, want_bias = ctx.needs_input_grad[:3]
         drows = torch.empty_like(rows) if want_rows else None
@@ -75,7 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         for start in _starts(rows.shape[0], chunk_tokens):
             x, target = rows[start : start + chunk_tokens], targets[start : start + chunk_tokens]
-            log_p = F.linear(x, weight, bias).float().log_softmax(-1)
+            logits, slope = behind_head(F.linear(x, weight, bias).float(), scale, cap)
+            log_p = logits.log_softmax(-1)
+            del logits
             total += F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum")
             if not (want_rows or want_weight or want_bias):
                 continue
@@ -84,6 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient = log_p.exp_()
             gradient.scatter_add_(1, target.clamp_min(0).unsqueeze(-1), -counts.to(gradient.dtype))
             gradient.mul_(counts / divisor)
+            if slope is not None:
+                gradient.mul_(slope)
             if dbias is not None:
                 dbias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
@@ -104,4 +124,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (next(kept) * upstream).to(dtype) if wanted else None
             for wanted, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
         ]
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
