@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Longest", "longest_rows", "longest_sequence", "longest_table"]
 
 _LOSS_TOKENS = 256
-_FEWEST, _FIRST, _MOST = 128, 1 << 15, 1 << 23
+_FEWEST, _FIRST, _MOST = 512, 1 << 15, 1 << 23
 
 
 @dataclass(frozen=True)

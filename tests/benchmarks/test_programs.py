@@ -11,6 +11,7 @@ PROGRAMS = [
     "peers",
     "largest_batch",
     "headline_memory",
+    "long_sequences",
     "estimate_vs_measured",
     "engine_vs_stock",
     "ddp_freezing",

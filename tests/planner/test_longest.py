@@ -34,7 +34,7 @@ def test_found_within_two_per_cent_in_few_steps(needs, longest):
 
     found = longest_sequence(counting, 10**9)
     assert needs(found) <= 10**9
-    assert longest - max(0.02 * longest, 128) - 64 <= found <= longest
+    assert longest - max(0.02 * longest, 512) - 64 <= found <= longest
     assert len(asked) <= 12
     assert len(set(asked)) == len(asked)
 
