@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DATA",
     "RESULTS",
     "ROOT",
     "Failed",
@@ -44,6 +45,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DATA = Path(os.environ.get("SLIMFIT_DATA", ROOT.parent / "shared" / "data"))
 # Columns whose values are never numbers, although a commit such as 12e4567 looks like one.
 _TEXT = {"commit", "command", "torch", "hardware"}
 

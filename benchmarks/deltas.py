@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 import torch
 import transformers
+from common import DATA
 from peft import PeftModel
 
 import slimfit_ds
@@ -40,7 +41,6 @@ from slimfit_ds.trainable.plan import plan_units
 sys.path.insert(0, str(Path(__file__).parent / "activations"))
 from trained_models import pretrained_smollm2
 
-DATA = Path(os.environ.get("SLIMFIT_DATA", "/work/shared/data"))
 TURNS = 7
 
 

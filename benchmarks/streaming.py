@@ -17,17 +17,16 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, ROOT
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimfit_ds
 from slimfit_ds.streaming import blocks, copies, streaming
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks" / "activations"), str(ROOT / "tests" / "streaming")]
 BLOCK = {"freeze": {"rate": 0.9}, "activations": {"preset": "minimal", "chunk_loss_tokens": 256}}
 HOST = {"frozen_weights": {"live": "host"}}
@@ -72,7 +71,7 @@ def compare(make: Callable[[], nn.Module], batches: list[dict[str, Tensor]]) -> 
 def smollm2(count: int = 10, rows: int = 2, tokens: int = 128) -> None:
     """SmolLM2-135M on problems of GSM8K."""
     import pyarrow.parquet as parquet
-    from trained_models import DATA, pretrained_smollm2
+    from trained_models import pretrained_smollm2
 
     tokenizer, _ = pretrained_smollm2()
     problems = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, count * rows).to_pylist()

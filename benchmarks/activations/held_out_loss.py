@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Study, machine, markdown
-from trained_models import DATA, pretrained_smollm2
+from common import DATA, Study, machine, markdown
+from trained_models import pretrained_smollm2
 
 import slimfit_ds
 from slimfit_ds.activations.apply import compress
@@ -88,6 +88,7 @@ def train(
     steps: int,
     batch: int,
     seed: int,
+    clip: float = 0.0,
 ) -> tuple[list[float], float]:
     """Train with warm-up of 6 % and linear decay; return the loss of each step, and CPU seconds of all."""
     warm_up = round(0.06 * steps)
@@ -101,6 +102,8 @@ def train(
     for step in range(steps):
         loss = model(**padded([training[i] for i in order[step * batch : (step + 1) * batch]])).loss
         loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

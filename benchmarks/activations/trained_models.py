@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as hf
+from common import DATA
 from torch import Tensor, nn
-
-DATA = Path(os.environ.get("SLIMFIT_DATA", "/work/shared/data"))
 
 
 @dataclass

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import DATA
 from torch import Tensor, nn
 
 __all__ = ["PROBLEMS", "pretrain_vit"]
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 # Where pretraining leaves the weights of the ViT; git ignores it.
 VIT_WEIGHTS = Path(__file__).resolve().parents[2] / ".cache" / "fidelity" / "vit_small.pt"
 PRETRAINING_CLASSES = (0, 2, 3, 5, 8, 9)

@@ -83,7 +83,9 @@ def _contenders() -> dict[str, dict[str, Any]]:
 
 CONTENDERS = _contenders()
 """Name -> `slimfit` block, or options of PEFT's adapters."""
-TRANSFERRED = {f"auto-{percent}": {"slimfit": {"freeze": {"rate": percent / 100}}} for percent in (80, 98)}
+TRANSFERRED = {
+    f"auto-{percent}": {"slimfit": {"freeze": {"rate": percent / 100}}} for percent in (80, 90, 95, 98)
+}
 """The same, of the defaults: a factor of the rate by what is frozen."""
 
 
