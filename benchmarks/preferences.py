@@ -75,7 +75,9 @@ def _peak(kind: str, model: Any, batch: dict[str, Any], rate: float) -> tuple[in
     handle.follow(optimizer)
     inputs = {**batch, "labels": batch["input_ids"], "fused_lm_head": True}
     for _ in range(2):
-        roots = {"optimizer": partial(optimizer_tensors, optimizer)}
+        roots: dict[str, Any] = {"optimizer": partial(optimizer_tensors, optimizer)}
+        if isinstance(reference, transformers.PreTrainedModel):
+            roots["parameters"] = reference.parameters
         with MemoryTracker(model, roots) as tracker:
             sums = model(**inputs).log_probs.sum(-1)
             loss = -sums.mean()
