@@ -113,7 +113,7 @@ def ladder(
 
     Args:
         fixed: the user's own `"slimfit"` block; what it states is never changed.
-        stage: ZeRO stage; stage 3 has no 8-bit states and streams no weights.
+        stage: ZeRO stage; stage 3 has no 8-bit states.
         language_model: the loss can be computed in chunks of tokens.
 
     Returns:
@@ -125,7 +125,7 @@ def ladder(
     trains_all = POLICIES[freeze.policy].trains_all
     rungs: list[Rung] = []
     for every in _rungs(_LOSS_TOKENS if language_model else None):
-        if every["frozen_weights"] and (stage == 3 or not freeze.splits):
+        if every["frozen_weights"] and not freeze.splits:
             continue
         changes = {
             key: {name: value for name, value in block.items() if name not in fixed.get(key, {})}

@@ -117,9 +117,10 @@ def test_fixed_values_survive_and_rungs_stay_distinct():
         seen.append(block)
 
 
-def test_stage_3_has_no_8_bit_states():
+def test_stage_3_has_no_8_bit_states_but_streams():
     for rung in ladder(stage=3):
         assert "precision" not in merged(None, rung)["optimizer_states"]
+    assert merged(None, ladder(stage=3)[-1])["frozen_weights"] == {"live": "host"}
 
 
 def test_embeddings_are_named_or_left_out():
