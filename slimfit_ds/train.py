@@ -98,7 +98,9 @@ def train(argv: Sequence[str]) -> int:
 
     def new_model() -> Any:
         set_seed(args.seed)
-        return build_model(inputs.source, inputs.config, task, weight_dtype(args), recipe.lora)
+        return build_model(
+            inputs.source, inputs.config, task, weight_dtype(args), recipe.lora, recipe.attn_implementation
+        )
 
     model, parts = new_model(), task.trainer_parts(inputs.splits)
     if recipe.lora is None and not getattr(args, "precompute_ref_log_probs", True):

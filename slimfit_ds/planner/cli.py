@@ -259,10 +259,8 @@ class _Plan:
                 facts = self.simulator.inspect(self.workload)
             except ValueError as error:
                 raise ConfigError([str(error)]) from None
-            rows = longest_rows(self._worst, self.workload, facts, self.strategy.stage or 0, self.budget)
-            found = [
-                row for row in rows if row.label.startswith("SlimFit") or not self.arguments.slimfit_only
-            ]
+            stage, rivals = self.strategy.stage or 0, not self.arguments.slimfit_only
+            found = list(longest_rows(self._worst, self.workload, facts, stage, self.budget, rivals))
         title = self._title().replace(f" x {self.arguments.seq}", ", longest sequence")
         Console(width=None if sys.stdout.isatty() else 150).print(longest_table(found, title))
 

@@ -97,6 +97,7 @@ def longest_rows(
     facts: Mapping[str, Any],
     stage: int,
     budget: int,
+    rivals: bool = True,
 ) -> Iterator[Longest]:
     """Search for each method, the rivals first.
 
@@ -106,6 +107,7 @@ def longest_rows(
         facts: of `planner.step.inspect_model`.
         stage: ZeRO stage of SlimFit's settings.
         budget: bytes on the device.
+        rivals: search for them too.
     """
     loss = _LOSS_TOKENS if facts["loss_in_chunks"] else None
     lora = STRATEGIES["lora"].with_(gradient_checkpointing=True, loss_chunk=loss)
@@ -128,8 +130,9 @@ def longest_rows(
         return (found[0].needs, found[0].host) if found else None
 
     in_chunks = ", loss in chunks" if loss else ""
-    yield rival(lambda e: (e.peak, 0), f"LoRA rank 8, gradient checkpointing{in_chunks}")
-    yield rival(packed, f"QLoRA rank 8 (NF4), gradient checkpointing{in_chunks}: weights by arithmetic")
+    if rivals:
+        yield rival(lambda e: (e.peak, 0), f"LoRA rank 8, gradient checkpointing{in_chunks}")
+        yield rival(packed, f"QLoRA rank 8 (NF4), gradient checkpointing{in_chunks}: weights by arithmetic")
     before: Longest | None = None
     for label, block in _settings(loss):
         strategy = Strategy("longest", stage=stage, slimfit=block)

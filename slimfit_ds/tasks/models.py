@@ -123,6 +123,11 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, task: Task[Any]) -> Non
     )
     wanted = values.get("num_labels", len(values["id2label"]) if "id2label" in values else None)
     problems = task.model_problems(config)
+    flash = (recipe.attn_implementation or "").partition("flash_attention_")[2]
+    if flash and not getattr(transformers.utils, f"is_flash_attn_{flash}_available")():
+        problems.append(
+            f"attn_implementation: flash_attention_{flash} is not installed or has no GPU here; choose sdpa"
+        )
     if has_head and wanted not in (None, config.num_labels) and not task.options.new_head:
         problems.append(
             f"model: its head has {config.num_labels} outputs, the data need {wanted}; "
@@ -165,6 +170,7 @@ def build_model(
     task: Task[Any],
     dtype: torch.dtype,
     lora: LoraOptions | None = None,
+    attention: str | None = None,
 ) -> nn.Module:
     """The model with the task's head, every weight trainable.
 
@@ -176,12 +182,14 @@ def build_model(
         task: names the head.
         dtype: of the weights.
         lora: add adapters, and train these only.
+        attention: name of its implementation; None: transformers chooses.
     """
     import transformers
 
     auto = getattr(transformers, task.auto_class)
+    chosen = {} if attention is None else {"attn_implementation": attention}
     if source is None:
-        model = auto.from_config(config, dtype=dtype)
+        model = auto.from_config(config, dtype=dtype, **chosen)
     else:
         more = {}
         if source.endswith(".gguf"):
@@ -192,6 +200,7 @@ def build_model(
             config=config,
             dtype=dtype,
             ignore_mismatched_sizes=task.options.new_head,
+            **chosen,
             **more,
         )
         if more:

@@ -113,6 +113,13 @@ class Recipe(_Strict):
     ] = Field(description="hub id, folder, `package:NAME/FOLDER` of an installed package, or {config: {...}}")
     tokenizer: str | None = Field(None, description="hub id or folder; null: the model's own")
 
+    attn_implementation: (
+        Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None
+    ) = Field(
+        None,
+        description="the model's attention; null: transformers' choice. Long packed rows need flash attention",
+    )
+
     data: str | None = Field(None, description="hub id of a data set, or `embedded:digits`")
     data_name: str | None = Field(None, description="configuration of the hub data set, such as cola")
     data_dir: str | None = Field(

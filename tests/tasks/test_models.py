@@ -45,6 +45,24 @@ def folder(tmp_path, tiny_bert):
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", None])
+def test_attention_is_the_one_that_is_asked_for(folder, attention):
+    config, task = AutoConfig.from_pretrained(folder), task_with_labels(3)
+    for source in (str(folder), None):
+        model = build_model(source, config, task, torch.float32, attention=attention)
+        assert model.config._attn_implementation == (attention or "sdpa")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be there")
+def test_attention_that_is_not_there_is_refused(tmp_path, folder):
+    path = tmp_path / "recipe.yaml"
+    values = {"task": "sequence_classification", "model": str(folder)}
+    path.write_text(json.dumps({**values, "attn_implementation": "flash_attention_2"}))
+    recipe, _ = read_recipe(["--config", str(path)])
+    with pytest.raises(ConfigError, match="flash_attention_2 is not installed"):
+        fit_config(read_model_config(recipe)[1], recipe, task_with_labels(3))
+
+
 def test_packages_folders_and_hub_ids(tmp_path):
     (tmp_path / "m").mkdir()
     assert resolve_source(str(tmp_path / "m")) == str(tmp_path / "m")
