@@ -53,15 +53,10 @@ def _run_through_graph(
 ) -> Any:
     if _compiles(block):
         inner, bound = function.func, function.args
-        # Newer versions of transformers bind the plain forward, older ones the call with its hooks.
         if getattr(inner, "__self__", None) is block:
-            inner, bound = _call, (block, *bound)
+            inner, bound = getattr(inner, "__func__", inner), (block, *bound)
         function = functools.partial(_in_graph, block, inner, *bound, **function.keywords)
     return run(function, *args, **kwargs)
-
-
-def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return nn.Module.__call__(block, *args, **kwargs)
 
 
 def compile_forward(patches: Patches, block: nn.Module) -> None:
