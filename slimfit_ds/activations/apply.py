@@ -10,7 +10,6 @@ from torch import nn
 
 from slimfit_ds.activations.checkpoint import SEAM, make_checkpoint
 from slimfit_ds.activations.codecs import Codec, codec_names, resolve_codec
-from slimfit_ds.activations.compiled import compile_forward, through_graph
 from slimfit_ds.activations.config import ActivationsConfig, CodecSpec, OperationTable
 from slimfit_ds.activations.hf_attention import AttentionSetting, install_attention, uses_interface
 from slimfit_ds.activations.hf_checkpointing import hold_checkpointing, install_hook
@@ -294,6 +293,9 @@ class _Installer:
 
     def _compile(self, name: str, block: nn.Module, run: Callable) -> None:
         """Let a block run compiled where it can, through `run` where it has the hook."""
+        # Imports torch._dynamo, which takes seconds.
+        from slimfit_ds.activations.compiled import compile_forward, through_graph
+
         if has_checkpoint_hook(block):
             install_hook(self.patches, self._model, block, through_graph(run, block))
         else:
