@@ -105,12 +105,14 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse what cannot work, and let DDP leave the layers alone when it wraps the model."""
         model = kwargs["model"]
-        if args.torch_compile:
+        plugin = AcceleratorState().dynamo_plugin
+        if args.torch_compile or plugin.backend != DynamoBackend.NO:
             # The blocks instead of the whole model, of which our own functions cannot be traced.
-            AcceleratorState().dynamo_plugin.backend = DynamoBackend.NO
-            activations = self.config.activations.model_copy(update={"compile": True})
-            self.config = self.config.model_copy(update={"activations": activations})
+            block = self.config.model_dump(mode="json")
+            block["activations"]["compile"] = True
+            self.config = SlimFitConfig.parse(block)
         self._check(args, model)
+        plugin.backend = DynamoBackend.NO
         self._read_deltas(model)
         if _wrapped_by_ddp():
             hide_from_ddp(model, _trainable(model))
@@ -159,7 +161,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if AcceleratorState().dynamo_plugin.backend != DynamoBackend.NO:
             raise ConfigError(
                 [
-                    "torch_compile has compiled the whole model: hand the callback to the Trainer when it is made"
+                    "the whole model has been compiled (torch_compile, or accelerate's dynamo_backend): hand the callback to the "
+                    "Trainer when it is made"
                 ]
             )
         self._remove()
@@ -342,6 +345,11 @@ def _argument_problems(args: TrainingArguments, config: SlimFitConfig) -> list[s
     if args.torch_compile and chosen != ("inductor", None):
         problems.append(
             f"torch_compile_backend and torch_compile_mode are {chosen}: blocks are compiled by torch's defaults, leave both out"
+        )
+    backend = AcceleratorState().dynamo_plugin.backend
+    if not args.torch_compile and backend not in (DynamoBackend.NO, DynamoBackend.INDUCTOR):
+        problems.append(
+            f"accelerate's dynamo_backend is {backend.value.lower()!r}: blocks are compiled by torch's default, use inductor or no"
         )
     optim = str(getattr(args.optim, "value", args.optim))
     if any(name in optim for name in _MOVES_FROZEN_WEIGHTS):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 __all__ = ["columns_filled", "graph_product", "in_filled_graph"]
 
 _PLACES, _SEEN = "_slimfit_places", "_slimfit_columns_seen"
+"""Attributes of a split layer: which columns train, int64 `[count]`; split, device and version of the columns that the weight holds."""
 
 _filled = False
 
@@ -29,13 +30,15 @@ def columns_filled(layers: Iterable[Any]) -> Iterator[None]:
     for layer in layers:
         weight, columns, split = layer.frozen_weight, layer.weight_columns, layer.split
         split.fill(weight, columns)
-        seen = layer.__dict__
-        if seen.get(_SEEN) != columns._version:
+        known = layer.__dict__.get(_SEEN, (None, None, None))
+        if known[2] != columns._version:
             # A graph that has kept the weight with older columns must hear of it.
             torch.autograd.graph.increment_version(weight)
-            seen[_SEEN] = columns._version
-        if _PLACES not in seen or seen[_PLACES].device != weight.device:
-            seen[_PLACES] = split.start + split.stride * torch.arange(split.count, device=weight.device)
+        if known[:2] != (split, weight.device):
+            # One for each layer: graphs tell apart which layers would share them.
+            places = split.start + split.stride * torch.arange(split.count, device=weight.device)
+            layer.__dict__[_PLACES] = places
+        layer.__dict__[_SEEN] = split, weight.device, columns._version
     before, _filled = _filled, True
     try:
         yield

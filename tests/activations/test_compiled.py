@@ -264,6 +264,23 @@ def test_with_columns_all_blocks_of_a_class_train_through_one_graph(name, preset
     assert not counters["graph_break"]
 
 
+def test_other_columns_after_a_removal_get_their_own_gradients():
+    models = [without_dropout(build("llama")) for _ in range(2)]
+    found = []
+    for model, compile_blocks in zip(models, (False, True), strict=True):
+        for seed in (0, 1):
+            block = {
+                "freeze": {**COLUMNS, "seed": seed},
+                "activations": {"preset": "exact", "compile": compile_blocks},
+            }
+            handle = slimfit_ds.slim(model, block)
+            _, last = gradients(model, batch_for("llama"))
+            handle.remove()
+            model.zero_grad(set_to_none=True)
+        found.append(last)
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_columns_through_kernels_of_inductor(preset):

@@ -313,7 +313,8 @@ def test_everything_that_cannot_work_is_listed_at_once(tmp_path):
     assert len(caught.value.problems) == 6
 
 
-def test_torch_compile_compiles_the_blocks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["torch_compile", "accelerate launch --dynamo_backend inductor"])
+def test_torch_compile_compiles_the_blocks(tmp_path, monkeypatch, by):
     """Under `torch_compile` the same losses, through one graph of the blocks; a graph of the whole model would be slow."""
     from torch._dynamo.utils import counters
 
@@ -329,8 +330,22 @@ def test_torch_compile_compiles_the_blocks(tmp_path, monkeypatch):
     config = {"freeze": {"policy": "static", "width": 0.25}, "activations": "minimal"}
     expected = losses(tmp_path / "plain", config)
     assert not counters["stats"]["unique_graphs"]
-    found = losses(tmp_path / "compiled", config, torch_compile=True)
+    if by == "torch_compile":
+        found = losses(tmp_path / "compiled", config, torch_compile=True)
+    else:
+        AcceleratorState._reset_state(True)
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+        found = losses(tmp_path / "compiled", config)
     assert counters["stats"]["unique_graphs"] == 1
     assert found == pytest.approx(expected, rel=1e-4)
     torch._dynamo.reset()
     compiled._graph_of.cache_clear()
+
+
+def test_torch_compile_of_other_columns_at_each_step_is_refused(tmp_path, monkeypatch):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")
+        monkeypatch.delenv(name)
+    config = {"freeze": {"policy": "ils", "width": 0.5}, "activations": "minimal"}
+    with pytest.raises(ConfigError, match=r"freeze\.policy 'ils' trains other columns"):
+        losses(tmp_path, config, torch_compile=True)
