@@ -29,7 +29,6 @@ from slimfit_ds.trainable.split import (
     adopt_columns,
     check_columns,
     column_places,
-    release_columns,
     unsplit_columns,
 )
 from slimfit_ds.trainable.units import COLUMNS, discover
@@ -365,9 +364,7 @@ class SlimHandle:
         self.compression.remove()
         places = column_places(self._model)
         if self._splits:
-            for optimizer in self._followed:
-                release_columns(self._model, optimizer)
-            unsplit_columns(self._model)
+            unsplit_columns(self._model, self._followed)
             # What trained has other names from here on.
             self.source.forget()
         wholes = {f"{name.removesuffix('weight')}{COLUMNS}": name for name in places}

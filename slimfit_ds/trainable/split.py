@@ -360,16 +360,23 @@ def _split(module: Any, count: int, rows: int | None, chance: random.Random) -> 
     module.__class__ = _split_class(type(module))  # type: ignore[arg-type]
 
 
-def unsplit_columns(model: nn.Module) -> None:
-    """Undo `split_columns`: whole weights with what was learned, and what it froze trains again."""
+def unsplit_columns(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Undo `split_columns`: whole weights with what was learned, in these optimizers too (without moments), and what it froze trains again."""
     record = split_record(model)
     if record is None:
         return
+    instead: dict[Tensor, Tensor] = {}
     for module in list(model.modules()):
         if isinstance(module, SplitModule):
+            instead[module.weight_columns] = module.frozen_weight
             module.split.fill(module.frozen_weight, module.weight_columns)
             del module.weight_columns, module.split
             module.__class__ = module.whole_class  # type: ignore[assignment]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [instead.get(p, p) for p in group["params"]]
+        for columns in instead:
+            optimizer.state.pop(columns, None)
     for name in record.frozen:
         model.get_parameter(name).requires_grad_(True)
     del model.slimfit_split
@@ -384,8 +391,6 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
         states: of the optimizer, by parameter: what it loaded for columns under the name of their weight is theirs.
     """
     instead = {m.frozen_weight: m.weight_columns for m in model.modules() if isinstance(m, SplitModule)}
-    if not instead:
-        return
     groups = list(groups)
     held = {id(p) for group in groups for p in group["params"]}
     for group in groups:
@@ -393,20 +398,12 @@ def adopt_columns(model: nn.Module, groups: Iterable[dict[str, Any]], states: An
             instead[p] if p in instead and id(instead[p]) not in held else p for p in group["params"]
         ]
     for weight, columns in instead.items():
-        if states and weight in states:
-            state = states.pop(weight)
-            # Moments of a whole weight that has trained before are of no use to its columns.
-            if all(t.dim() == 0 or t.shape == columns.shape for t in state.values() if isinstance(t, Tensor)):
-                states[columns] = state
-
-
-def release_columns(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Undo `adopt_columns` before `unsplit_columns`: the optimizer holds whole weights again, which start without moments."""
-    weights = {m.weight_columns: m.frozen_weight for m in model.modules() if isinstance(m, SplitModule)}
-    for group in optimizer.param_groups:
-        group["params"] = [weights.get(p, p) for p in group["params"]]
-    for columns in weights:
-        optimizer.state.pop(columns, None)
+        state = states.pop(weight, {}) if states else {}
+        # Moments of a whole weight that has trained before are of no use to its columns.
+        if state and all(
+            t.dim() == 0 or t.shape == columns.shape for t in state.values() if isinstance(t, Tensor)
+        ):
+            states[columns] = state
 
 
 def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool, int | None]]:
@@ -419,11 +416,7 @@ def column_places(model: nn.Module) -> dict[str, tuple[int, int, int, bool, int 
 
 
 def check_columns(saved: Mapping[str, Sequence[Any]], own: Mapping[str, Sequence[Any]]) -> None:
-    """Raise unless the trained columns of a checkpoint stand where those of the model do: its moments are of those.
-
-    Args:
-        saved: from `column_places`, or as JSON gives it back.
-        own: of the model.
+    """Raise unless the trained columns of a checkpoint stand where the model's own do (`column_places`): its moments are of those.
 
     Raises:
         ConfigError: names a layer and both places.

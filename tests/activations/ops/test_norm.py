@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from slimfit_ds.activations.codecs import absmax, get_codec
+from slimfit_ds.activations.ops import norm
 from slimfit_ds.activations.ops.norm import NormKind, compressed_norm
 from slimfit_ds.activations.saved_tensors import SHARED, SavedTensors
 
@@ -75,6 +76,19 @@ def test_a_codec_changes_the_backward_pass_only(case, codec, bound):
     for gradient, exact in zip(found[1], expected[1], strict=True):
         assert (gradient - exact).norm() < bound * exact.norm()
     assert not torch.equal(found[1][0], expected[1][0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_large_input_goes_through_the_norm_in_parts(case, monkeypatch):
+    module, kind, x = module_and_input(case)
+    expected = run(compressed(module, kind, "exact"), module, x)
+    monkeypatch.setattr(norm, "_ELEMENTS", 4 * H)
+    sizes = []
+    module.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel() // H))
+    found = run(compressed(module, kind, "exact"), module, x)
+    assert sizes == [4, 4, 4, 3]
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
 
 
 def test_bfloat16_gradients_keep_their_dtypes():
